@@ -1,0 +1,64 @@
+# Everything installs into .venv with pip, on first use and again after an edit of setup.py.
+#
+# PYTHON chooses the interpreter that .venv is made from: make test PYTHON=python3.12
+# The tests need torch, whose default Linux build brings gigabytes of CUDA. Preset PIP_EXTRA_INDEX_URL to an index of
+# CPU builds to save them, and PIP_INDEX_URL to use a mirror: pip reads both.
+
+PYTHON ?= python3
+# Relative, and only ever run as `python -m …`: scripts in .venv/bin break under a path with spaces.
+RUN := .venv/bin/python
+INSTALL := $(RUN) -m pip install --quiet --disable-pip-version-check --editable
+QUICKSTART := runs/quickstart
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help quickstart test test-full lint format uptrain-full clean
+
+help:  ## list these targets
+	@sed -n 's/^\([a-z-]*\):.*## /make \1: /p' Makefile
+
+quickstart: .venv/.core  ## convert the shipped model to GQA and MQA, uptrain it, report: minutes on a laptop
+	rm -rf $(QUICKSTART)
+	$(RUN) -m checkpoints_tools.convert --source=assets/teacher --output=$(QUICKSTART)/gqa2 --kv_heads=2 --method=mean
+	$(RUN) -m checkpoints_tools.convert --source=assets/teacher --output=$(QUICKSTART)/mqa --kv_heads=1 --method=mean
+	$(RUN) -m gqa.train --config=configs/quickstart.py --workdir=$(QUICKSTART)/uptrain --config.init.checkpoint=$(QUICKSTART)/gqa2
+	$(RUN) -m experiments.report --runs=$(QUICKSTART) --output=$(QUICKSTART)/report
+
+test: .venv/.test  ## run the tests
+	JAX_PLATFORMS=cpu $(RUN) -m pytest
+
+test-full: .venv/.test  ## run the tests, with the long counts of kills and mutilations
+	JAX_PLATFORMS=cpu $(RUN) -m pytest -m ""
+
+lint: .venv/.dev  ## check style and formatting
+	$(RUN) -m ruff check
+	$(RUN) -m ruff format --check
+
+format: .venv/.dev  ## mend style and formatting where that is safe
+	$(RUN) -m ruff check --fix
+	$(RUN) -m ruff format
+
+uptrain-full: .venv/.core  ## run the full uptraining experiment
+	$(RUN) -m experiments.uptrain_full
+
+clean:  ## remove .venv, build files and caches; keep runs/
+	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+.venv/.core: setup.py
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo 'error: $(PYTHON) does not run as Python 3.11 or later; choose another with: make PYTHON=python3.11 …' >&2; exit 1; }
+	@echo 'Installing gqa into .venv (once, about 1 GB)'
+	@$(PYTHON) -m venv .venv
+	@$(INSTALL) .
+	@touch $@
+
+.venv/.dev: .venv/.core
+	@echo 'Installing the tools of the tests into .venv'
+	@$(INSTALL) '.[dev]'
+	@touch $@
+
+.venv/.test: .venv/.dev
+	@echo 'Installing torch and transformers, which the tests compare against, into .venv'
+	@$(INSTALL) '.[dev,parity]'
+	@touch $@

@@ -1,0 +1,261 @@
+"""The `config.json` of Hugging Face checkpoints: to our configurations and back."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from gqa.errors import InputError
+from gqa.models import ModelConfig, family_of
+from gqa.models.heads import KVHeads
+from gqa.models.llama import LlamaConfig
+from gqa.models.t5 import SITES, T5Config
+from gqa.nn.position import RopeScaling
+
+# Their model_type -> our family. mT5 is T5.1.1 with another vocabulary.
+MODEL_TYPES = {"t5": "t5", "mt5": "t5", "llama": "llama"}
+# Their feed_forward_proj -> our activation; transformers means the tanh approximation by T5's gated-gelu.
+T5_ACTIVATIONS = {"gated-gelu": "gelu_new", "gated-silu": "silu", "gated-relu": "relu"}
+LLAMA_ACTIVATIONS = {"silu": "silu", "relu": "relu", "gelu_new": "gelu_new", "gelu_pytorch_tanh": "gelu_new"}
+TOKEN_IDS = ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id")
+
+_REQUIRED = object()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in `path`; raises `InputError` when it is missing or holds something else."""
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path} is missing") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise InputError(f"{path} is not readable JSON: {error}") from error
+    if not isinstance(raw, dict):
+        raise InputError(f"{path} holds a JSON {type(raw).__name__}; expected an object")
+    return raw
+
+
+def token_ids(directory: Path) -> dict[str, int]:
+    """The token ids that a checkpoint's `config.json` names, for `hf.save` to write again."""
+    raw = read_json(Path(directory) / "config.json")
+    return {name: raw[name] for name in TOKEN_IDS if raw.get(name) is not None}
+
+
+def family(raw: Mapping[str, Any], path: Path) -> str:
+    """The family of a `config.json`."""
+    model_type = raw.get("model_type")
+    if model_type not in MODEL_TYPES:
+        raise InputError(
+            f"{path}: model_type={model_type!r} is not supported; expected one of {', '.join(MODEL_TYPES)}"
+        )
+    return MODEL_TYPES[model_type]
+
+
+def ties_logits(raw: Mapping[str, Any]) -> bool:
+    """Whether the logits come from the embedding if no other `lm_head.weight` is there; T5 scales its outputs then."""
+    if raw["model_type"] == "t5":
+        # transformers 5 writes scale_decoder_outputs, and tie_word_embeddings true whatever it does.
+        return bool(raw.get("scale_decoder_outputs", raw.get("tie_word_embeddings") is not False))
+    return raw["model_type"] == "llama" and bool(raw.get("tie_word_embeddings", False))
+
+
+def read(raw: Mapping[str, Any], path: Path, choices: Mapping[str, Any]) -> ModelConfig:
+    """Our configuration; `choices` holds the fields that a `config.json` does not determine."""
+    fields = _Fields(raw, path)
+    return (_read_t5 if family(raw, path) == "t5" else _read_llama)(fields, choices)
+
+
+def write(config: ModelConfig, dtype: str, ids: Mapping[str, int] | None) -> dict[str, Any]:
+    """The `config.json` of our configuration, tensors of `dtype`; `ids` replaces the usual token ids.
+
+    Raises `InputError` for what these formats cannot express.
+    """
+    raw = _write_t5(config) if family_of(config) == "t5" else _write_llama(config)
+    if ids is not None:
+        raw = {name: value for name, value in raw.items() if name not in TOKEN_IDS} | dict(ids)
+    return raw | {"dtype": dtype, "use_cache": True}
+
+
+class _Fields:
+    """The entries of a `config.json`, checked as they are taken; null counts as absent."""
+
+    def __init__(self, raw: Mapping[str, Any], path: Path):
+        self.raw, self.path = raw, path
+
+    def take(self, name: str, kind: type, default=_REQUIRED):
+        """The entry `name`, a positive number if `kind` is int or float; raises `InputError` when it is not."""
+        value = self.raw.get(name)
+        if value is None:
+            if default is _REQUIRED:
+                raise InputError(f"{self.path} has no {name}; expected {_KINDS[kind]}")
+            return default
+        if kind is float and isinstance(value, int) and not isinstance(value, bool):
+            value = float(value)
+        if type(value) is not kind or (kind in (int, float) and value <= 0):
+            raise InputError(f"{self.path}: {name}={value!r}; expected {_KINDS[kind]}")
+        return value
+
+    def choose(self, name: str, choices: Mapping[str, str], default: str) -> str:
+        """The entry of `choices` for the text `name`."""
+        value = self.take(name, str, default)
+        if value not in choices:
+            raise InputError(f"{self.path}: {name}={value!r} is not supported; expected one of {', '.join(choices)}")
+        return choices[value]
+
+    def kv_heads(self, name: str, default: int) -> KVHeads:
+        """A number of key/value heads, or a list of one per layer; the configuration checks what divides what."""
+        value = self.raw.get(name)
+        if isinstance(value, list):
+            return tuple(value)
+        return self.take(name, int, default)
+
+
+_KINDS = {
+    int: "a positive integer",
+    float: "a positive number",
+    str: "a string",
+    bool: "true or false",
+    dict: "an object",
+}
+
+
+def _read_t5(fields: _Fields, choices: Mapping[str, Any]) -> T5Config:
+    num_heads, num_layers = fields.take("num_heads", int), fields.take("num_layers", int)
+    sites = _Fields(fields.take("num_key_value_heads", dict, {}), fields.path)
+    for site in sites.raw:
+        if site not in SITES:
+            raise InputError(f"{fields.path}: num_key_value_heads names {site!r}; expected {', '.join(SITES)}")
+    # Without the key, t5 means T5 1.0 (not supported), mt5 what we have.
+    default_activation = "relu" if fields.raw["model_type"] == "t5" else "gated-gelu"
+    return T5Config(
+        vocab_size=fields.take("vocab_size", int),
+        d_model=fields.take("d_model", int),
+        num_heads=num_heads,
+        head_dim=fields.take("d_kv", int),
+        d_ff=fields.take("d_ff", int),
+        num_encoder_layers=num_layers,
+        num_decoder_layers=fields.take("num_decoder_layers", int, num_layers),
+        **{f"{site}_kv_heads": sites.kv_heads(site, num_heads) for site in SITES},
+        relative_buckets=fields.take("relative_attention_num_buckets", int, 32),
+        relative_max_distance=fields.take("relative_attention_max_distance", int, 128),
+        activation=fields.choose("feed_forward_proj", T5_ACTIVATIONS, default_activation),
+        norm_epsilon=fields.take("layer_norm_epsilon", float, 1e-6),
+        **choices,
+    )
+
+
+def _write_t5(config: T5Config) -> dict[str, Any]:
+    raw = {
+        "architectures": ["T5ForConditionalGeneration"],
+        "model_type": "t5",
+        "is_encoder_decoder": True,
+        "vocab_size": config.vocab_size,
+        "d_model": config.d_model,
+        "d_kv": config.head_dim,
+        "d_ff": config.d_ff,
+        "num_heads": config.num_heads,
+        "num_layers": config.num_encoder_layers,
+        "num_decoder_layers": config.num_decoder_layers,
+        "relative_attention_num_buckets": config.relative_buckets,
+        "relative_attention_max_distance": config.relative_max_distance,
+        "feed_forward_proj": _key_of(T5_ACTIVATIONS, config.activation),
+        "dense_act_fn": config.activation,
+        "is_gated_act": True,
+        "layer_norm_epsilon": config.norm_epsilon,
+        "dropout_rate": config.dropout_rate,
+        "initializer_factor": 1.0,
+        "tie_word_embeddings": config.tied_logits,
+        "scale_decoder_outputs": config.tied_logits,
+        "pad_token_id": 0,
+        "eos_token_id": 1,
+        "decoder_start_token_id": 0,
+    }
+    if any(kv_heads != config.num_heads for site in SITES for kv_heads in config.kv_heads(site)):
+        raw["num_key_value_heads"] = {site: _shortest(config.kv_heads(site)) for site in SITES}
+    return raw
+
+
+def _read_llama(fields: _Fields, choices: Mapping[str, Any]) -> LlamaConfig:
+    for bias in ("attention_bias", "mlp_bias"):
+        if fields.take(bias, bool, False):
+            raise InputError(f"{fields.path}: {bias}=true is not supported; expected false")
+    d_model, num_heads = fields.take("hidden_size", int), fields.take("num_attention_heads", int)
+    # transformers 5 puts everything in rope_parameters; before, theta stood alone beside rope_scaling.
+    rope = _Fields(fields.take("rope_parameters", dict, None) or fields.take("rope_scaling", dict, {}), fields.path)
+    return LlamaConfig(
+        vocab_size=fields.take("vocab_size", int),
+        d_model=d_model,
+        num_heads=num_heads,
+        head_dim=fields.take("head_dim", int, max(d_model // num_heads, 1)),
+        d_ff=fields.take("intermediate_size", int),
+        num_layers=fields.take("num_hidden_layers", int),
+        decoder_self_kv_heads=fields.kv_heads("num_key_value_heads", num_heads),
+        rope_theta=rope.take("rope_theta", float, fields.take("rope_theta", float, 10000.0)),
+        rope_scaling=_read_rope_scaling(rope),
+        sliding_window=None,
+        max_position=fields.take("max_position_embeddings", int, 2048),
+        activation=fields.choose("hidden_act", LLAMA_ACTIVATIONS, "silu"),
+        norm_epsilon=fields.take("rms_norm_eps", float, 1e-6),
+        **choices,
+    )
+
+
+def _read_rope_scaling(rope: _Fields) -> RopeScaling | None:
+    kind = rope.take("rope_type", str, rope.take("type", str, "default"))
+    if kind not in ("default", "llama3") or rope.take("partial_rotary_factor", float, 1.0) != 1:
+        expected = "default or llama3, with partial_rotary_factor 1"
+        raise InputError(f"{rope.path}: rope_type={kind!r} is not supported as given; expected {expected}")
+    if kind == "default":
+        return None
+    return RopeScaling(
+        factor=rope.take("factor", float),
+        low_frequency_factor=rope.take("low_freq_factor", float),
+        high_frequency_factor=rope.take("high_freq_factor", float),
+        original_max_position=rope.take("original_max_position_embeddings", int),
+    )
+
+
+def _write_llama(config: LlamaConfig) -> dict[str, Any]:
+    if config.sliding_window is not None:
+        raise InputError(f"sliding_window={config.sliding_window} has no place in Llama's config.json; expected none")
+    rope = {"rope_type": "default", "rope_theta": config.rope_theta}
+    if scaling := config.rope_scaling:
+        rope |= {
+            "rope_type": "llama3",
+            "factor": scaling.factor,
+            "low_freq_factor": scaling.low_frequency_factor,
+            "high_freq_factor": scaling.high_frequency_factor,
+            "original_max_position_embeddings": scaling.original_max_position,
+        }
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.d_model,
+        "intermediate_size": config.d_ff,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": _shortest(config.kv_heads("decoder_self")),
+        "head_dim": config.head_dim,
+        "hidden_act": _key_of(LLAMA_ACTIVATIONS, config.activation),
+        "max_position_embeddings": config.max_position,
+        "rms_norm_eps": config.norm_epsilon,
+        # Both forms: readers older than transformers 5 know only the flat one.
+        "rope_parameters": rope,
+        "rope_theta": config.rope_theta,
+        "rope_scaling": rope if config.rope_scaling else None,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "tie_word_embeddings": config.tied_logits,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+
+
+def _key_of(choices: Mapping[str, str], value: str) -> str:
+    return next(theirs for theirs, ours in choices.items() if ours == value)
+
+
+def _shortest(kv_heads: tuple[int, ...]) -> int | list[int]:
+    """One number if all layers have it, else the list."""
+    return kv_heads[0] if len(set(kv_heads)) == 1 else list(kv_heads)

@@ -1,0 +1,300 @@
+"""What every command line shares: one error line for bad input, a config file with overrides, nearest valid choices.
+
+A command is
+
+    def main() -> int | None:
+        parser = argparse.ArgumentParser(description=__doc__)
+        add_config_argument(parser)
+        args, config = parse(parser)
+        ...
+
+    if __name__ == "__main__":
+        run(main)
+
+Nothing here imports JAX, so `--help` answers at once.
+"""
+
+import argparse
+import ast
+import difflib
+import errno
+import sys
+import traceback
+import types
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import ml_collections
+from ml_collections.config_dict import RequiredValueError
+
+from gqa.errors import InputError
+
+# A path or disk that the user has to mend. Any other OSError is a bug and keeps its traceback.
+_USER_ERRNOS = frozenset(
+    {
+        errno.ENOENT,
+        errno.EACCES,
+        errno.EPERM,
+        errno.EEXIST,
+        errno.ENOTDIR,
+        errno.EISDIR,
+        errno.ENOTEMPTY,
+        errno.ENOSPC,
+        errno.EDQUOT,
+        errno.EROFS,
+        errno.EFBIG,
+        errno.ENAMETOOLONG,
+    }
+)
+
+
+def run(main: Callable[[], int | None]) -> None:
+    """Calls `main` and exits the process with its code (None is 0).
+
+    Exits 2 with the single line `error: …` on stderr for `InputError` and for a path or disk at fault (missing, not
+    permitted, a file where a folder should be, full), and 130 on Ctrl-C. Other exceptions are bugs: they propagate.
+    """
+    try:
+        code = main() or 0
+    except InputError as error:
+        code = _report(str(error))
+    except OSError as error:
+        if error.errno not in _USER_ERRNOS:
+            raise
+        where = f": {error.filename}" if error.filename is not None else ""
+        code = _report(f"{error.strerror}{where}")
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        code = 130
+    sys.exit(code)
+
+
+def nearest(word: str, choices: Iterable[str]) -> str | None:
+    """The choice most like `word`, or None when there is none to choose from."""
+    found = difflib.get_close_matches(word, sorted(choices), n=1, cutoff=0.0)
+    return found[0] if found else None
+
+
+def add_config_argument(parser: argparse.ArgumentParser) -> None:
+    """Adds `--config=FILE` and the explanation of its overrides to `parser`, whose arguments `parse` then reads."""
+    group = parser.add_argument_group(
+        "configuration",
+        "A run is a Python file with a get_config() function. Any value in it is replaced with "
+        "--config.SECTION.KEY=VALUE, for example --config.train.steps=1000 (numbers as 10 or 1e-3, booleans as true "
+        "or false, tuples as 1,2,4, and None where the file says None). Unknown keys and values of another type are "
+        "refused.",
+    )
+    group.add_argument("--config", required=True, metavar="FILE", help="configuration file, e.g. configs/quickstart.py")
+
+
+def parse(
+    parser: argparse.ArgumentParser, argv: Sequence[str] | None = None
+) -> tuple[argparse.Namespace, ml_collections.ConfigDict]:
+    """Reads a command line (`argv`, or the process's own) with a `--config` into its arguments and its configuration.
+
+    Raises `InputError` for an unknown option or key (naming the nearest) and for a configuration that does not load.
+    """
+    overrides, rest = _split_overrides(sys.argv[1:] if argv is None else argv)
+    args, unknown = parser.parse_known_args(rest)
+    config = load_config(args.config, overrides)
+    _refuse_unknown(unknown, [*_options(parser), *(f"--config.{key}" for key in _keys(config))])
+    return args, config
+
+
+def parse_arguments(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """`parser.parse_args` for a command without a configuration; an unknown option raises `InputError` (nearest)."""
+    args, unknown = parser.parse_known_args(argv)
+    _refuse_unknown(unknown, _options(parser))
+    return args
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> ml_collections.ConfigDict:
+    """The locked `get_config()` of the Python file at `path`, with each `--config.a.b=value` of `overrides` applied.
+
+    A value takes the type of the one that it replaces (an int is a valid float); where the file says None, None
+    stays valid, and `placeholder(int)` also fixes the type of what may replace it. Of two overrides of one key the
+    last holds. Raises `InputError` for a missing or broken file, an unknown key (naming the nearest), a value of
+    another type and a `required_placeholder` left empty.
+    """
+    config = _run_config_file(Path(path))
+    values = {}
+    for override in overrides:
+        key, separator, text = override.partition("=")
+        if not separator or not key.startswith("--config."):
+            raise InputError(f"{override!r} is not an override; expected --config.KEY=VALUE")
+        values[key.removeprefix("--config.")] = text
+    for key, text in values.items():
+        _override(config, key, text)
+    for key in _keys(config):
+        section, name = _section(config, key)
+        try:
+            section[name]
+        except RequiredValueError:
+            raise InputError(f"config.{key} has no value; expected --config.{key}=VALUE") from None
+    return config.lock()
+
+
+def _report(message: str) -> int:
+    # An InputError that quotes a multi-line message of a library still takes one line.
+    print("error:", " ".join(message.splitlines()), file=sys.stderr)
+    return 2
+
+
+def _options(parser: argparse.ArgumentParser) -> list[str]:
+    return [option for option in parser._option_string_actions if option.startswith("--")]
+
+
+def _refuse_unknown(unknown: Sequence[str], options: Iterable[str]) -> None:
+    if not unknown:
+        return
+    word = unknown[0].partition("=")[0]
+    if not word.startswith("-"):
+        raise InputError(f"unexpected argument {unknown[0]!r}; options are written --NAME=VALUE")
+    raise InputError(f"unknown option {word}; nearest: {nearest(word, options)}")
+
+
+def _split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    # Taken out before argparse sees them: it would read the value of `--config.a VALUE` as a positional argument.
+    overrides, rest = [], []
+    words = iter(argv)
+    for word in words:
+        if not word.startswith("--config."):
+            rest.append(word)
+        elif "=" in word:
+            overrides.append(word)
+        else:
+            value = next(words, None)
+            if value is None or value.startswith("--"):
+                raise InputError(f"{word} has no value; expected {word}=VALUE")
+            overrides.append(f"{word}={value}")
+    return overrides, rest
+
+
+def _run_config_file(path: Path) -> ml_collections.ConfigDict:
+    if not path.is_file():
+        raise InputError(_describe_missing(path))
+    module = types.ModuleType("config")
+    module.__file__ = str(path)
+    try:
+        # Not through importlib, whose bytecode cache misses an edit of equal size within the same second.
+        exec(compile(path.read_bytes(), str(path), "exec"), module.__dict__)
+        get_config = module.__dict__.get("get_config")
+        config = get_config() if callable(get_config) else None
+    except (InputError, OSError):
+        raise
+    except Exception as error:
+        raise InputError(f"{path}:{_line_of(error, path)} raised {type(error).__name__}: {error}") from error
+    if get_config is None:
+        raise InputError(f"{path} has no get_config(); expected a function that returns an ml_collections.ConfigDict")
+    if not isinstance(config, ml_collections.ConfigDict):
+        found = type(config).__name__
+        raise InputError(f"get_config() of {path} returns {found}; expected an ml_collections.ConfigDict")
+    return config
+
+
+def _line_of(error: Exception, path: Path) -> int | None:
+    if isinstance(error, SyntaxError) and error.filename == str(path):
+        return error.lineno
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+    return lines[-1] if lines else 1
+
+
+def _describe_missing(path: Path) -> str:
+    if path.is_dir():
+        files = sorted(file.name for file in path.glob("*.py"))
+        return f"config {path} is a folder; expected one of its files: {', '.join(files) or 'it has none'}"
+    if not path.parent.is_dir():
+        return f"config {path} not found: there is no folder {path.parent}"
+    choice = nearest(path.name, (file.name for file in path.parent.glob("*.py")))
+    return f"config {path} not found; " + (
+        f"nearest: {path.parent / choice}" if choice else f"{path.parent} has no .py file"
+    )
+
+
+def _kind(config: ml_collections.ConfigDict, name: str) -> type:
+    try:
+        return config.get_type(name)
+    except RequiredValueError:
+        return config.get_ref(name).get_type()
+
+
+def _keys(config: ml_collections.ConfigDict) -> Iterator[str]:
+    """Dotted names of every value in `config`, sections left out."""
+    for key in config:
+        if issubclass(_kind(config, key), ml_collections.ConfigDict):
+            yield from (f"{key}.{inner}" for inner in _keys(config[key]))
+        else:
+            yield key
+
+
+def _section(config: ml_collections.ConfigDict, key: str) -> tuple[ml_collections.ConfigDict, str]:
+    """The section that holds the dotted `key`, and the key's last name in it."""
+    *sections, name = key.split(".")
+    node = config
+    for section in sections:
+        if section not in node or not issubclass(_kind(node, section), ml_collections.ConfigDict):
+            break
+        node = node[section]
+    else:
+        if name in node:
+            return node, name
+    raise InputError(f"unknown key config.{key}; nearest: config.{nearest(key, _keys(config))}")
+
+
+def _value(config: ml_collections.ConfigDict, name: str) -> Any:
+    """The value of `name`; None for a required placeholder that nothing fills yet."""
+    try:
+        return config[name]
+    except RequiredValueError:
+        return None
+
+
+def _override(config: ml_collections.ConfigDict, key: str, text: str) -> None:
+    section, name = _section(config, key)
+    kind, default = _kind(section, name), _value(section, name)
+    if issubclass(kind, ml_collections.ConfigDict):
+        raise InputError(f"config.{key} is a section; expected one of its keys: {', '.join(section[name])}")
+    try:
+        section[name] = _parse_value(text, kind, default)
+    except ValueError:
+        expected = kind.__name__ + (" or None" if default is None else f" such as {default!r}")
+        raise InputError(f"config.{key}={text} has the wrong type; expected {expected}") from None
+
+
+def _parse_value(text: str, kind: type, default: Any) -> Any:
+    """`text` as a value of type `kind`; raises `ValueError` when it is none."""
+    if default is None and text in ("None", "none"):
+        return None
+    if kind is bool and text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    if kind in (int, float, str):
+        return kind(text)
+    if kind in (tuple, list):
+        return kind(_parse_items(text, default or ()))
+    if kind is type(None):  # the file does not say what else it may be
+        return _parse_literal(text)
+    raise ValueError(f"{text!r} is not a {kind.__name__}")
+
+
+def _parse_items(text: str, default: Sequence[Any]) -> Iterator[Any]:
+    """Items of `1,2`, `(1, 2)` or `[1, 2]`, each of the type of those that they replace where these agree."""
+    text = text.strip()
+    if text[:1] + text[-1:] in ("()", "[]"):
+        text = text[1:-1]
+    kinds = {type(item) for item in default}
+    kind = kinds.pop() if len(kinds) == 1 else None
+    for item in filter(None, map(str.strip, text.split(","))):
+        if kind in (bool, int, float):
+            yield _parse_value(item, kind, default[0])
+        elif kind is str:
+            yield item.strip("'\"")
+        else:
+            yield _parse_literal(item)
+
+
+def _parse_literal(text: str) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text

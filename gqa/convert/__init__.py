@@ -1,0 +1,127 @@
+"""Conversion of a model to fewer key/value heads: methods by name, and `convert`, which applies one to attention sites.
+
+A method is a function `(attention, statistics, num_kv_heads, key) -> attention` of one layer's attention: it returns a
+new module with `num_kv_heads` heads in its key and value kernels. A row in `METHODS` adds one.
+"""
+
+import itertools
+import operator
+from collections.abc import Callable, Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from gqa import models
+from gqa.convert import pooling
+from gqa.errors import InputError
+from gqa.models.heads import KVHeads, nearest_divisors, per_layer_kv_heads
+from gqa.models.stacks import num_layers, runs
+
+METHODS: dict[str, Callable] = {
+    "mean": pooling.mean,
+    "first": pooling.first,
+    "random": pooling.random,
+}
+
+# Where a model holds its attention sites: stacks -> site -> the attention of their layers.
+_SITES = {
+    "encoder": {"encoder_self": "self_attention"},
+    "decoder": {"decoder_self": "self_attention", "cross": "cross_attention"},
+}
+
+
+def convert(model: models.Model, kv_heads: Mapping[str, KVHeads], method: str, key: jax.Array) -> models.Model:
+    """A new model with `kv_heads` key/value heads at the named attention sites (GQA §2.1).
+
+    Args:
+      model: multi-head or grouped; left as it is. Other parameters of the new model are the same arrays.
+      kv_heads: site -> its new number of key/value heads, one for all layers or one per layer; a number divides the
+        layer's present one, and where it equals that the layer's attention is not touched. Sites left out stay.
+      method: a name in `METHODS`.
+      key: random key of methods that draw; a layer's draw depends on the site's and the layer's number alone.
+
+    Returns:
+      The model, its `config` changed accordingly and its layers in one stack per run of equal layers.
+
+    Raises:
+      InputError: for an unknown method or site, and for numbers that do not divide the present ones.
+    """
+    if method not in METHODS:
+        raise InputError(f"method={method!r} is unknown; expected one of {', '.join(METHODS)}")
+    sites = models.FAMILIES[models.family_of(model.config)].sites
+    targets = {site: model.config.kv_heads(site) for site in sites}
+    for site, wanted in kv_heads.items():
+        if site not in sites:
+            raise InputError(f"attention site {site!r} is unknown; expected one of {', '.join(sites)}")
+        wanted = per_layer_kv_heads(wanted, len(targets[site]))
+        _check(site, present=targets[site], wanted=wanted)
+        targets[site] = wanted
+
+    config = models.replace(model.config, **{f"{site}_kv_heads": _shortest(targets[site]) for site in kv_heads})
+    model = jax.tree.map(lambda leaf: leaf, model)
+    model.config = config
+    for stacks, attention_names in _SITES.items():
+        if kv_heads.keys() & attention_names.keys():
+            present = {attention: site for site, attention in attention_names.items() if site in sites}
+            layer_kv_heads = {attention: targets[site] for attention, site in present.items()}
+            layer_keys = {
+                attention: jax.random.split(jax.random.fold_in(key, sites.index(site)), len(targets[site]))
+                for attention, site in present.items()
+            }
+            setattr(model, stacks, _convert_stacks(getattr(model, stacks), layer_kv_heads, METHODS[method], layer_keys))
+    return model
+
+
+def _check(site: str, *, present: Sequence[int], wanted: Sequence[int]) -> None:
+    if len(wanted) != len(present):
+        raise InputError(
+            f"{site}_kv_heads names {len(wanted)} layers, the model has {len(present)}; give one number or {len(present)}"
+        )
+    for layer, (number, available) in enumerate(zip(wanted, present, strict=True)):
+        if number < 1 or available % number:
+            raise InputError(
+                f"{site}_kv_heads={number} does not divide the {available} key/value heads of layer {layer}; "
+                f"nearest: {nearest_divisors(available, number)}"
+            )
+
+
+def _shortest(per_layer: tuple[int, ...]) -> KVHeads:
+    return per_layer[0] if len(set(per_layer)) == 1 else per_layer
+
+
+def _convert_stacks(
+    stacks: Sequence, kv_heads: Mapping[str, Sequence[int]], method: Callable, keys: Mapping[str, jax.Array]
+) -> nnx.List:
+    """The layers of `stacks` with `kv_heads[attention][layer]`, in one stack per run of equal layers."""
+    kinds = list(zip(*kv_heads.values(), strict=True))
+    pieces, first = [], 0
+    for stack in stacks:
+        start, length = 0, num_layers(stack)
+        for kind, count in runs(kinds[first : first + length]):
+            # A stack that stays whole is not sliced: that would copy all its parameters.
+            piece = stack if count == length else jax.tree.map(lambda leaf, s=slice(start, start + count): leaf[s], stack)
+            layers = slice(first + start, first + start + count)
+            for name, num_kv_heads in zip(kv_heads, kind, strict=True):
+                piece = _convert_attention(piece, name, num_kv_heads, method, keys[name][layers])
+            pieces.append((kind, piece))
+            start += count
+        first += length
+    return nnx.List(
+        [_concatenate([piece for _, piece in run]) for _, run in itertools.groupby(pieces, key=operator.itemgetter(0))]
+    )
+
+
+def _convert_attention(layers, name: str, num_kv_heads: int, method: Callable, keys: jax.Array):
+    """Stacked `layers` with the attention called `name` converted; the same object where nothing is to do."""
+    attention = getattr(layers, name)
+    if attention.key.shape[-2] == num_kv_heads:
+        return layers
+    layers = jax.tree.map(lambda leaf: leaf, layers)
+    setattr(layers, name, jax.vmap(lambda attention, key: method(attention, None, num_kv_heads, key))(attention, keys))
+    return layers
+
+
+def _concatenate(stacks: Sequence):
+    """One stack of the layers of all."""
+    return stacks[0] if len(stacks) == 1 else jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *stacks)

@@ -1,0 +1,35 @@
+"""Numbers of key/value heads: one for all layers of a site, or one per layer."""
+
+from gqa.errors import InputError
+
+KVHeads = int | tuple[int, ...]
+
+
+def divisors(number: int) -> list[int]:
+    """All divisors in increasing order."""
+    return [n for n in range(1, number + 1) if number % n == 0]
+
+
+def nearest_divisors(number: int, wanted: int) -> str:
+    """The divisors of `number` on either side of `wanted`, for an error message."""
+    below = [n for n in divisors(number) if n <= wanted][-1:]
+    above = [n for n in divisors(number) if n > wanted][:1]
+    return ", ".join(str(n) for n in below + above)
+
+
+def per_layer_kv_heads(kv_heads: KVHeads, num_layers: int) -> tuple[int, ...]:
+    """One number per layer."""
+    return (kv_heads,) * num_layers if isinstance(kv_heads, int) else tuple(kv_heads)
+
+
+def check_kv_heads(name: str, kv_heads: KVHeads, num_heads: int, num_layers: int) -> None:
+    """Raises `InputError` unless every layer's number divides `num_heads`."""
+    per_layer = per_layer_kv_heads(kv_heads, num_layers)
+    if len(per_layer) != num_layers:
+        raise InputError(f"{name} names {len(per_layer)} layers, the model has {num_layers}; give one number or {num_layers}")
+    for number in per_layer:
+        if not isinstance(number, int) or number < 1 or num_heads % number:
+            wanted = number if isinstance(number, int) else 1
+            raise InputError(
+                f"{name}={number} does not divide num_heads={num_heads}; nearest: {nearest_divisors(num_heads, wanted)}"
+            )

@@ -1,0 +1,83 @@
+"""The plain layers: parameters, linear maps, RMSNorm, the gated MLP, embeddings and dropout.
+
+Axis legend, everywhere in this library: `B` batch, `T` query positions, `S` key positions, `D` model width, `F` MLP
+width, `H` query heads, `K` key/value heads, `G` query heads per key/value head, `d` head width, `L` layers, `V` vocabulary.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+# Named functions: a lambda held by a module would retrace for every instance.
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "gelu_new": jax.nn.gelu,  # tanh approximation, as in T5X and transformers' T5.1.1
+    "silu": jax.nn.silu,
+    "relu": jax.nn.relu,
+}
+
+
+def parameter(key: jax.Array | None, shape: tuple[int, ...], axes: tuple[str, ...], stddev: float | None, dtype) -> nnx.Param:
+    """Declares a parameter: its shape, logical axes and initialiser (normal of `stddev`, or ones where it is `None`)."""
+    assert len(shape) == len(axes), (shape, axes)
+    value = jnp.ones(shape, dtype) if stddev is None else stddev * jax.random.normal(key, shape, dtype)
+    return nnx.Param(value, axes=axes)
+
+
+def linear(equation: str, x: jax.Array, kernel: nnx.Param, dtype) -> jax.Array:
+    """`einsum` of an activation with a kernel in the compute dtype; whatever stands where a kernel stood is handled here."""
+    return jnp.einsum(equation, x.astype(dtype), kernel[...].astype(dtype))
+
+
+@dataclasses.dataclass(frozen=True)
+class Dropout:
+    """Dropout of one call: the rate and the random key; `None` in its place means no dropout."""
+
+    rate: float  # share of the elements set to zero
+    key: jax.Array  # folded with the site's number, so that no two sites share a mask
+
+    def __call__(self, x: jax.Array, site: int) -> jax.Array:
+        keep = jax.random.bernoulli(jax.random.fold_in(self.key, site), 1.0 - self.rate, x.shape)
+        return jnp.where(keep, x / (1.0 - self.rate), 0).astype(x.dtype)
+
+
+def dropped(x: jax.Array, dropout: Dropout | None, site: int) -> jax.Array:
+    """`x` after `dropout`, or `x` itself where there is none."""
+    return x if dropout is None else dropout(x, site)
+
+
+class RMSNorm(nnx.Module):
+    """Root-mean-square normalisation, in float32 whatever the input (Llama 2 §2.2; T5.1.1 calls it layer norm)."""
+
+    def __init__(self, width: int, epsilon: float, param_dtype):
+        self.scale = parameter(None, (width,), ("embed",), None, param_dtype)
+        self.epsilon = epsilon
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x32 = x.astype(jnp.float32)
+        x32 = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.epsilon)
+        return (x32 * self.scale[...].astype(jnp.float32)).astype(x.dtype)
+
+
+class GatedMLP(nnx.Module):
+    """`(act(x W_gate) * (x W_up)) W_down`: T5.1.1's gated GELU and Llama's SwiGLU."""
+
+    def __init__(self, d_model: int, d_ff: int, *, activation: str, stddev_in: float, stddev_out: float, param_dtype, key):
+        gate_key, up_key, down_key = jax.random.split(key, 3)
+        self.gate = parameter(gate_key, (d_model, d_ff), ("embed", "mlp"), stddev_in, param_dtype)
+        self.up = parameter(up_key, (d_model, d_ff), ("embed", "mlp"), stddev_in, param_dtype)
+        self.down = parameter(down_key, (d_ff, d_model), ("mlp", "embed"), stddev_out, param_dtype)
+        self.activation = activation
+
+    def __call__(self, x_BTD: jax.Array, dropout: Dropout | None, site: int) -> jax.Array:
+        gate_BTF = ACTIVATIONS[self.activation](linear("BTD,DF->BTF", x_BTD, self.gate, x_BTD.dtype))
+        up_BTF = linear("BTD,DF->BTF", x_BTD, self.up, x_BTD.dtype)
+        hidden_BTF = dropped(gate_BTF * up_BTF, dropout, site)
+        return linear("BTF,FD->BTD", hidden_BTF, self.down, x_BTD.dtype)
+
+
+def embed(table: nnx.Param, tokens_BT: jax.Array, dtype) -> jax.Array:
+    """Rows of an embedding table `[V, D]` for `tokens_BT`, in `dtype`."""
+    return table[...][tokens_BT].astype(dtype)

@@ -1,0 +1,71 @@
+"""python -m gqa.train --config=configs/NAME.py --workdir=DIR [--config.train.steps=1000 …]
+
+Trains as the config says: from scratch, or on from a converted checkpoint (uptraining). Started again, it goes on from
+its newest checkpoint. The final model is in DIR/model, in the layout of a Hugging Face checkpoint.
+"""
+
+import argparse
+import os
+from pathlib import Path
+
+from gqa import command_line
+from gqa.errors import InputError
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    command_line.add_config_argument(parser)
+    parser.add_argument("--workdir", type=Path, required=True, help="folder of this run: metrics, checkpoints, final model")
+    arguments, raw_config = command_line.parse(parser)
+    # Imported here: --help and a mistyped config answer at once.
+    import jax
+
+    from gqa.training import config as run_config
+    from gqa import models, sharding
+    from gqa.checkpoints import hf
+    from gqa.data import prepare
+    from gqa.training import loop
+
+    config = run_config.parse(raw_config)
+    architecture = config.model.architecture()
+    config.check_devices(jax.device_count())
+    mesh = sharding.make_mesh(config.mesh)
+    if not os.access(_existing_parent(arguments.workdir), os.W_OK):
+        raise InputError(f"workdir {arguments.workdir} is not writable; choose another folder")
+    records = config.prepared_records()
+    vocabulary_size = prepare.read_manifest(records).vocabulary_size
+    if vocabulary_size > architecture.vocab_size:
+        raise InputError(
+            f"vocabulary {config.data.vocabulary} has {vocabulary_size} pieces, the model's embedding {architecture.vocab_size}; "
+            "use the model's own vocabulary"
+        )
+
+    def initial_model():
+        if config.model.checkpoint is None:
+            return lambda: models.create(architecture, jax.random.key(config.train.seed))
+        return hf.load(config.model.checkpoint, mesh=mesh, **config.model.run_choices())
+
+    def export(model, directory):
+        hf.save(model, directory, dtype="float32", extra_files=[config.data.vocabulary])
+
+    loop.train(
+        config,
+        arguments.workdir,
+        mesh=mesh,
+        architecture=architecture,
+        initial_model=initial_model(),
+        records=records,
+        export=export,
+    )
+
+
+def _existing_parent(path: Path) -> Path:
+    path = path.absolute()
+    while not path.exists():
+        path = path.parent
+    return path
+
+
+if __name__ == "__main__":
+    command_line.run(main)

@@ -1,0 +1,227 @@
+"""A run as frozen, validated dataclasses: everything that a config file may say, checked before anything is allocated."""
+
+import dataclasses
+import difflib
+import math
+import types
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_collections
+
+from gqa import models
+from gqa.checkpoints import hf
+from gqa.data.prepare import PrepareSpec, default_directory, prepare, read_manifest
+from gqa.errors import InputError
+from gqa.models.heads import divisors
+from gqa.models.stacks import REMAT_POLICIES
+from gqa.sharding import MeshConfig
+from gqa.training.optimizer import OptimizerConfig
+
+DTYPES = ("float32", "bfloat16")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelChoice:
+    """Which model is trained, and how it computes."""
+
+    size: str | None  # ready-made architecture to train from scratch, such as t5_1_1_base …
+    changes: Mapping[str, Any]  # … fields of that architecture to change
+    checkpoint: str | None  # or: folder of a (converted) checkpoint that training goes on from
+    dropout_rate: float  # 0 in pre-training and uptraining, 0.1 in fine-tuning (GQA §3.1)
+    dtype: str  # of activations and matrix products: float32 or bfloat16
+    param_dtype: str  # of the parameters; float32 masters unless memory forbids
+    scan_layers: bool  # scan over stacked layers (compile time independent of depth) or unroll them
+    remat: str  # what the backward pass recomputes: none, dots, full
+
+    def __post_init__(self):
+        if (self.size is None) == (self.checkpoint is None):
+            raise InputError("model.size (from scratch) or model.checkpoint (go on from a folder): set exactly one of them")
+        if self.checkpoint is not None and self.changes:
+            raise InputError("model.changes belongs to model.size; a checkpoint has the architecture it has")
+        _one_of("model.dtype", self.dtype, DTYPES)
+        _one_of("model.param_dtype", self.param_dtype, DTYPES)
+        _one_of("model.remat", self.remat, REMAT_POLICIES)
+
+    def architecture(self) -> models.ModelConfig:
+        """The model's configuration, read from the checkpoint or from the ready-made sizes."""
+        if self.checkpoint is not None:
+            return hf.read_config(self.checkpoint, **self.run_choices())
+        base = models.size(self.size)
+        for name in self.changes:
+            _one_of("model.changes", name, [field.name for field in dataclasses.fields(base)])
+        return dataclasses.replace(base, **{**self.changes, **self.run_choices()})
+
+    def run_choices(self) -> dict[str, Any]:
+        """Fields of the architecture that are a choice of the run, not of the checkpoint."""
+        return {name: getattr(self, name) for name in ("dropout_rate", "dtype", "param_dtype", "scan_layers", "remat")}
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """The loop."""
+
+    steps: int | None  # optimizer steps of this run; None where `uptrain` says it
+    batch_size: int  # rows a step, over all devices
+    accumulation: int  # micro-batches a step; the update is that of the whole batch
+    seed: int  # of initialisation, epoch order, noise and dropout
+    z_loss: float  # coefficient of log(Z)^2 (T5: 1e-4)
+    log_every: int  # steps between lines of metrics
+    eval_every: int  # steps between held-out losses; the last step always has one
+    eval_examples: int  # held-out rows scored
+    save_every: int  # steps between checkpoints; the last step always has one
+    keep: int  # newest checkpoints kept
+
+    def __post_init__(self):
+        for name in ("batch_size", "accumulation", "log_every", "eval_every", "eval_examples", "save_every", "keep"):
+            if getattr(self, name) < 1:
+                raise InputError(f"train.{name}={getattr(self, name)}; expected at least 1")
+        if self.steps is not None and self.steps < 1:
+            raise InputError(f"train.steps={self.steps}; expected at least 1")
+        if self.z_loss < 0:
+            raise InputError(f"train.z_loss={self.z_loss}; expected at least 0 (T5: 1e-4)")
+        if self.batch_size % self.accumulation:
+            nearest = min(divisors(self.batch_size), key=lambda n: abs(n - self.accumulation))
+            raise InputError(
+                f"train.accumulation={self.accumulation} does not divide train.batch_size={self.batch_size}; nearest: {nearest}"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class UptrainConfig:
+    """Uptraining: the original pre-training goes on for a share of its steps (GQA §2.1)."""
+
+    original_steps: int  # steps of the original pre-training; its schedule goes on from there
+    alpha: float  # share of them to uptrain for; the paper's headline is 0.05
+
+    def __post_init__(self):
+        if self.original_steps < 1:
+            raise InputError(f"uptrain.original_steps={self.original_steps}; expected at least 1 (T5.1.1: 1000000)")
+        if not 0 < self.alpha <= 1:
+            raise InputError(f"uptrain.alpha={self.alpha}; expected a share in (0, 1], such as 0.05")
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """A training run."""
+
+    model: ModelChoice
+    data: PrepareSpec
+    records: str | None  # folder of prepared records; None: prepared into the cache when missing
+    optimizer: OptimizerConfig
+    train: TrainConfig
+    mesh: MeshConfig
+    uptrain: UptrainConfig | None
+
+    def __post_init__(self):
+        self.optimizer.validate()
+        if (self.train.steps is None) == (self.uptrain is None):
+            raise InputError("train.steps or uptrain (original_steps and alpha): set exactly one of them")
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of this run; α × original steps when uptraining."""
+        return self.train.steps if self.uptrain is None else max(1, round(self.uptrain.alpha * self.uptrain.original_steps))
+
+    @property
+    def schedule_offset(self) -> int:
+        """Where in the learning-rate schedule the run starts."""
+        return 0 if self.uptrain is None else self.uptrain.original_steps
+
+    def prepared_records(self) -> Path:
+        """The folder of this run's records, prepared now if it is not there yet."""
+        if self.records is None:
+            directory = default_directory(self.data)
+            prepare(self.data, directory)
+            return directory
+        manifest = read_manifest(self.records)
+        for name in ("task", "inputs_length", "targets_length"):
+            found, expected = getattr(manifest, name), getattr(self.data, name)
+            if expected is not None and found != expected:
+                raise InputError(f"records {self.records} have {name}={found!r}, the config says data.{name}={expected!r}")
+        return Path(self.records)
+
+    def check_devices(self, num_devices: int) -> None:
+        """Raises `InputError` unless mesh and batch fit `num_devices`."""
+        data, fsdp, _ = self.mesh.sizes(num_devices)
+        rows, ways = self.train.batch_size // self.train.accumulation, data * fsdp
+        if rows % ways:
+            step = math.lcm(ways) * self.train.accumulation
+            nearest = max(step, round(self.train.batch_size / step) * step)
+            raise InputError(
+                f"train.batch_size={self.train.batch_size} in {self.train.accumulation} micro-batch(es) is not divisible by "
+                f"data*fsdp={ways} devices; nearest: {nearest}"
+            )
+
+
+# What may differ between two starts of the same run in one working folder.
+MAY_CHANGE = ("train.steps", "train.log_every", "train.eval_every", "train.save_every", "train.keep", "records")
+MAY_CHANGE += ("uptrain.alpha", "mesh.data", "mesh.fsdp", "mesh.tensor", "train.accumulation")
+
+
+def parse(config: ml_collections.ConfigDict | Mapping) -> RunConfig:
+    """The validated run of a config file's dictionary; unknown and missing keys raise `InputError` naming the nearest."""
+    raw = config.to_dict() if isinstance(config, ml_collections.ConfigDict) else config
+    return _build(RunConfig, raw, "config")
+
+
+def _build(kind: type, raw: Mapping, where: str):
+    if not isinstance(raw, Mapping):
+        raise InputError(f"{where}={raw!r}; expected a section with {', '.join(f.name for f in dataclasses.fields(kind))}")
+    hints, values = typing.get_type_hints(kind), dict(raw)
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    for name in values:
+        _one_of(where, name, fields)
+    for name, field in fields.items():
+        if name not in values and field.default is dataclasses.MISSING:
+            raise InputError(f"{where}.{name} is missing")
+        if name in values:
+            values[name] = _coerce(hints[name], values[name], f"{where}.{name}")
+    return kind(**values)
+
+
+def _coerce(hint, value, where: str):
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if value is None and type(None) in options:
+        return None
+    for option in options:
+        if dataclasses.is_dataclass(option):
+            return _build(option, value, where)
+        origin = typing.get_origin(option) or option
+        if origin is float and isinstance(value, int) and not isinstance(value, bool):
+            return float(value)
+        if origin is Mapping and isinstance(value, Mapping):
+            return types.MappingProxyType(dict(value))
+        if isinstance(origin, type) and isinstance(value, origin) and isinstance(value, bool) == (origin is bool):
+            return value
+    names = " or ".join(getattr(option, "__name__", str(option)) for option in options)
+    raise InputError(f"{where}={value!r} is a {type(value).__name__}; expected {names.replace('NoneType', 'None')}")
+
+
+def to_json(config: RunConfig) -> dict:
+    """The run as plain JSON values."""
+
+    def plain(value):
+        if dataclasses.is_dataclass(value):
+            return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        if isinstance(value, Mapping):
+            return {name: plain(item) for name, item in value.items()}
+        return list(value) if isinstance(value, tuple) else str(value) if isinstance(value, Path) else value
+
+    return plain(config)
+
+
+def flatten(plain: Mapping, prefix: str = "") -> dict[str, Any]:
+    """Nested sections as `a.b` keys."""
+    flat = {}
+    for name, value in plain.items():
+        flat.update(flatten(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value})
+    return flat
+
+
+def _one_of(where: str, value: str, choices) -> None:
+    if value not in choices:
+        nearest = difflib.get_close_matches(str(value), list(choices), n=1, cutoff=0.0)
+        raise InputError(f"{where}: unknown {value!r}; expected one of {', '.join(choices)}; nearest: {nearest[0]}")

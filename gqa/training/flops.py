@@ -1,0 +1,37 @@
+"""Model FLOPs of a training step, read off a model's shapes."""
+
+import jax
+import numpy as np
+
+from gqa import models
+from gqa.models import t5
+from gqa.training.metrics import Attention, MatrixProduct, model_flops_per_step
+
+
+def train_step_flops(model: models.Model, batch_shapes: dict[str, tuple[int, ...]]) -> int:
+    """FLOPs of one step, forward and backward, for a model (or its abstract form) and a batch's shapes by name."""
+    config = model.config
+    rows, targets = batch_shapes["targets"]
+    logits = config.vocab_size * config.d_model
+    decoder = _kernels(model.decoder)
+    heads = (config.num_heads, config.head_dim)
+    if not isinstance(model, t5.T5):
+        attentions = [Attention(config.num_layers, *heads, queries=rows * targets, keys=targets)]
+        return model_flops_per_step([MatrixProduct(decoder + logits, rows * targets)], attentions)
+    inputs = batch_shapes["inputs"][1]
+    cross_kv = sum(_kernels((site.key, site.value)) for site in models.site_attention(model, "cross"))
+    products = [
+        MatrixProduct(_kernels(model.encoder) + cross_kv, rows * inputs),
+        MatrixProduct(decoder - cross_kv + logits, rows * targets),
+    ]
+    attentions = [
+        Attention(config.num_encoder_layers, *heads, queries=rows * inputs, keys=inputs),
+        Attention(config.num_decoder_layers, *heads, queries=rows * targets, keys=targets),
+        Attention(config.num_decoder_layers, *heads, queries=rows * targets, keys=inputs),
+    ]
+    return model_flops_per_step(products, attentions)
+
+
+def _kernels(stacks) -> int:
+    # Stacked norm scales have two dimensions, kernels at least three.
+    return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(stacks) if len(leaf.shape) > 2)

@@ -1,0 +1,228 @@
+"""The one training loop: initial state or resume, step, metrics, held-out loss, checkpoints, final model."""
+
+import contextlib
+import json
+import os
+import resource
+import shutil
+import signal
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from tqdm import tqdm
+
+from gqa import models
+from gqa.checkpoints.store import Store
+from gqa.training.config import MAY_CHANGE, RunConfig, flatten, to_json
+from gqa.data import loader
+from gqa.errors import InputError
+from gqa.objectives.language_model import Sums, cross_entropy
+from gqa.sharding import logical_axes
+from gqa.training import optimizer as optimizers
+from gqa.training.flops import train_step_flops
+from gqa.training.metrics import MetricsWriter
+from gqa.training.state import abstract_state, initial_state, make_train_step, place_batch
+
+CONFIG = "config.json"
+FINISHED = "finished.json"
+MODEL = "model"
+
+
+class Interrupted(KeyboardInterrupt):
+    """A run that a signal stopped, its state saved."""
+
+
+def language_model_loss(z_loss: float, dropout: bool) -> Callable[[models.Model, Mapping, jax.Array], Sums]:
+    """The objective of pre-training and uptraining: cross-entropy of the targets, summed over tokens."""
+
+    def loss_fn(model, batch, key):
+        logits_BTV = models.apply(model, batch, key if dropout else None)
+        return cross_entropy(logits_BTV, batch["targets"], batch["loss_weights"], z_loss)
+
+    return loss_fn
+
+
+@jax.jit
+def _heldout_sums(model: models.Model, batch: Mapping) -> Sums:
+    logits_BTV = models.apply(model, batch)
+    return cross_entropy(logits_BTV, batch["targets"], batch["loss_weights"], 0.0)
+
+
+def heldout_metrics(model: models.Model, batches: loader.Batches, mesh: Mesh) -> dict[str, float]:
+    """Loss in nats a token, accuracy and tokens scored; one transfer from the devices at the end."""
+    with jax.set_mesh(mesh):
+        sums = jax.device_get([_heldout_sums(model, place_batch(mesh, batches(i))) for i in range(len(batches))])
+    total = Sums(*(np.sum(np.asarray(part, np.float64)) for part in zip(*sums, strict=True)))
+    return {
+        "loss": float(total.loss_sum / total.weight_sum),
+        "accuracy": float(total.correct_sum / total.weight_sum),
+        "target_tokens": int(total.weight_sum),
+    }
+
+
+def train(
+    config: RunConfig,
+    workdir: Path,
+    *,
+    mesh: Mesh,
+    architecture: models.ModelConfig,
+    initial_model: models.Model | Callable[[], models.Model],
+    records: Path,
+    export: Callable[[models.Model, Path], None],
+) -> models.Model:
+    """Trains to the end, going on from the newest checkpoint in `workdir` if there is one.
+
+    Args:
+      config: the run; written to `config.json`, and every later start must agree with it.
+      workdir: gets `config.json`, `metrics.jsonl`, `tensorboard/`, `checkpoints/` and, at the end, `model/`.
+      mesh: the devices.
+      architecture: the model's configuration.
+      initial_model: the model of step 0, or a function that initialises one in place.
+      records: folder of prepared records.
+      export: writes the final model into a folder.
+
+    Raises `InputError` when the folder holds another or a finished run, `Interrupted` after a signal.
+    """
+    claim(workdir, config)
+    abstract_model = models.abstract(architecture)
+    learning_rate = optimizers.schedule(config.optimizer)
+    optimizer = optimizers.optimizer(
+        config.optimizer, config.schedule_offset, logical_axes(abstract_model)
+    )
+    train_step = make_train_step(
+        language_model_loss(config.train.z_loss, config.model.dropout_rate > 0),
+        optimizer,
+        lambda step: learning_rate(step + config.schedule_offset),
+        accumulation=config.train.accumulation,
+        seed=config.train.seed,
+    )
+    train_step = jax.jit(train_step, donate_argnums=0)
+    batches = loader.train_batches(records, config.train.batch_size, config.train.seed)
+    heldout = loader.heldout_batches(records, config.train.batch_size, config.train.eval_examples)
+    flops = train_step_flops(abstract_model, {name: array.shape for name, array in batches(0).items()})
+
+    with contextlib.ExitStack() as stack:
+        store = stack.enter_context(Store(workdir / "checkpoints", config.train.keep))
+        signals = stack.enter_context(_Signals())
+        stack.enter_context(jax.set_mesh(mesh))
+        like = abstract_state(abstract_model, optimizer, mesh)
+        start = store.latest_step()
+        state = initial_state(initial_model, optimizer, like) if start is None else store.restore(start, like)
+        del initial_model  # not kept beside the state
+        writer = stack.enter_context(contextlib.closing(MetricsWriter(workdir, start)))
+        if start is None:
+            start = 0
+            writer.write(0, "heldout", heldout_metrics(state.model, heldout, mesh))
+        progress = stack.enter_context(contextlib.closing(_Progress(start, config.steps, flops)))
+        for step, batch in enumerate(batches.prefetch(start, config.steps, depth=2), start + 1):
+            state, metrics = train_step(state, place_batch(mesh, batch))
+            last = step == config.steps
+            if last or step % config.train.log_every == 0:
+                # The one transfer from the devices in the loop; the step itself never waits for the host.
+                writer.write(step, "train", progress.report(step, batch, jax.device_get(metrics)))
+            if last or step % config.train.eval_every == 0:
+                scores = heldout_metrics(state.model, heldout, mesh)
+                writer.write(step, "heldout", scores)
+                progress.heldout(step, scores["loss"])
+            if last or signals.received or step % config.train.save_every == 0:
+                store.save(step, state)
+            if signals.received and not last:
+                store.wait()
+                raise Interrupted(f"{signals.received} at step {step}: saved; the same command goes on from there")
+        store.wait()
+        shutil.rmtree(workdir / MODEL, ignore_errors=True)  # of a run that was killed while it finished
+        export(state.model, workdir / MODEL)
+        _write_json(workdir / FINISHED, {"step": config.steps})
+        return state.model
+
+
+def claim(workdir: Path, config: RunConfig) -> None:
+    """Makes `workdir` this run's, or raises `InputError` when it holds a finished or another run, or something else."""
+    wanted = to_json(config)
+    if (workdir / FINISHED).exists():
+        steps = json.loads((workdir / FINISHED).read_text())["step"]
+        if steps >= config.steps:
+            raise InputError(f"workdir {workdir} holds a finished run of {steps} steps; choose another folder or more steps")
+        (workdir / FINISHED).unlink()
+    if not (workdir / CONFIG).exists():
+        if workdir.exists() and any(workdir.iterdir()):
+            raise InputError(f"workdir {workdir} is not empty and holds no run; choose a new folder")
+        workdir.mkdir(parents=True, exist_ok=True)
+        _write_json(workdir / CONFIG, wanted)
+        return
+    found, expected = flatten(json.loads((workdir / CONFIG).read_text())), flatten(wanted)
+    for name in sorted({*found, *expected} - set(MAY_CHANGE)):
+        if found.get(name) != expected.get(name):
+            raise InputError(
+                f"workdir {workdir} holds a run with {name}={found.get(name)!r}, this one has {expected.get(name)!r}; "
+                "choose another folder or the same value"
+            )
+
+
+def _write_json(path: Path, content: dict) -> None:
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(content, indent=2) + "\n")
+    os.replace(temporary, path)
+
+
+class _Signals:
+    """Notes SIGINT and SIGTERM instead of dying, so that the step under way can end and be saved."""
+
+    def __init__(self):
+        self.received: str | None = None
+
+    def __enter__(self):
+        self._previous = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _note(self, number, _frame):
+        if self.received:  # a second Ctrl-C does not wait
+            raise KeyboardInterrupt
+        self.received = signal.Signals(number).name
+
+
+class _Progress:
+    """The progress bar, and the rates that go into the metrics."""
+
+    def __init__(self, start: int, steps: int, flops: int):
+        self._bar = tqdm(total=steps, initial=start, unit="step", desc="train", dynamic_ncols=True, mininterval=1.0)
+        self._flops = flops
+        self._step, self._time = start, time.perf_counter()
+
+    def report(self, step: int, batch: Mapping, metrics: dict) -> dict[str, float]:
+        """Metrics of a step with its rates since the last report; also shown."""
+        now = time.perf_counter()
+        steps_per_second = (step - self._step) / (now - self._time)
+        tokens = sum(int(np.count_nonzero(array)) for name, array in batch.items() if name.endswith("_segments"))
+        metrics = {name: float(value) for name, value in metrics.items()}
+        metrics |= {
+            "tokens_per_second": tokens * steps_per_second,
+            "model_tflops_per_second": self._flops * steps_per_second / 1e12,
+            "memory_gib": _peak_memory() / 2**30,
+        }
+        self._bar.update(step - self._step)
+        self._bar.set_postfix_str(f"loss {metrics['loss']:.3f}, {metrics['tokens_per_second']:.0f} tokens/s")
+        self._step, self._time = step, now
+        return metrics
+
+    def heldout(self, step: int, loss: float) -> None:
+        """Shows a held-out loss; the time it took is no training time."""
+        self._bar.write(f"step {step}: held-out loss {loss:.4f}")
+        self._time = time.perf_counter()
+
+    def close(self) -> None:
+        self._bar.close()
+
+
+def _peak_memory() -> int:
+    """Most bytes in use so far: of the device where it tells, else of this process."""
+    statistics = jax.local_devices()[0].memory_stats() or {}
+    return statistics.get("peak_bytes_in_use", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)

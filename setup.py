@@ -1,0 +1,51 @@
+"""Installs gqa: `pip install -e .`, with extras `data`, `parity`, `tpu` and `dev` as `pip install -e '.[dev]'`."""
+
+from setuptools import find_packages, setup
+
+# Models, conversion, decoding, timing and training on prepared records; no TensorFlow.
+CORE = [
+    "jax>=0.10,<0.13",
+    "flax>=0.12.4,<0.13",
+    "optax>=0.2.8,<0.3",
+    "orbax-checkpoint>=0.12,<0.13",
+    "ml-collections>=1.1",
+    "numpy>=2.1",
+    "sentencepiece>=0.2.1",
+    "safetensors>=0.7",
+    "grain>=0.2.15",
+    "array_record",
+    "absl-py",
+    "tqdm",
+    "matplotlib",
+    "tensorboard",
+]
+
+EXTRAS = {
+    # Preparing records from public datasets.
+    "data": [
+        "seqio==0.0.20",
+        "tensorflow>=2.21,<2.22",
+        "tensorflow-text",
+        "tensorflow-datasets>=4.9.10",
+        "importlib-resources",
+        "clu",
+        "rouge-score",
+        "sacrebleu",
+    ],
+    # The other implementations that the tests compare against.
+    "parity": ["torch==2.13.0", "transformers>=5.23,<6"],
+    # TPUs, and compiling for TPUs that are not there.
+    "tpu": ["jax[tpu]>=0.10,<0.13"],
+    "dev": ["pytest", "ruff", "hypothesis"],
+}
+
+setup(
+    name="gqa",
+    version="0.1.0",
+    description="Convert multi-head transformers to grouped-query attention and uptrain them, in JAX and Flax.",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["gqa", "gqa.*", "checkpoints_tools", "experiments"]),
+    install_requires=CORE,
+    extras_require=EXTRAS,
+)

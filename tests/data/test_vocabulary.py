@@ -1,0 +1,122 @@
+import argparse
+import inspect
+import json.decoder
+from pathlib import Path
+
+import pytest
+import sentencepiece
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gqa.data.vocabulary import Vocabulary, train
+from gqa.errors import InputError
+
+SHIPPED = Path(__file__).parents[2] / "assets" / "vocabulary" / "python_4096.model"
+VOCABULARY = Vocabulary(SHIPPED)
+
+
+def test_special_ids_are_those_of_t5():
+    assert VOCABULARY.size == 4096
+    assert (VOCABULARY.pad_id, VOCABULARY.eos_id, VOCABULARY.unk_id) == (0, 1, 2)
+    assert VOCABULARY.sentinel_id(0) == 4095
+    assert VOCABULARY.sentinel_id(99) == 3996
+    assert sentencepiece.SentencePieceProcessor(model_file=str(SHIPPED)).GetPieceSize() == 3996
+    with pytest.raises(ValueError, match="index=100"):
+        VOCABULARY.sentinel_id(100)
+
+
+def test_indentation_and_line_ends_are_single_tokens():
+    assert len(VOCABULARY.encode("\n        ")) == 1
+    assert len(VOCABULARY.encode("\n\n")) == 1
+    assert [VOCABULARY.decode([token]) for token in VOCABULARY.encode("def f(self):\n    return None\n")] == [
+        "def",
+        " f",
+        "(self):",
+        "\n    ",
+        "return",
+        " None",
+        "\n",
+    ]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        " ",
+        "    leading and  double  spaces \n\t\ttabs\r\n\n\n\n\n",
+        "naïve = '日本語 \U0001f600'\x00",
+        "a \u2581 b\u2581",  # the character that SentencePiece writes for a space
+        "<unk> </s> <pad> <0x41> <extra_id_0>",
+        "\u2028\u00a0\ufeff",
+    ],
+)
+def test_round_trip_is_lossless(text):
+    assert VOCABULARY.decode(VOCABULARY.encode(text)) == text
+
+
+def test_round_trip_of_python_source_is_lossless():
+    for module in (argparse, inspect, json.decoder):
+        text = Path(module.__file__).read_text(encoding="utf-8")
+        ids = VOCABULARY.encode(text)
+        assert VOCABULARY.decode(ids) == text
+        assert len(ids) < len(text) / 2
+
+
+@settings(deadline=None, derandomize=True)
+@given(st.text(st.characters(codec="utf-8")))
+def test_round_trip_of_any_text_is_lossless(text):
+    assert VOCABULARY.decode(VOCABULARY.encode(text)) == text
+
+
+def test_sentinels_in_text_are_read_only_when_asked():
+    text = "def f(<extra_id_0>):<extra_id_12>"
+    ids = VOCABULARY.encode_with_sentinels(text)
+    assert ids == [
+        *VOCABULARY.encode("def f("),
+        4095,
+        *VOCABULARY.encode("):"),
+        4083,
+    ]
+    assert VOCABULARY.decode(ids) == text
+    assert 4095 not in VOCABULARY.encode(text)
+
+
+def test_decode_leaves_out_padding_and_eos():
+    assert VOCABULARY.decode([*VOCABULARY.encode("x = 1"), 1, 0, 0]) == "x = 1"
+    with pytest.raises(ValueError, match="token id 4096"):
+        VOCABULARY.decode([4096])
+
+
+def test_threads_do_not_change_the_ids():
+    texts = ["import os\n", "", "x \u2581", "y = 2"]
+    assert VOCABULARY.encode_all(texts, num_threads=3) == [VOCABULARY.encode(text) for text in texts]
+
+
+@pytest.mark.parametrize("kind", ["unigram", "bpe"])
+def test_training_gives_the_size_asked_for_and_the_same_bytes(kind, tmp_path):
+    source = tmp_path / "source.txt"
+    source.write_text(Path(argparse.__file__).read_text(encoding="utf-8"), encoding="utf-8")
+    for name in ("a.model", "b.model"):
+        train(str(source), 600, kind, tmp_path / name)
+    assert (tmp_path / "a.model").read_bytes() == (tmp_path / "b.model").read_bytes()
+    vocabulary = Vocabulary(tmp_path / "a.model")
+    assert vocabulary.size == 600
+    assert vocabulary.decode(vocabulary.encode("if x:\n    é")) == "if x:\n    é"
+
+
+def test_impossible_sizes_are_refused(corpus_folder, tmp_path):
+    with pytest.raises(InputError, match="size=300 is too small"):
+        train(str(corpus_folder), 300, "unigram", tmp_path / "x.model")
+    with pytest.raises(InputError, match="size=90000 does not suit source"):
+        train(str(corpus_folder), 90000, "unigram", tmp_path / "x.model")
+    assert not list(tmp_path.glob("*.model"))
+
+
+def test_broken_files_are_refused(tmp_path):
+    with pytest.raises(InputError, match="not found"):
+        Vocabulary(tmp_path / "missing.model")
+    for content in (b"", b"not a model", SHIPPED.read_bytes()[:20000]):
+        (tmp_path / "broken.model").write_bytes(content)
+        with pytest.raises(InputError, match="no whole SentencePiece model"):
+            Vocabulary(tmp_path / "broken.model")

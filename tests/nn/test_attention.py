@@ -1,0 +1,150 @@
+"""Grouped-query attention against repeated-head attention written out, and literal masks."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gqa.nn.attention import (
+    causal_mask,
+    grouped_query_attention,
+    padding_mask,
+    prefix_mask,
+    segment_mask,
+    sliding_window_mask,
+)
+from gqa.nn.layers import Dropout
+
+B, T, S, H, d = 2, 3, 5, 8, 4
+POSITIONS = jnp.arange(4)
+
+
+def normal(seed: int, *shape: int) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def multi_head_attention(query_BTHd, key_BHSd, value_BHSd, bias_HTS, mask_BTS):
+    """softmax(q kᵀ + bias) v, one head and one row at a time."""
+    out_BTHd = np.zeros(query_BTHd.shape)
+    for b in range(B):
+        for h in range(H):
+            scores = query_BTHd[b, :, h] @ key_BHSd[b, h].T + bias_HTS[h]
+            weights = np.where(mask_BTS[b], np.exp(scores), 0)
+            out_BTHd[b, :, h] = weights / weights.sum(-1, keepdims=True) @ value_BHSd[b, h]
+    return out_BTHd
+
+
+@pytest.mark.parametrize("K", [1, 2, 4, 8])
+def test_equals_multi_head_attention_with_repeated_heads(K):
+    query, bias = normal(0, B, T, H, d), normal(3, H, T, S)
+    key, value = normal(1, B, K, S, d), normal(2, B, K, S, d)
+    mask = np.random.default_rng(4).random((B, T, S)) < 0.7
+    mask[..., 0] = True  # every query sees something
+    # Query head h reads key/value head h // G.
+    expected = multi_head_attention(query, np.repeat(key, H // K, 1), np.repeat(value, H // K, 1), bias, mask)
+    found = grouped_query_attention(query, key, value, bias_HTS=bias, mask_BTS=mask)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("K", [1, 2])
+def test_gradients_sum_over_a_group(K):
+    query, key, value = normal(0, B, T, H, d), normal(1, B, K, S, d), normal(2, B, K, S, d)
+    weights = normal(3, B, T, H, d)
+
+    def loss(key, value):
+        return jnp.sum(weights * grouped_query_attention(query, key, value, bias_HTS=None, mask_BTS=None))
+
+    found = jax.grad(loss, (0, 1))(key, value)
+    repeated = jax.grad(loss, (0, 1))(np.repeat(key, H // K, 1), np.repeat(value, H // K, 1))
+    for gradient, expected in zip(found, repeated, strict=True):
+        np.testing.assert_allclose(gradient, expected.reshape(B, K, H // K, S, d).sum(2), rtol=1e-5, atol=1e-6)
+
+
+def test_a_query_that_sees_nothing_stays_finite():
+    query, key, value = normal(0, B, T, H, d), normal(1, B, 2, S, d), normal(2, B, 2, S, d)
+    out = grouped_query_attention(query, key, value, bias_HTS=None, mask_BTS=np.zeros((B, T, S), bool))
+    np.testing.assert_allclose(out[:, :, 0], np.broadcast_to(value[:, :1].mean(2), (B, T, d)), rtol=1e-5, atol=1e-6)
+
+
+def test_bfloat16_queries_give_bfloat16_outputs_with_softmax_in_float32():
+    # 256 equal keys: a bfloat16 sum of the weights would stop at 1/256 of precision.
+    query, key = jnp.zeros((1, 1, 2, d), jnp.bfloat16), jnp.zeros((1, 1, 256, d), jnp.bfloat16)
+    out = grouped_query_attention(query, key, jnp.ones_like(key), bias_HTS=None, mask_BTS=None)
+    assert out.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(out.astype(np.float32), np.ones((1, 1, 2, d)))
+
+
+def test_dropout_is_on_the_weights_and_keeps_their_expectation():
+    # One-hot values: the output of head h at position t is its row of weights, 1/S each before dropout.
+    query, key = np.zeros((1, 200, 2, S), np.float32), np.zeros((1, 1, S, S), np.float32)
+    value = np.eye(S, dtype=np.float32)[None, None]
+    dropout = Dropout(0.4, jax.random.key(0))
+    found = np.asarray(grouped_query_attention(query, key, value, bias_HTS=None, mask_BTS=None, dropout=dropout, site=0))
+    kept = found != 0
+    np.testing.assert_allclose(found[kept], 1 / S / 0.6, rtol=1e-6)
+    assert abs(kept.mean() - 0.6) < 0.03  # 2000 draws: three standard deviations
+
+
+def as_text(mask) -> list[str]:
+    """One row of a mask per query, `x` where it may attend."""
+    return ["".join("x" if seen else "." for seen in row) for row in np.asarray(mask)]
+
+
+def test_causal_mask():
+    mask = causal_mask(POSITIONS, POSITIONS)
+    assert mask.shape == (1, 4, 4)
+    assert as_text(mask[0]) == [
+        "x...",
+        "xx..",
+        "xxx.",
+        "xxxx",
+    ]
+
+
+def test_causal_mask_of_new_tokens_over_a_longer_cache():
+    assert as_text(causal_mask(jnp.array([1, 2]), POSITIONS)[0]) == ["xx..", "xxx."]
+
+
+def test_sliding_window_mask():
+    mask = causal_mask(POSITIONS, POSITIONS) & sliding_window_mask(POSITIONS, POSITIONS, 2)
+    assert as_text(mask[0]) == [
+        "x...",
+        "xx..",
+        ".xx.",
+        "..xx",
+    ]
+
+
+def test_segment_mask():
+    segments = jnp.array([[1, 1, 2, 0]])
+    assert as_text(segment_mask(segments, segments)[0]) == [
+        "xx..",
+        "xx..",
+        "..x.",
+        "...x",
+    ]
+
+
+def test_segment_mask_between_decoder_and_inputs():
+    assert as_text(segment_mask(jnp.array([[1, 2, 2, 0]]), jnp.array([[1, 1, 1, 2]]))[0]) == [
+        "xxx.",
+        "...x",
+        "...x",
+        "....",
+    ]
+
+
+def test_padding_mask():
+    mask = padding_mask(jnp.array([[1, 1, 2, 0]]))
+    assert mask.shape == (1, 1, 4)
+    assert as_text(mask[0]) == ["xxx."]
+
+
+def test_prefix_mask():
+    mask = prefix_mask(causal_mask(POSITIONS, POSITIONS), jnp.array([[True, True, False, False]]))
+    assert as_text(mask[0]) == [
+        "xx..",
+        "xx..",
+        "xxx.",
+        "xxxx",
+    ]

@@ -1,0 +1,104 @@
+import sys
+from types import ModuleType
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from gqa.errors import InputError
+from gqa.training.metrics import Attention, MatrixProduct, MetricsWriter, model_flops_per_step, read
+
+# TensorBoard's switch to read events with its own file code, and not import TensorFlow where it is installed.
+sys.modules.setdefault("tensorboard.compat.notf", ModuleType("notf"))
+
+
+def train(workdir, resume_step, until):
+    """A run that evaluates before its first step, then trains in strides of 10 steps."""
+    writer = MetricsWriter(workdir, resume_step)
+    if resume_step is None:
+        writer.write(0, "heldout", {"loss": 9.5})
+    for step in range((resume_step or 0) + 10, until + 1, 10):
+        writer.write(step, "train", {"loss": 1 / step, "grad_norm": 0.1})
+    writer.close()
+
+
+def scalars(workdir, tag):
+    accumulator = EventAccumulator(str(workdir / "tensorboard")).Reload()
+    return [(event.step, event.value) for event in accumulator.Scalars(tag)]
+
+
+def test_lines_on_disk(tmp_path):
+    train(tmp_path, None, 20)
+    assert (tmp_path / "metrics.jsonl").read_text() == (
+        '{"step": 0, "split": "heldout", "loss": 9.5}\n'
+        '{"step": 10, "split": "train", "loss": 0.1, "grad_norm": 0.1}\n'
+        '{"step": 20, "split": "train", "loss": 0.05, "grad_norm": 0.1}\n'
+    )
+    assert read(tmp_path)[1] == {"step": 10, "split": "train", "loss": 0.1, "grad_norm": 0.1}
+
+
+def test_a_line_is_on_disk_before_the_writer_is_closed(tmp_path):
+    writer = MetricsWriter(tmp_path, None)
+    writer.write(1, "train", {"loss": 2.0})
+    assert read(tmp_path) == [{"step": 1, "split": "train", "loss": 2.0}]
+    assert scalars(tmp_path, "train/loss") == [(1, 2.0)]
+    writer.close()
+
+
+@pytest.mark.parametrize("resume_step", [None, 20])
+def test_a_resumed_history_equals_an_uninterrupted_one(tmp_path, resume_step):
+    train(tmp_path / "whole", None, 50)
+    train(tmp_path / "killed", None, 40)  # the last checkpoint is `resume_step`
+    train(tmp_path / "killed", resume_step, 50)
+    whole, killed = ((tmp_path / name / "metrics.jsonl").read_text() for name in ("whole", "killed"))
+    assert killed == whole
+    for tag in ("train/loss", "heldout/loss"):
+        assert scalars(tmp_path / "killed", tag) == scalars(tmp_path / "whole", tag)
+    assert not list((tmp_path / "killed").glob("*.tmp"))
+
+
+@pytest.mark.parametrize("cut", range(1, 60))
+def test_a_line_cut_short_by_a_kill(tmp_path, cut):
+    train(tmp_path, None, 20)
+    path = tmp_path / "metrics.jsonl"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-cut])
+    steps = [line["step"] for line in read(tmp_path)]
+    assert steps == ([0, 10, 20] if cut == 1 else [0, 10])  # cut == 1: only the newline is missing
+    train(tmp_path, 10, 20)
+    assert path.read_bytes() == whole
+
+
+def test_a_character_cut_in_two(tmp_path):
+    (tmp_path / "metrics.jsonl").write_bytes('{"step": 1}\n{"é'.encode()[:-1])
+    assert read(tmp_path) == [{"step": 1}]
+
+
+def test_damage_before_the_last_line_is_reported(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"ste\n{"step": 3}\n')
+    with pytest.raises(InputError, match=r"""metrics.jsonl line 2 is not JSON: '\{"ste'; delete the line"""):
+        MetricsWriter(tmp_path, 3)
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n{"ste\n{"step": 3}\n'
+
+
+def test_no_history(tmp_path):
+    assert read(tmp_path / "absent") == []
+
+
+def test_flops_of_a_decoder():
+    # T=4, B=3, L=2, D=8, H=2, K=1, d=4, F=16 (gated), V=10
+    kernels = 2 * (8 * 8 + 2 * 8 * 4 + 8 * 8 + 3 * 8 * 16) + 8 * 10
+    assert kernels == 1232
+    # forward: 2 * 1232 * 12 = 29_568 and 4 * 2 layers * 2 * 4 * 12 queries * 4 keys = 3_072
+    assert model_flops_per_step([MatrixProduct(1232, 12)], [Attention(2, 2, 4, 12, 4)]) == 97_920
+
+
+def test_flops_of_an_encoder_decoder():
+    # S=6, T=4, B=3; one layer each; D=8, H=K=2, d=4, F=16 (gated), V=10
+    encoder, decoder_self, decoder_mlp = 4 * 64 + 384, 4 * 64, 384
+    products = [
+        MatrixProduct(encoder + 2 * 64, tokens=18),  # with the cross keys and values: 768
+        MatrixProduct(decoder_self + 2 * 64 + decoder_mlp + 80, tokens=12),  # 848
+    ]
+    attentions = [Attention(1, 2, 4, 18, 6), Attention(1, 2, 4, 12, 4), Attention(1, 2, 4, 12, 6)]
+    # forward: 27_648 + 20_352 and 3_456 + 1_536 + 2_304
+    assert model_flops_per_step(products, attentions) == 3 * 55_296
