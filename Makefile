@@ -21,7 +21,7 @@ quickstart: .venv/.core  ## convert the shipped model to GQA and MQA, uptrain it
 	rm -rf $(QUICKSTART)
 	$(RUN) -m checkpoints_tools.convert --source=assets/teacher --output=$(QUICKSTART)/gqa2 --kv_heads=2 --method=mean
 	$(RUN) -m checkpoints_tools.convert --source=assets/teacher --output=$(QUICKSTART)/mqa --kv_heads=1 --method=mean
-	$(RUN) -m gqa.train --config=configs/quickstart.py --workdir=$(QUICKSTART)/uptrain --config.init.checkpoint=$(QUICKSTART)/gqa2
+	$(RUN) -m gqa.train --config=configs/quickstart.py --workdir=$(QUICKSTART)/uptrain --config.model.checkpoint=$(QUICKSTART)/gqa2
 	$(RUN) -m experiments.report --runs=$(QUICKSTART) --output=$(QUICKSTART)/report
 
 test: .venv/.test  ## run the tests

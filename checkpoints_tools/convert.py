@@ -14,7 +14,6 @@ import sys
 import tempfile
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -43,7 +42,7 @@ def main() -> int | None:
     parser.add_argument("--source", required=True, metavar="DIR", help="checkpoint: config.json and safetensors")
     parser.add_argument("--output", required=True, metavar="DIR", help="where the new checkpoint goes; must not exist")
     parser.add_argument(
-        "--kv_heads", required=True, type=int, metavar="K", help="key/value heads of each site; divides the present number"
+        "--kv_heads", required=True, type=int, metavar="K", help="key/value heads per site; divides the present"
     )
     parser.add_argument("--method", required=True, metavar="NAME", help=f"how heads become one: {', '.join(METHODS)}")
     parser.add_argument(

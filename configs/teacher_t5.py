@@ -15,9 +15,9 @@ def get_config() -> ConfigDict:
                 size="t5_1_1_small",
                 changes=dict(
                     vocab_size=4096,
-                    d_model=192,
+                    d_model=128,
                     num_heads=8,
-                    head_dim=32,
+                    head_dim=16,
                     d_ff=512,
                     num_encoder_layers=3,
                     num_decoder_layers=3,
@@ -50,7 +50,7 @@ def get_config() -> ConfigDict:
                 multiply_by_parameter_scale=True,
             ),
             train=dict(
-                steps=20000,
+                steps=10000,
                 batch_size=32,
                 accumulation=1,
                 seed=0,

@@ -53,7 +53,8 @@ def run(main: Callable[[], int | None]) -> None:
     """Calls `main` and exits the process with its code (None is 0).
 
     Exits 2 with the single line `error: …` on stderr for `InputError` and for a path or disk at fault (missing, not
-    permitted, a file where a folder should be, full), and 130 on Ctrl-C. Other exceptions are bugs: they propagate.
+    permitted, a file where a folder should be, full), and 130 on Ctrl-C, with the interrupt's own message where it has
+    one. Other exceptions are bugs: they propagate.
     """
     try:
         code = main() or 0
@@ -64,8 +65,8 @@ def run(main: Callable[[], int | None]) -> None:
             raise
         where = f": {error.filename}" if error.filename is not None else ""
         code = _report(f"{error.strerror}{where}")
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        print(str(interrupt) or "interrupted", file=sys.stderr)
         code = 130
     sys.exit(code)
 

@@ -1,4 +1,4 @@
-"""Where arrays live: logical axes are declared with each parameter, one table maps them to mesh axes (DESIGN: sharding is a table).
+"""Where arrays live: each parameter names its logical axes, one table maps them to mesh axes.
 
 The mesh has three axes: `data` (replicas), `fsdp` (parameters cut along the model width) and `tensor` (heads, MLP and
 vocabulary). A dimension that its mesh axis does not divide is replicated, and the log says so once.
@@ -48,12 +48,14 @@ class MeshConfig:
         """The three sizes for `num_devices`; raises `InputError` when they do not multiply to it."""
         sizes = [self.data, self.fsdp, self.tensor]
         if any(size == 0 or size < -1 for size in sizes) or sizes.count(-1) > 1:
-            raise InputError(f"mesh {_describe(sizes)}: sizes are positive, at most one is -1 (the rest of the devices)")
+            raise InputError(
+                f"mesh {_describe(sizes)}: sizes are positive, at most one is -1 (the rest of the devices)"
+            )
         if -1 in sizes:
             known = math.prod(size for size in sizes if size != -1)
             if num_devices % known:
                 raise InputError(
-                    f"mesh {_describe(sizes)} does not fit {num_devices} device(s): {known} does not divide {num_devices}; "
+                    f"mesh {_describe(sizes)} does not fit {num_devices} device(s): {known} does not divide it; "
                     f"nearest: {_nearest_divisor(known, num_devices)}"
                 )
             sizes[sizes.index(-1)] = num_devices // known
@@ -84,7 +86,9 @@ def _say_replicated(axis: str, size: int, mesh_axes: tuple[str, ...], degree: in
     _log.warning("%s=%d is not divisible by mesh axes %s=%d: replicated", axis, size, "*".join(mesh_axes), degree)
 
 
-def partition_spec(mesh: Mesh | jax.sharding.AbstractMesh, axes: tuple[str | None, ...], shape: tuple[int, ...]) -> PartitionSpec:
+def partition_spec(
+    mesh: Mesh | jax.sharding.AbstractMesh, axes: tuple[str | None, ...], shape: tuple[int, ...]
+) -> PartitionSpec:
     """The `PartitionSpec` of an array with logical `axes`; a shape one longer has a leading `layers` axis."""
     # A vmapped init leaves the metadata one shorter than the array.
     axes = ("layers",) * (len(shape) - len(axes)) + tuple(axes)

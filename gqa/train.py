@@ -16,30 +16,30 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     command_line.add_config_argument(parser)
-    parser.add_argument("--workdir", type=Path, required=True, help="folder of this run: metrics, checkpoints, final model")
+    parser.add_argument(
+        "--workdir", type=Path, required=True, help="folder of this run: metrics, checkpoints, final model"
+    )
     arguments, raw_config = command_line.parse(parser)
     # Imported here: --help and a mistyped config answer at once.
     import jax
 
-    from gqa.training import config as run_config
     from gqa import models, sharding
     from gqa.checkpoints import hf
     from gqa.data import prepare
+    from gqa.training import config as run_config
     from gqa.training import loop
 
     config = run_config.parse(raw_config)
     architecture = config.model.architecture()
     config.check_devices(jax.device_count())
     mesh = sharding.make_mesh(config.mesh)
-    if not os.access(_existing_parent(arguments.workdir), os.W_OK):
-        raise InputError(f"workdir {arguments.workdir} is not writable; choose another folder")
+    parent = _existing_parent(arguments.workdir)
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise InputError(f"workdir {arguments.workdir}: {parent} is no folder to write in; choose another")
     records = config.prepared_records()
-    vocabulary_size = prepare.read_manifest(records).vocabulary_size
-    if vocabulary_size > architecture.vocab_size:
-        raise InputError(
-            f"vocabulary {config.data.vocabulary} has {vocabulary_size} pieces, the model's embedding {architecture.vocab_size}; "
-            "use the model's own vocabulary"
-        )
+    manifest = prepare.read_manifest(records)
+    run_config.check_task(manifest, architecture)
+    run_config.check_vocabulary(manifest, architecture)
 
     def initial_model():
         if config.model.checkpoint is None:

@@ -173,7 +173,7 @@ def save(
     directory: str | os.PathLike,
     *,
     dtype: str,
-    token_ids: Mapping[str, int] | None = None,
+    token_ids: Mapping[str, int | list[int]] | None = None,
     extra_files: Sequence[str | os.PathLike] = (),
 ) -> None:
     """Writes `config.json` and the weights to a new `directory`, which appears only when it is complete.

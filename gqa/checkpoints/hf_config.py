@@ -35,7 +35,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return raw
 
 
-def token_ids(directory: Path) -> dict[str, int]:
+def token_ids(directory: Path) -> dict[str, int | list[int]]:
     """The token ids that a checkpoint's `config.json` names, for `hf.save` to write again."""
     raw = read_json(Path(directory) / "config.json")
     return {name: raw[name] for name in TOKEN_IDS if raw.get(name) is not None}
@@ -65,7 +65,7 @@ def read(raw: Mapping[str, Any], path: Path, choices: Mapping[str, Any]) -> Mode
     return (_read_t5 if family(raw, path) == "t5" else _read_llama)(fields, choices)
 
 
-def write(config: ModelConfig, dtype: str, ids: Mapping[str, int] | None) -> dict[str, Any]:
+def write(config: ModelConfig, dtype: str, ids: Mapping[str, int | list[int]] | None) -> dict[str, Any]:
     """The `config.json` of our configuration, tensors of `dtype`; `ids` replaces the usual token ids.
 
     Raises `InputError` for what these formats cannot express.

@@ -33,13 +33,13 @@ class Store:
         Raises `InputError` when the checkpoint holds another model.
         """
         wanted = _flat(like)
-        found = self._manager.item_metadata(step)
-        found_shapes = {key: tuple(leaf.shape) for key, leaf in found.items()}
-        for key, leaf in wanted.items():
-            if found_shapes.get(key) != tuple(leaf.shape):
+        expected = {key: tuple(leaf.shape) for key, leaf in wanted.items()}
+        found = {key: tuple(leaf.shape) for key, leaf in self._manager.item_metadata(step).items()}
+        for key in {**expected, **found}:
+            if found.get(key) != expected.get(key):
                 raise InputError(
-                    f"checkpoint of step {step} is of another model: {key} has shape {found_shapes.get(key)}, "
-                    f"expected {tuple(leaf.shape)}"
+                    f"checkpoint of step {step} is of another model: {key} has shape {found.get(key)}, "
+                    f"expected {expected.get(key)}"
                 )
         flat = self._manager.restore(step, args=ocp.args.StandardRestore(wanted))
         return jax.tree.unflatten(jax.tree.structure(like), [flat[key] for key in wanted])

@@ -75,8 +75,9 @@ def convert(model: models.Model, kv_heads: Mapping[str, KVHeads], method: str, k
 
 def _check(site: str, *, present: Sequence[int], wanted: Sequence[int]) -> None:
     if len(wanted) != len(present):
+        layers = len(present)
         raise InputError(
-            f"{site}_kv_heads names {len(wanted)} layers, the model has {len(present)}; give one number or {len(present)}"
+            f"{site}_kv_heads names {len(wanted)} layers, the model has {layers}; give 1 number or {layers}"
         )
     for layer, (number, available) in enumerate(zip(wanted, present, strict=True)):
         if number < 1 or available % number:
@@ -99,8 +100,9 @@ def _convert_stacks(
     for stack in stacks:
         start, length = 0, num_layers(stack)
         for kind, count in runs(kinds[first : first + length]):
-            # A stack that stays whole is not sliced: that would copy all its parameters.
-            piece = stack if count == length else jax.tree.map(lambda leaf, s=slice(start, start + count): leaf[s], stack)
+            piece = stack
+            if count < length:  # a stack that stays whole is not sliced: that would copy all its parameters
+                piece = jax.tree.map(lambda leaf, start=start, end=start + count: leaf[start:end], stack)
             layers = slice(first + start, first + start + count)
             for name, num_kv_heads in zip(kv_heads, kind, strict=True):
                 piece = _convert_attention(piece, name, num_kv_heads, method, keys[name][layers])

@@ -13,7 +13,9 @@ import jax.numpy as jnp
 from gqa.nn.attention import GroupedQueryAttention
 
 
-def mean(attention: GroupedQueryAttention, statistics: None, num_kv_heads: int, key: jax.Array) -> GroupedQueryAttention:
+def mean(
+    attention: GroupedQueryAttention, statistics: None, num_kv_heads: int, key: jax.Array
+) -> GroupedQueryAttention:
     """The mean of each group's projection kernels, computed in float32 or wider and kept in the kernels' dtype."""
 
     def pool(kernel_DKd):
@@ -26,12 +28,16 @@ def mean(attention: GroupedQueryAttention, statistics: None, num_kv_heads: int, 
     return _map_key_value(pool, attention)
 
 
-def first(attention: GroupedQueryAttention, statistics: None, num_kv_heads: int, key: jax.Array) -> GroupedQueryAttention:
+def first(
+    attention: GroupedQueryAttention, statistics: None, num_kv_heads: int, key: jax.Array
+) -> GroupedQueryAttention:
     """The first head of each group."""
     return _map_key_value(lambda kernel_DKd: _groups(kernel_DKd, num_kv_heads)[..., 0, :], attention)
 
 
-def random(attention: GroupedQueryAttention, statistics: None, num_kv_heads: int, key: jax.Array) -> GroupedQueryAttention:
+def random(
+    attention: GroupedQueryAttention, statistics: None, num_kv_heads: int, key: jax.Array
+) -> GroupedQueryAttention:
     """Fresh heads: normal with standard deviation 1/sqrt(D), the initialisation of both families' keys and values."""
     keys = iter(jax.random.split(key))
 

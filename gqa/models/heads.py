@@ -26,7 +26,9 @@ def check_kv_heads(name: str, kv_heads: KVHeads, num_heads: int, num_layers: int
     """Raises `InputError` unless every layer's number divides `num_heads`."""
     per_layer = per_layer_kv_heads(kv_heads, num_layers)
     if len(per_layer) != num_layers:
-        raise InputError(f"{name} names {len(per_layer)} layers, the model has {num_layers}; give one number or {num_layers}")
+        raise InputError(
+            f"{name} names {len(per_layer)} layers, the model has {num_layers}; give one number or {num_layers}"
+        )
     for number in per_layer:
         if not isinstance(number, int) or number < 1 or num_heads % number:
             wanted = number if isinstance(number, int) else 1

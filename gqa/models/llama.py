@@ -55,7 +55,9 @@ class LlamaConfig:
     def __post_init__(self):
         check_kv_heads("decoder_self_kv_heads", self.decoder_self_kv_heads, self.num_heads, self.num_layers)
         if self.head_dim % 2:
-            raise InputError(f"head_dim={self.head_dim} must be even for RoPE; nearest: {self.head_dim - 1}, {self.head_dim + 1}")
+            raise InputError(
+                f"head_dim={self.head_dim} must be even for RoPE; nearest: {self.head_dim - 1}, {self.head_dim + 1}"
+            )
         if self.activation not in ACTIVATIONS:
             raise InputError(f"activation={self.activation!r} is unknown; expected one of {', '.join(ACTIVATIONS)}")
 
@@ -107,7 +109,9 @@ class DecoderLayer(nnx.Module):
         if cache is not None:
             cache = cache.append(key, value, index)
             key, value = cache
-        hidden = self.self_attention.attend(query, key, value, bias_HTS=None, mask_BTS=mask_BTS, dropout=dropout, site=0)
+        hidden = self.self_attention.attend(
+            query, key, value, bias_HTS=None, mask_BTS=mask_BTS, dropout=dropout, site=0
+        )
         x_BTD = x_BTD + dropped(hidden, dropout, 1)
         x_BTD = x_BTD + dropped(self.mlp(self.mlp_norm(x_BTD), dropout, 2), dropout, 3)
         return constrain(x_BTD, "batch", "length", "activation"), cache
@@ -175,7 +179,12 @@ class Llama(nnx.Module):
         config = self.config
         caches = [
             KVCache.zeros(
-                num_layers(stack), batch_size, stack.self_attention.key.shape[-2], max_length, config.head_dim, dtype=config.dtype
+                num_layers(stack),
+                batch_size,
+                stack.self_attention.key.shape[-2],
+                max_length,
+                config.head_dim,
+                dtype=config.dtype,
             )
             for stack in self.decoder
         ]
@@ -259,7 +268,9 @@ _LLAMA_3_8B = dataclasses.replace(
     d_ff=14336,
     decoder_self_kv_heads=8,
     rope_theta=500000.0,
-    rope_scaling=RopeScaling(factor=8.0, low_frequency_factor=1.0, high_frequency_factor=4.0, original_max_position=8192),
+    rope_scaling=RopeScaling(
+        factor=8.0, low_frequency_factor=1.0, high_frequency_factor=4.0, original_max_position=8192
+    ),
     max_position=131072,
 )
 

@@ -27,7 +27,7 @@ def runs(kinds: Sequence[Hashable]) -> list[tuple[Hashable, int]]:
 
 
 def init_stacks(make_layer: Callable, kinds: Sequence[Hashable], key: jax.Array) -> nnx.List:
-    """One stack per run of equal `kinds`; `make_layer(kind, key)` makes a layer. Keys depend on the layer's number alone."""
+    """One stack per run of equal `kinds`; `make_layer(kind, key)` makes a layer, its key a function of its number."""
     keys = jax.random.split(key, len(kinds))
     stacks, first = [], 0
     for kind, length in runs(kinds):
@@ -47,7 +47,9 @@ def split_layers(stack) -> list:
     length = num_layers(stack)
     leaves, structure = jax.tree.flatten(stack)
     # `split`'s gradient is one concatenation; indexing's would be a sum of `length` padded arrays.
-    layers = zip(*([jnp.squeeze(part, 0) for part in jax.lax.split(leaf, [1] * length)] for leaf in leaves), strict=True)
+    layers = zip(
+        *([jnp.squeeze(part, 0) for part in jax.lax.split(leaf, [1] * length)] for leaf in leaves), strict=True
+    )
     return [jax.tree.unflatten(structure, layer) for layer in layers]
 
 
@@ -56,7 +58,9 @@ def join_layers(layers: Sequence):
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
 
 
-def apply_stacks(layer_fn: Callable, stacks: Sequence, x: jax.Array, per_layer: Sequence | None, *, scan: bool, remat: str):
+def apply_stacks(
+    layer_fn: Callable, stacks: Sequence, x: jax.Array, per_layer: Sequence | None, *, scan: bool, remat: str
+):
     """Applies all layers in order.
 
     Args:
@@ -100,4 +104,6 @@ def apply_stacks(layer_fn: Callable, stacks: Sequence, x: jax.Array, per_layer: 
 
 def unstack(stacks: Sequence) -> nnx.List:
     """The same layers as stacks of one: decoding reads per-layer weights without slicing them in every step."""
-    return nnx.List([jax.tree.map(lambda leaf, i=i: leaf[i : i + 1], stack) for stack in stacks for i in range(num_layers(stack))])
+    return nnx.List(
+        [jax.tree.map(lambda leaf, i=i: leaf[i : i + 1], stack) for stack in stacks for i in range(num_layers(stack))]
+    )

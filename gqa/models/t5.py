@@ -1,4 +1,4 @@
-"""T5.1.1: encoder-decoder with gated GELU, relative position bias, unscaled scores; K set per attention site and layer."""
+"""T5.1.1: encoder-decoder with gated GELU, relative position bias and unscaled scores; K is set per site and layer."""
 
 import dataclasses
 from typing import NamedTuple
@@ -112,7 +112,9 @@ class EncoderLayer(nnx.Module):
     def __call__(self, x_BTD, *, bias_HTS, mask_BTS, dropout: Dropout | None):
         hidden = self.self_attention_norm(x_BTD)
         query, (key, value) = self.self_attention.project_query(hidden), self.self_attention.project_key_value(hidden)
-        hidden = self.self_attention.attend(query, key, value, bias_HTS=bias_HTS, mask_BTS=mask_BTS, dropout=dropout, site=0)
+        hidden = self.self_attention.attend(
+            query, key, value, bias_HTS=bias_HTS, mask_BTS=mask_BTS, dropout=dropout, site=0
+        )
         x_BTD = x_BTD + dropped(hidden, dropout, 1)
         x_BTD = x_BTD + dropped(self.mlp(self.mlp_norm(x_BTD), dropout, 2), dropout, 3)
         return constrain(x_BTD, "batch", "length", "activation")
@@ -131,17 +133,23 @@ class DecoderLayer(nnx.Module):
         self.mlp_norm = _norm(config)
         self.mlp = _mlp(config, mlp_key)
 
-    def __call__(self, x_BTD, cross: KVCache, cache: KVCache | None, *, index, bias_HTS, mask_BTS, cross_mask_BTS, dropout):
+    def __call__(
+        self, x_BTD, cross: KVCache, cache: KVCache | None, *, index, bias_HTS, mask_BTS, cross_mask_BTS, dropout
+    ):
         """One layer; with a `cache`, new keys and values are written at `index` and all of it is attended to."""
         hidden = self.self_attention_norm(x_BTD)
         query, (key, value) = self.self_attention.project_query(hidden), self.self_attention.project_key_value(hidden)
         if cache is not None:
             cache = cache.append(key, value, index)
             key, value = cache
-        hidden = self.self_attention.attend(query, key, value, bias_HTS=bias_HTS, mask_BTS=mask_BTS, dropout=dropout, site=0)
+        hidden = self.self_attention.attend(
+            query, key, value, bias_HTS=bias_HTS, mask_BTS=mask_BTS, dropout=dropout, site=0
+        )
         x_BTD = x_BTD + dropped(hidden, dropout, 1)
         query = self.cross_attention.project_query(self.cross_attention_norm(x_BTD))
-        hidden = self.cross_attention.attend(query, *cross, bias_HTS=None, mask_BTS=cross_mask_BTS, dropout=dropout, site=2)
+        hidden = self.cross_attention.attend(
+            query, *cross, bias_HTS=None, mask_BTS=cross_mask_BTS, dropout=dropout, site=2
+        )
         x_BTD = x_BTD + dropped(hidden, dropout, 3)
         x_BTD = x_BTD + dropped(self.mlp(self.mlp_norm(x_BTD), dropout, 4), dropout, 5)
         return constrain(x_BTD, "batch", "length", "activation"), cache
@@ -151,7 +159,9 @@ class T5(nnx.Module):
     """A T5.1.1 encoder-decoder, an immutable pytree: pass it to `jax.jit` and `jax.grad` as a value."""
 
     def __init__(self, config: T5Config, key: jax.Array):
-        embedding_key, encoder_key, decoder_key, encoder_bias_key, decoder_bias_key, logits_key = jax.random.split(key, 6)
+        embedding_key, encoder_key, decoder_key, encoder_bias_key, decoder_bias_key, logits_key = jax.random.split(
+            key, 6
+        )
         self.config = config
         self.embedding = parameter(
             embedding_key, (config.vocab_size, config.d_model), ("vocab", "embed"), 1.0, config.param_dtype
@@ -178,7 +188,11 @@ class T5(nnx.Module):
         self.decoder_norm = _norm(config)
         if not config.tied_logits:
             self.logits = parameter(
-                logits_key, (config.d_model, config.vocab_size), ("embed", "vocab"), config.d_model**-0.5, config.param_dtype
+                logits_key,
+                (config.d_model, config.vocab_size),
+                ("embed", "vocab"),
+                config.d_model**-0.5,
+                config.param_dtype,
             )
 
     def __call__(
@@ -196,7 +210,7 @@ class T5(nnx.Module):
           inputs_BS: encoder tokens.
           decoder_inputs_BT: targets shifted right.
           inputs_segments_BS: 0 on padding, 1, 2, … on packed documents; `None`: one document without padding.
-          decoder_segments_BT: the same for the decoder; `None`: one document that reads all inputs that are not padding.
+          decoder_segments_BT: the same for the decoder; `None`: one document that reads all inputs but padding.
           dropout_key: random key of dropout at `config.dropout_rate`; `None`: no dropout.
         """
         encoder_dropout = decoder_dropout = None
@@ -219,7 +233,9 @@ class T5(nnx.Module):
         x_BSD, _ = apply_stacks(layer_fn, self.encoder, x_BSD, None, scan=config.scan_layers, remat=config.remat)
         return dropped(self.encoder_norm(x_BSD), dropout, 1)
 
-    def decode(self, encoded_BSD, decoder_inputs_BT, inputs_segments_BS=None, decoder_segments_BT=None, dropout=None) -> jax.Array:
+    def decode(
+        self, encoded_BSD, decoder_inputs_BT, inputs_segments_BS=None, decoder_segments_BT=None, dropout=None
+    ) -> jax.Array:
         """Logits `[B, T, V]` float32 of all positions at once."""
         config = self.config
         T = decoder_inputs_BT.shape[1]
@@ -324,7 +340,11 @@ def _t5_1_1(d_model: int, num_heads: int, num_layers: int, d_ff: int) -> T5Confi
 # T5.1.1's public sizes (papers: emb / heads / layers / mlp) and one for tests.
 SIZES: dict[str, T5Config] = {
     "t5_1_1_mini": dataclasses.replace(
-        _t5_1_1(d_model=64, num_heads=4, num_layers=2, d_ff=96), vocab_size=256, head_dim=16, dtype="float32", remat="none"
+        _t5_1_1(d_model=64, num_heads=4, num_layers=2, d_ff=96),
+        vocab_size=256,
+        head_dim=16,
+        dtype="float32",
+        remat="none",
     ),
     "t5_1_1_small": _t5_1_1(d_model=512, num_heads=6, num_layers=8, d_ff=1024),
     "t5_1_1_base": _t5_1_1(d_model=768, num_heads=12, num_layers=12, d_ff=2048),

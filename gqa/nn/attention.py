@@ -1,4 +1,4 @@
-"""Grouped-query attention: one equation for multi-head (K=H), grouped (1<K<H) and multi-query (K=1) attention; and its masks."""
+"""Grouped-query attention, one equation for multi-head (K=H), grouped and multi-query (K=1) attention; its masks."""
 
 import dataclasses
 
@@ -144,7 +144,9 @@ def _attention_on_cpu_forward(query_BTKGd, key_BKSd, value_BKSd, bias_KGTS, mask
 def _attention_on_cpu_backward(residuals, gradient_BTKGd):
     barrier = jax.lax.optimization_barrier
     query_BTKGd, key_BKSd, value_BKSd, weights_BKGTS, bias_KGTS = residuals
-    of_weights = barrier(jnp.einsum("BTKGd,BKSd->BKGTS", gradient_BTKGd, value_BKSd, preferred_element_type=jnp.float32))
+    of_weights = barrier(
+        jnp.einsum("BTKGd,BKSd->BKGTS", gradient_BTKGd, value_BKSd, preferred_element_type=jnp.float32)
+    )
     of_scores = barrier(weights_BKGTS * (of_weights - barrier((weights_BKGTS * of_weights).sum(-1, keepdims=True))))
     narrow_weights, narrow_scores = weights_BKGTS.astype(value_BKSd.dtype), of_scores.astype(value_BKSd.dtype)
     # Contracted over queries with d in front, then turned: the direct product misses the fast kernel.
@@ -186,5 +188,5 @@ def padding_mask(key_segments_BS: jax.Array) -> jax.Array:
 
 
 def prefix_mask(causal_1TS: jax.Array, prefix_BS: jax.Array) -> jax.Array:
-    """Causal, but every query also sees the keys of the prefix (`prefix_BS` True): prefix LM (Raffel et al. 2020 §3.2)."""
+    """Causal, but every query also sees the prefix (`prefix_BS` True): prefix LM (Raffel et al. 2020 §3.2)."""
     return causal_1TS | prefix_BS[:, None, :]

@@ -1,7 +1,8 @@
 """The plain layers: parameters, linear maps, RMSNorm, the gated MLP, embeddings and dropout.
 
 Axis legend, everywhere in this library: `B` batch, `T` query positions, `S` key positions, `D` model width, `F` MLP
-width, `H` query heads, `K` key/value heads, `G` query heads per key/value head, `d` head width, `L` layers, `V` vocabulary.
+width, `H` query heads, `K` key/value heads, `G` query heads per key/value head, `d` head width, `L` layers, `V`
+vocabulary.
 """
 
 import dataclasses
@@ -19,15 +20,17 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 }
 
 
-def parameter(key: jax.Array | None, shape: tuple[int, ...], axes: tuple[str, ...], stddev: float | None, dtype) -> nnx.Param:
-    """Declares a parameter: its shape, logical axes and initialiser (normal of `stddev`, or ones where it is `None`)."""
+def parameter(
+    key: jax.Array | None, shape: tuple[int, ...], axes: tuple[str, ...], stddev: float | None, dtype
+) -> nnx.Param:
+    """Declares a parameter: shape, logical axes and initialiser (normal of `stddev`, or ones where it is `None`)."""
     assert len(shape) == len(axes), (shape, axes)
     value = jnp.ones(shape, dtype) if stddev is None else stddev * jax.random.normal(key, shape, dtype)
     return nnx.Param(value, axes=axes)
 
 
 def linear(equation: str, x: jax.Array, kernel: nnx.Param, dtype) -> jax.Array:
-    """`einsum` of an activation with a kernel in the compute dtype; whatever stands where a kernel stood is handled here."""
+    """`einsum` of an activation with a kernel, in the compute dtype."""
     return jnp.einsum(equation, x.astype(dtype), kernel[...].astype(dtype))
 
 
@@ -64,7 +67,9 @@ class RMSNorm(nnx.Module):
 class GatedMLP(nnx.Module):
     """`(act(x W_gate) * (x W_up)) W_down`: T5.1.1's gated GELU and Llama's SwiGLU."""
 
-    def __init__(self, d_model: int, d_ff: int, *, activation: str, stddev_in: float, stddev_out: float, param_dtype, key):
+    def __init__(
+        self, d_model: int, d_ff: int, *, activation: str, stddev_in: float, stddev_out: float, param_dtype, key
+    ):
         gate_key, up_key, down_key = jax.random.split(key, 3)
         self.gate = parameter(gate_key, (d_model, d_ff), ("embed", "mlp"), stddev_in, param_dtype)
         self.up = parameter(up_key, (d_model, d_ff), ("embed", "mlp"), stddev_in, param_dtype)

@@ -10,7 +10,9 @@ from flax import nnx
 from gqa.nn.layers import parameter
 
 
-def relative_position_bucket(distance: jax.Array, *, bidirectional: bool, num_buckets: int, max_distance: int) -> jax.Array:
+def relative_position_bucket(
+    distance: jax.Array, *, bidirectional: bool, num_buckets: int, max_distance: int
+) -> jax.Array:
     """T5's bucket of `distance = key position - query position`: exact when near, logarithmic up to `max_distance`.
 
     Source: Raffel et al. 2020 §2.1. Returns int32 of the same shape in `[0, num_buckets)`.
@@ -31,7 +33,17 @@ def relative_position_bucket(distance: jax.Array, *, bidirectional: bool, num_bu
 class RelativePositionBias(nnx.Module):
     """A learnt bias per head and bucketed distance, added to the scores; one table serves all layers of a stack."""
 
-    def __init__(self, num_heads: int, *, num_buckets: int, max_distance: int, bidirectional: bool, stddev: float, param_dtype, key):
+    def __init__(
+        self,
+        num_heads: int,
+        *,
+        num_buckets: int,
+        max_distance: int,
+        bidirectional: bool,
+        stddev: float,
+        param_dtype,
+        key,
+    ):
         self.table = parameter(key, (num_buckets, num_heads), ("buckets", "heads"), stddev, param_dtype)
         self.max_distance = max_distance
         self.bidirectional = bidirectional
@@ -82,6 +94,6 @@ def rotary_angles(positions_BT: jax.Array, frequencies: jax.Array) -> tuple[jax.
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rotates the pairs `(x[i], x[i + d/2])` of the last axis (half-split layout); `cos`, `sin` broadcast against `[..., d/2]`."""
+    """Rotates the pairs `(x[i], x[i + d/2])` of the last axis (half-split layout); `cos` and `sin` are `[..., d/2]`."""
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)

@@ -1,8 +1,8 @@
-"""A run as frozen, validated dataclasses: everything that a config file may say, checked before anything is allocated."""
+"""A run as frozen, validated dataclasses: all that a config file may say, checked before anything is allocated."""
 
 import dataclasses
 import difflib
-import math
+import hashlib
 import types
 import typing
 from collections.abc import Mapping
@@ -13,7 +13,9 @@ import ml_collections
 
 from gqa import models
 from gqa.checkpoints import hf
-from gqa.data.prepare import PrepareSpec, default_directory, prepare, read_manifest
+from gqa.data.examples import make_task
+from gqa.data.prepare import Manifest, PrepareSpec, default_directory, prepare, read_manifest
+from gqa.data.vocabulary import Vocabulary
 from gqa.errors import InputError
 from gqa.models.heads import divisors
 from gqa.models.stacks import REMAT_POLICIES
@@ -38,7 +40,9 @@ class ModelChoice:
 
     def __post_init__(self):
         if (self.size is None) == (self.checkpoint is None):
-            raise InputError("model.size (from scratch) or model.checkpoint (go on from a folder): set exactly one of them")
+            raise InputError(
+                "model.size (from scratch) or model.checkpoint (go on from a folder): set exactly one of them"
+            )
         if self.checkpoint is not None and self.changes:
             raise InputError("model.changes belongs to model.size; a checkpoint has the architecture it has")
         _one_of("model.dtype", self.dtype, DTYPES)
@@ -50,8 +54,10 @@ class ModelChoice:
         if self.checkpoint is not None:
             return hf.read_config(self.checkpoint, **self.run_choices())
         base = models.size(self.size)
-        for name in self.changes:
-            _one_of("model.changes", name, [field.name for field in dataclasses.fields(base)])
+        hints = typing.get_type_hints(type(base))
+        for name, value in self.changes.items():
+            _one_of("model.changes", name, hints)
+            _coerce(hints[name], value, f"model.changes.{name}")
         return dataclasses.replace(base, **{**self.changes, **self.run_choices()})
 
     def run_choices(self) -> dict[str, Any]:
@@ -85,7 +91,8 @@ class TrainConfig:
         if self.batch_size % self.accumulation:
             nearest = min(divisors(self.batch_size), key=lambda n: abs(n - self.accumulation))
             raise InputError(
-                f"train.accumulation={self.accumulation} does not divide train.batch_size={self.batch_size}; nearest: {nearest}"
+                f"train.accumulation={self.accumulation} does not divide train.batch_size={self.batch_size}; "
+                f"nearest: {nearest}"
             )
 
 
@@ -123,7 +130,11 @@ class RunConfig:
     @property
     def steps(self) -> int:
         """Optimizer steps of this run; α × original steps when uptraining."""
-        return self.train.steps if self.uptrain is None else max(1, round(self.uptrain.alpha * self.uptrain.original_steps))
+        return (
+            self.train.steps
+            if self.uptrain is None
+            else max(1, round(self.uptrain.alpha * self.uptrain.original_steps))
+        )
 
     @property
     def schedule_offset(self) -> int:
@@ -136,11 +147,12 @@ class RunConfig:
             directory = default_directory(self.data)
             prepare(self.data, directory)
             return directory
-        manifest = read_manifest(self.records)
-        for name in ("task", "inputs_length", "targets_length"):
-            found, expected = getattr(manifest, name), getattr(self.data, name)
-            if expected is not None and found != expected:
-                raise InputError(f"records {self.records} have {name}={found!r}, the config says data.{name}={expected!r}")
+        manifest, vocabulary = read_manifest(self.records), Vocabulary(self.data.vocabulary)
+        wanted = make_task(self.data.task, self.data.inputs_length, self.data.targets_length, vocabulary.size)
+        if manifest.make_task() != wanted:
+            raise InputError(f"records {self.records} are of {manifest.make_task()}; the config's data says {wanted}")
+        if manifest.vocabulary_sha256 != hashlib.sha256(vocabulary.path.read_bytes()).hexdigest():
+            raise InputError(f"records {self.records} were prepared with another vocabulary than {vocabulary.path}")
         return Path(self.records)
 
     def check_devices(self, num_devices: int) -> None:
@@ -148,12 +160,30 @@ class RunConfig:
         data, fsdp, _ = self.mesh.sizes(num_devices)
         rows, ways = self.train.batch_size // self.train.accumulation, data * fsdp
         if rows % ways:
-            step = math.lcm(ways) * self.train.accumulation
+            step = ways * self.train.accumulation
             nearest = max(step, round(self.train.batch_size / step) * step)
             raise InputError(
-                f"train.batch_size={self.train.batch_size} in {self.train.accumulation} micro-batch(es) is not divisible by "
-                f"data*fsdp={ways} devices; nearest: {nearest}"
+                f"train.batch_size={self.train.batch_size} in {self.train.accumulation} micro-batch(es) is not "
+                f"divisible by data*fsdp={ways} devices; nearest: {nearest}"
             )
+
+
+def check_vocabulary(manifest: Manifest, architecture: models.ModelConfig) -> None:
+    """Raises `InputError` when records hold tokens that the model's embedding does not."""
+    if manifest.vocabulary_size > architecture.vocab_size:
+        raise InputError(
+            f"the records' vocabulary has {manifest.vocabulary_size} pieces, the model's embedding "
+            f"{architecture.vocab_size}; use the model's own vocabulary"
+        )
+
+
+def check_task(manifest: Manifest, architecture: models.ModelConfig) -> None:
+    """Raises `InputError` when records are of the other kind of model: with inputs for a decoder, or without."""
+    has_encoder, has_inputs = isinstance(architecture, models.t5.T5Config), manifest.inputs_length > 0
+    if has_encoder != has_inputs:
+        tasks = "span_corruption, prefix_lm" if has_encoder else "causal_lm"
+        family = models.family_of(architecture)
+        raise InputError(f"data.task={manifest.task!r} is not for a {family} model; expected one of {tasks}")
 
 
 # What may differ between two starts of the same run in one working folder.
@@ -162,14 +192,16 @@ MAY_CHANGE += ("uptrain.alpha", "mesh.data", "mesh.fsdp", "mesh.tensor", "train.
 
 
 def parse(config: ml_collections.ConfigDict | Mapping) -> RunConfig:
-    """The validated run of a config file's dictionary; unknown and missing keys raise `InputError` naming the nearest."""
+    """The validated run of a config file's dictionary; an unknown or missing key raises `InputError`."""
     raw = config.to_dict() if isinstance(config, ml_collections.ConfigDict) else config
     return _build(RunConfig, raw, "config")
 
 
 def _build(kind: type, raw: Mapping, where: str):
     if not isinstance(raw, Mapping):
-        raise InputError(f"{where}={raw!r}; expected a section with {', '.join(f.name for f in dataclasses.fields(kind))}")
+        raise InputError(
+            f"{where}={raw!r}; expected a section with {', '.join(f.name for f in dataclasses.fields(kind))}"
+        )
     hints, values = typing.get_type_hints(kind), dict(raw)
     fields = {field.name: field for field in dataclasses.fields(kind)}
     for name in values:

@@ -16,20 +16,22 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from gqa import models
+from gqa.checkpoints.hf_config import read_json
 from gqa.checkpoints.store import Store
-from gqa.training.config import MAY_CHANGE, RunConfig, flatten, to_json
 from gqa.data import loader
 from gqa.errors import InputError
 from gqa.objectives.language_model import Sums, cross_entropy
 from gqa.sharding import logical_axes
 from gqa.training import optimizer as optimizers
+from gqa.training.config import MAY_CHANGE, RunConfig, flatten, to_json
 from gqa.training.flops import train_step_flops
 from gqa.training.metrics import MetricsWriter
-from gqa.training.state import abstract_state, initial_state, make_train_step, place_batch
+from gqa.training.state import abstract_state, initial_state, jit_train_step, make_train_step, place_batch
 
 CONFIG = "config.json"
 FINISHED = "finished.json"
 MODEL = "model"
+UNFINISHED = "unfinished"  # where the final model is written before it gets its name
 
 
 class Interrupted(KeyboardInterrupt):
@@ -52,10 +54,13 @@ def _heldout_sums(model: models.Model, batch: Mapping) -> Sums:
     return cross_entropy(logits_BTV, batch["targets"], batch["loss_weights"], 0.0)
 
 
-def heldout_metrics(model: models.Model, batches: loader.Batches, mesh: Mesh) -> dict[str, float]:
+def heldout_metrics(
+    model: models.Model, batches: loader.Batches, mesh: Mesh, show_progress: bool = False
+) -> dict[str, float]:
     """Loss in nats a token, accuracy and tokens scored; one transfer from the devices at the end."""
+    steps = tqdm(range(len(batches)), desc="held-out", unit="batch", disable=not show_progress, dynamic_ncols=True)
     with jax.set_mesh(mesh):
-        sums = jax.device_get([_heldout_sums(model, place_batch(mesh, batches(i))) for i in range(len(batches))])
+        sums = jax.device_get([_heldout_sums(model, place_batch(mesh, batches(step))) for step in steps])
     total = Sums(*(np.sum(np.asarray(part, np.float64)) for part in zip(*sums, strict=True)))
     return {
         "loss": float(total.loss_sum / total.weight_sum),
@@ -87,12 +92,9 @@ def train(
 
     Raises `InputError` when the folder holds another or a finished run, `Interrupted` after a signal.
     """
-    claim(workdir, config)
     abstract_model = models.abstract(architecture)
     learning_rate = optimizers.schedule(config.optimizer)
-    optimizer = optimizers.optimizer(
-        config.optimizer, config.schedule_offset, logical_axes(abstract_model)
-    )
+    optimizer = optimizers.optimizer(config.optimizer, config.schedule_offset, logical_axes(abstract_model))
     train_step = make_train_step(
         language_model_loss(config.train.z_loss, config.model.dropout_rate > 0),
         optimizer,
@@ -100,17 +102,22 @@ def train(
         accumulation=config.train.accumulation,
         seed=config.train.seed,
     )
-    train_step = jax.jit(train_step, donate_argnums=0)
     batches = loader.train_batches(records, config.train.batch_size, config.train.seed)
     heldout = loader.heldout_batches(records, config.train.batch_size, config.train.eval_examples)
     flops = train_step_flops(abstract_model, {name: array.shape for name, array in batches(0).items()})
+    claim(workdir, config)
 
     with contextlib.ExitStack() as stack:
         store = stack.enter_context(Store(workdir / "checkpoints", config.train.keep))
         signals = stack.enter_context(_Signals())
         stack.enter_context(jax.set_mesh(mesh))
         like = abstract_state(abstract_model, optimizer, mesh)
+        train_step = jit_train_step(train_step, like)
         start = store.latest_step()
+        if start is not None and start > config.steps:
+            raise InputError(
+                f"workdir {workdir} holds {start} steps already, the config says {config.steps}; choose more"
+            )
         state = initial_state(initial_model, optimizer, like) if start is None else store.restore(start, like)
         del initial_model  # not kept beside the state
         writer = stack.enter_context(contextlib.closing(MetricsWriter(workdir, start)))
@@ -134,8 +141,7 @@ def train(
                 store.wait()
                 raise Interrupted(f"{signals.received} at step {step}: saved; the same command goes on from there")
         store.wait()
-        shutil.rmtree(workdir / MODEL, ignore_errors=True)  # of a run that was killed while it finished
-        export(state.model, workdir / MODEL)
+        _replace_model(workdir, lambda folder: export(state.model, folder))
         _write_json(workdir / FINISHED, {"step": config.steps})
         return state.model
 
@@ -143,30 +149,46 @@ def train(
 def claim(workdir: Path, config: RunConfig) -> None:
     """Makes `workdir` this run's, or raises `InputError` when it holds a finished or another run, or something else."""
     wanted = to_json(config)
-    if (workdir / FINISHED).exists():
-        steps = json.loads((workdir / FINISHED).read_text())["step"]
-        if steps >= config.steps:
-            raise InputError(f"workdir {workdir} holds a finished run of {steps} steps; choose another folder or more steps")
-        (workdir / FINISHED).unlink()
-    if not (workdir / CONFIG).exists():
-        if workdir.exists() and any(workdir.iterdir()):
+    found = read_json(workdir / CONFIG) if (workdir / CONFIG).exists() else {}
+    if "train" not in found:
+        # A kill may have left the unfinished config of this very call.
+        if workdir.exists() and {path.name for path in workdir.iterdir()} - {_unfinished(Path(CONFIG)).name}:
             raise InputError(f"workdir {workdir} is not empty and holds no run; choose a new folder")
         workdir.mkdir(parents=True, exist_ok=True)
         _write_json(workdir / CONFIG, wanted)
         return
-    found, expected = flatten(json.loads((workdir / CONFIG).read_text())), flatten(wanted)
+    found, expected = flatten(found), flatten(wanted)
     for name in sorted({*found, *expected} - set(MAY_CHANGE)):
         if found.get(name) != expected.get(name):
             raise InputError(
                 f"workdir {workdir} holds a run with {name}={found.get(name)!r}, this one has {expected.get(name)!r}; "
                 "choose another folder or the same value"
             )
+    if (workdir / FINISHED).exists():
+        steps = read_json(workdir / FINISHED)["step"]
+        if steps >= config.steps:
+            raise InputError(
+                f"workdir {workdir} holds a finished run of {steps} steps; choose another folder or more steps"
+            )
+        (workdir / FINISHED).unlink()
+
+
+def _replace_model(workdir: Path, export: Callable[[Path], None]) -> None:
+    unfinished = workdir / UNFINISHED
+    shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed here
+    export(unfinished / MODEL)
+    shutil.rmtree(workdir / MODEL, ignore_errors=True)  # of this run when it had fewer steps
+    (unfinished / MODEL).rename(workdir / MODEL)
+    unfinished.rmdir()
 
 
 def _write_json(path: Path, content: dict) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(temporary, path)
+    _unfinished(path).write_text(json.dumps(content, indent=2) + "\n")
+    os.replace(_unfinished(path), path)
+
+
+def _unfinished(path: Path) -> Path:
+    return path.with_suffix(".tmp")
 
 
 class _Signals:

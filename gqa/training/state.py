@@ -38,11 +38,15 @@ def abstract_state(abstract_model: Model, optimizer: optax.GradientTransformatio
     """Shapes, dtypes and shardings of a state; nothing is allocated."""
     state = jax.eval_shape(lambda model: _initial(model, optimizer), abstract_model)
     return jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), state, state_shardings(mesh, state)
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        state,
+        state_shardings(mesh, state),
     )
 
 
-def initial_state(model: Model | Callable[[], Model], optimizer: optax.GradientTransformation, like: TrainState) -> TrainState:
+def initial_state(
+    model: Model | Callable[[], Model], optimizer: optax.GradientTransformation, like: TrainState
+) -> TrainState:
     """The state of step 0 for a model, or for a function that initialises one, created in place on its devices."""
     placed = jax.tree.map(lambda leaf: leaf.sharding, like)
     if callable(model) and not isinstance(model, Model):
@@ -110,6 +114,13 @@ def make_train_step(
         return TrainState(state.step + 1, optax.apply_updates(state.model, updates), optimizer_state), metrics
 
     return train_step
+
+
+def jit_train_step(train_step: Callable, like: TrainState) -> Callable:
+    """`train_step` compiled: the state is donated, and each of its arrays stays where `like` has it."""
+    # Left to itself, XLA gives the new state shardings of its own choice: the second step would compile again.
+    placed = jax.tree.map(lambda leaf: leaf.sharding, like)
+    return jax.jit(train_step, donate_argnums=0, out_shardings=(placed, None))
 
 
 def place_batch(mesh: Mesh, batch: Mapping) -> Batch:

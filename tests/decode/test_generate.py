@@ -25,7 +25,7 @@ def sequences(batch, length, *, seed=0):
 
 
 def argmax_t5(model, inputs, segments, tokens):
-    """The most likely token after each prefix of `tokens`, by one forward of all: greedy tokens reproduce themselves."""
+    """The most likely token after each prefix of `tokens`, by one forward: greedy tokens reproduce themselves."""
     shifted = jnp.pad(tokens[:, :-1], ((0, 0), (1, 0)), constant_values=PAD_ID)
     logits = jax.jit(lambda model: model(inputs, shifted, inputs_segments_BS=segments))(model)
     return np.asarray(jnp.argmax(logits, axis=-1))
@@ -56,7 +56,7 @@ def test_t5_equals_the_full_forward(kv_heads):
     assert len({tuple(row) for row in tokens}) == 3, "rows should differ for the test to mean something"
 
 
-@pytest.mark.parametrize("changes", [{}, {"decoder_self_kv_heads": 2}, {"decoder_self_kv_heads": (1, 4)}, {"sliding_window": 3}])
+@pytest.mark.parametrize("changes", [{"decoder_self_kv_heads": K} for K in (4, 2, (1, 4))] + [{"sliding_window": 3}])
 def test_llama_equals_the_full_forward_of_prompts_without_padding(changes):
     llama = model("llama_mini", **changes)
     lengths = [5, 2, 1]
@@ -72,8 +72,8 @@ def test_llama_equals_the_full_forward_of_prompts_without_padding(changes):
 @pytest.mark.parametrize("name", ["t5_1_1_mini", "llama_mini"])
 def test_stacked_and_unstacked_models_decode_alike(name):
     inputs = sequences(2, 1)
-    stacked, unstacked = (greedy(form, inputs, None, MAX_TOKENS, None) for form in (model(name), model(name).unstacked()))
-    np.testing.assert_array_equal(stacked, unstacked)
+    stacked = greedy(model(name), inputs, None, MAX_TOKENS, None)
+    np.testing.assert_array_equal(stacked, greedy(model(name).unstacked(), inputs, None, MAX_TOKENS, None))
 
 
 @pytest.mark.parametrize("name", ["t5_1_1_mini", "llama_mini"])
@@ -84,6 +84,31 @@ def test_rows_end_at_eos_and_are_padded(name):
         tokens = np.asarray(greedy(network, inputs, None, MAX_TOKENS, eos_id))
         np.testing.assert_array_equal(tokens, cut(free, eos_id))
         assert (tokens == eos_id).any()
+
+
+@pytest.mark.parametrize("name", ["t5_1_1_mini", "llama_mini"])
+def test_the_loop_takes_no_more_steps_than_needed(name, monkeypatch):
+    network, inputs = model(name, norm_epsilon=3e-6), sequences(2, 1)  # a prompt of one token needs no prefill
+    steps, decode_step = [], type(network).decode_step
+
+    def counted(*args):
+        jax.debug.callback(lambda: steps.append(1))
+        return decode_step(*args)
+
+    def steps_until(eos_id):
+        steps.clear()
+        tokens = np.asarray(greedy(network, inputs, None, MAX_TOKENS, eos_id))
+        jax.effects_barrier()
+        return len(steps), tokens
+
+    monkeypatch.setattr(type(network), "decode_step", counted)
+    num_steps, free = steps_until(None)
+    assert num_steps == MAX_TOKENS
+    inputs[1] = inputs[0]  # so that both rows end together
+    eos_id = int(free[0, 2])
+    num_steps, tokens = steps_until(eos_id)
+    assert num_steps == list(free[0]).index(eos_id) + 1 < MAX_TOKENS
+    np.testing.assert_array_equal(tokens, cut(np.stack([free[0]] * 2), eos_id))
 
 
 @pytest.mark.parametrize("name", ["t5_1_1_mini", "llama_mini"])

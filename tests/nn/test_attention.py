@@ -66,12 +66,15 @@ def test_a_query_that_sees_nothing_stays_finite():
     np.testing.assert_allclose(out[:, :, 0], np.broadcast_to(value[:, :1].mean(2), (B, T, d)), rtol=1e-5, atol=1e-6)
 
 
-def test_bfloat16_queries_give_bfloat16_outputs_with_softmax_in_float32():
-    # 256 equal keys: a bfloat16 sum of the weights would stop at 1/256 of precision.
-    query, key = jnp.zeros((1, 1, 2, d), jnp.bfloat16), jnp.zeros((1, 1, 256, d), jnp.bfloat16)
-    out = grouped_query_attention(query, key, jnp.ones_like(key), bias_HTS=None, mask_BTS=None)
+def test_scores_of_bfloat16_queries_are_float32():
+    # Scores around 50: bfloat16 would round them by up to 0.125, and the weights by as many times 100 %.
+    query, key = (jnp.asarray(normal(seed, B, n, m, d) + 3.5, jnp.bfloat16) for seed, n, m in ((0, T, 2), (1, 1, S)))
+    value = jnp.broadcast_to(jnp.eye(S, d, dtype=jnp.bfloat16), (B, 1, S, d))  # the output is the weights of d keys
+    out = grouped_query_attention(query, key, value, bias_HTS=None, mask_BTS=None)
+    scores = np.einsum("BTHd,BSd->BTHS", np.asarray(query, np.float64), np.asarray(key, np.float64)[:, 0])
     assert out.dtype == jnp.bfloat16
-    np.testing.assert_array_equal(out.astype(np.float32), np.ones((1, 1, 2, d)))
+    expected = np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)
+    np.testing.assert_allclose(out.astype(np.float32), expected[..., :d], rtol=2**-7, atol=1e-6)
 
 
 def test_dropout_is_on_the_weights_and_keeps_their_expectation():
@@ -79,10 +82,19 @@ def test_dropout_is_on_the_weights_and_keeps_their_expectation():
     query, key = np.zeros((1, 200, 2, S), np.float32), np.zeros((1, 1, S, S), np.float32)
     value = np.eye(S, dtype=np.float32)[None, None]
     dropout = Dropout(0.4, jax.random.key(0))
-    found = np.asarray(grouped_query_attention(query, key, value, bias_HTS=None, mask_BTS=None, dropout=dropout, site=0))
+    found = np.asarray(
+        grouped_query_attention(query, key, value, bias_HTS=None, mask_BTS=None, dropout=dropout, site=0)
+    )
     kept = found != 0
     np.testing.assert_allclose(found[kept], 1 / S / 0.6, rtol=1e-6)
-    assert abs(kept.mean() - 0.6) < 0.03  # 2000 draws: three standard deviations
+    assert abs(kept.mean() - 0.6) < 0.04  # 2000 draws: more than three standard deviations
+
+
+def test_dropout_sites_and_keys_have_masks_of_their_own():
+    x = jnp.ones((8, 8))
+    masks = [Dropout(0.5, jax.random.key(key))(x, site) for key, site in ((0, 0), (0, 1), (1, 0))]
+    assert len({mask.tobytes() for mask in map(np.asarray, masks)}) == 3
+    np.testing.assert_array_equal(masks[0], Dropout(0.5, jax.random.key(0))(x, 0))
 
 
 def as_text(mask) -> list[str]:

@@ -1,0 +1,84 @@
+"""What the experiments measure of a checkpoint, and on what machine."""
+
+import json
+import os
+import platform
+import subprocess
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gqa import models
+from gqa.decode import generate
+
+
+def machine() -> dict[str, str | int]:
+    """The machine and versions that a result comes from."""
+    cpu = platform.processor()
+    if Path("/proc/cpuinfo").exists():
+        names = [
+            line.split(":", 1)[1].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if "model name" in line
+        ]
+        cpu = names[0] if names else cpu
+    return {
+        "device": jax.devices()[0].device_kind,
+        "num_devices": jax.device_count(),
+        "cpu": cpu,
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "python": platform.python_version(),
+        "jax": jax.__version__,
+    }
+
+
+def commit() -> str:
+    """The commit of the working tree, with `+` where it has changes; `unknown` outside a checkout."""
+    try:
+        root = Path(__file__).parent
+        head = subprocess.run(
+            ["git", "rev-parse", "--short=12", "HEAD"], cwd=root, capture_output=True, text=True, check=True
+        )
+        changes = subprocess.run(["git", "status", "--porcelain"], cwd=root, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return head.stdout.strip() + ("+" if changes.stdout.strip() else "")
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Writes a result as one complete file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(content, indent=2) + "\n")
+    os.replace(temporary, path)
+
+
+def decode_times(
+    checkpoints: dict[str, models.Model], *, batch_size: int, inputs_length: int, num_tokens: int, repetitions: int
+) -> dict[str, dict[str, float]]:
+    """Milliseconds a decoding step of each encoder-decoder, measured in turns: median, fastest and slowest repetition.
+
+    A step makes one token for each of `batch_size` rows of `inputs_length` random input tokens; exactly `num_tokens`
+    steps are timed, the encoder and the compilation are not.
+    """
+    tokens = np.random.default_rng(0).integers(3, 1000, (batch_size, inputs_length), dtype=np.int32)
+    ready = {name: model.unstacked() for name, model in checkpoints.items()}
+    seconds = {name: [] for name in ready}
+    for repetition in range(repetitions + 1):  # the first compiles
+        for name, model in ready.items():
+            prefilled = jax.block_until_ready(generate.prefill(model, jnp.asarray(tokens), None, num_tokens))
+            start = time.perf_counter()
+            jax.block_until_ready(generate.decode(model, prefilled, num_tokens, None))
+            if repetition:
+                seconds[name].append(time.perf_counter() - start)
+    return {
+        name: {
+            "median_ms": 1e3 * float(np.median(times)) / num_tokens,
+            "min_ms": 1e3 * min(times) / num_tokens,
+            "max_ms": 1e3 * max(times) / num_tokens,
+        }
+        for name, times in seconds.items()
+    }

@@ -1,0 +1,164 @@
+import hashlib
+import json
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from checkpoints_tools import convert as command
+from gqa import models
+from gqa.checkpoints import hf
+from gqa.command_line import run
+from gqa.convert import convert
+
+CHOICES = dict(param_dtype="float32", dtype="float32", scan_layers=True, remat="none", dropout_rate=0.0)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """A multi-head T5 (4 heads, 2+2 layers) with a vocabulary, the licence of its weights and no provenance."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    vocabulary = folder / "spiece.model"
+    vocabulary.write_bytes(b"pieces")
+    model = models.create(models.size("t5_1_1_mini"), jax.random.key(0))
+    ids = {"pad_token_id": 0, "eos_token_id": 7}
+    hf.save(model, folder / "t5", dtype="float32", extra_files=[vocabulary], token_ids=ids)
+    (folder / "t5" / "optimizer.pt").write_bytes(b"not for the copy")
+    return folder / "t5"
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoints") / "llama"
+    hf.save(models.create(models.size("llama_mini"), jax.random.key(0)), folder, dtype="bfloat16")
+    return folder
+
+
+def call(monkeypatch, *arguments):
+    """Runs the command; returns its exit code."""
+    monkeypatch.setattr(sys, "argv", ["convert.py", *map(str, arguments)])
+    with pytest.raises(SystemExit) as exit:
+        run(command.main)
+    return exit.value.code
+
+
+def assert_equal(left, right):
+    assert left.config == right.config
+    assert jax.tree.structure(left) == jax.tree.structure(right)
+    for one, other in zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_t5(source, tmp_path, monkeypatch, capsys):
+    output = tmp_path / "new folder" / "gqa2"
+    arguments = [f"--source={source}", f"--output={output}", "--kv_heads=2", "--method=mean"]
+    assert not call(monkeypatch, *arguments)
+    converted = convert(hf.load(source, **CHOICES), {"decoder_self": 2, "cross": 2}, "mean", jax.random.key(0))
+    assert_equal(hf.load(output, **CHOICES), converted)
+    assert sorted(path.name for path in output.iterdir()) == [
+        "config.json",
+        "model.safetensors",
+        "provenance.json",
+        "spiece.model",
+    ]
+    assert (output / "spiece.model").read_bytes() == b"pieces"
+    assert json.loads((output / "config.json").read_text())["eos_token_id"] == 7
+    provenance = json.loads((output / "provenance.json").read_text())
+    versions = provenance.pop("versions")
+    assert versions["jax"] == jax.__version__ and versions["numpy"] == np.__version__
+    assert provenance == {
+        "command": " ".join(["python -m checkpoints_tools.convert", *(f"'{a}'" if " " in a else a for a in arguments)]),
+        "source": {
+            "path": str(source),
+            "sha256": {"model.safetensors": hashlib.sha256((source / "model.safetensors").read_bytes()).hexdigest()},
+        },
+        "method": "mean",
+        "seed": 0,
+        "dtype": "float32",
+        "kv_heads": {
+            "encoder_self": {"before": [4, 4], "after": [4, 4]},
+            "decoder_self": {"before": [4, 4], "after": [2, 2]},
+            "cross": {"before": [4, 4], "after": [2, 2]},
+        },
+    }
+    # Site: in 2 layers, 4 kernels of 64 x 64, then 2 of 64 x 64 and 2 of 64 x 32. Cache: 2 * 4 heads * 16 * 2 layers *
+    # 4 bytes. Model: 3 sites of 32768, 4 MLPs of 3 * 64 * 96, 2 tables of 256 * 64, 2 of 32 * 4, and 12 norms of 64.
+    assert capsys.readouterr().out.splitlines() == [
+        "site          key/value heads  parameters          float32 cache, bytes per token",
+        "encoder_self  4 -> 4           32,768 -> 32,768    none",
+        "decoder_self  4 -> 2           32,768 -> 24,576    1,024 -> 512 (target)",
+        "cross         4 -> 2           32,768 -> 24,576    1,024 -> 512 (input)",
+        "whole model                    205,824 -> 189,440",
+        f"wrote {output}",
+    ]
+
+
+def test_conversions_in_a_row_keep_their_provenance(source, tmp_path, monkeypatch):
+    first, second = tmp_path / "first", tmp_path / "second"
+    common = ["--method=first", "--sites=cross"]
+    assert not call(monkeypatch, f"--source={source}", f"--output={first}", "--kv_heads=2", *common)
+    assert not call(monkeypatch, f"--source={first}", f"--output={second}", "--kv_heads=1", *common)
+    provenance = json.loads((second / "provenance.json").read_text())
+    assert provenance["kv_heads"]["cross"] == {"before": [2, 2], "after": [1, 1]}
+    assert provenance["kv_heads"]["decoder_self"] == {"before": [4, 4], "after": [4, 4]}
+    assert provenance["source_provenance"] == json.loads((first / "provenance.json").read_text())
+    direct = convert(hf.load(source, **CHOICES), {"cross": 1}, "first", jax.random.key(0))
+    assert_equal(hf.load(second, **CHOICES), direct)
+
+
+def test_llama_keeps_its_dtype_unless_told_otherwise(llama, tmp_path, monkeypatch):
+    choices = CHOICES | {"param_dtype": "bfloat16"}
+    expected = convert(hf.load(llama, **choices), {"decoder_self": 1}, "random", jax.random.key(5))
+    common = [f"--source={llama}", "--kv_heads=1", "--method=random", "--seed=5"]
+    for dtype, extra in (("bfloat16", []), ("float32", ["--dtype=float32"])):
+        assert not call(monkeypatch, f"--output={tmp_path / dtype}", *common, *extra)
+        assert_equal(hf.load(tmp_path / dtype, **choices), expected)
+        assert json.loads((tmp_path / dtype / "provenance.json").read_text())["dtype"] == dtype
+        assert json.loads((tmp_path / dtype / "config.json").read_text())["dtype"] == dtype
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"kv_heads": 3}, "decoder_self_kv_heads=3 does not divide the 4 key/value heads of layer 0; nearest: 2, 4"),
+        ({"kv_heads": 8}, "decoder_self_kv_heads=8 does not divide the 4 key/value heads of layer 0; nearest: 4"),
+        ({"method": "median"}, "method='median' is unknown; expected one of mean, first, random"),
+        ({"sites": "self"}, "attention site 'self' is unknown; expected one of encoder_self, decoder_self, cross"),
+        ({"dtype": "float8"}, "--dtype=float8 is unknown; expected one of float32, bfloat16"),
+        ({"souce": "x"}, "unknown option --souce; nearest: --source"),
+        ({"source": "{tmp}/nothing"}, "{tmp}/nothing/config.json is missing"),
+        ({"output": "{source}"}, "--output={source} exists already; name a new directory"),
+    ],
+)
+def test_bad_input(source, tmp_path, monkeypatch, capsys, changes, message):
+    changes = {name: str(value).format(tmp=tmp_path, source=source) for name, value in changes.items()}
+    arguments = {"source": source, "output": tmp_path / "output", "kv_heads": 2, "method": "mean"} | changes
+    before = sorted(source.iterdir())
+    assert call(monkeypatch, *(f"--{name}={value}" for name, value in arguments.items())) == 2
+    assert capsys.readouterr().err == f"error: {message.format(tmp=tmp_path, source=source)}\n"
+    assert list(tmp_path.iterdir()) == []
+    assert sorted(source.iterdir()) == before
+
+
+def test_damaged_weights_leave_nothing(source, tmp_path, monkeypatch, capsys):
+    damaged = tmp_path / "damaged"
+    damaged.mkdir()
+    (damaged / "config.json").write_bytes((source / "config.json").read_bytes())
+    (damaged / "model.safetensors").write_bytes((source / "model.safetensors").read_bytes()[:-100])
+    output = tmp_path / "output"
+    assert call(monkeypatch, f"--source={damaged}", f"--output={output}", "--kv_heads=2", "--method=mean") == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {damaged / 'model.safetensors'} is not a readable safetensors file")
+    assert error.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["damaged"]
+
+
+def test_an_interrupted_write_leaves_nothing(source, tmp_path, monkeypatch):
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(hf, "save_file", interrupted)
+    output = tmp_path / "new"
+    assert call(monkeypatch, f"--source={source}", f"--output={output}", "--kv_heads=2", "--method=mean") == 130
+    assert list(tmp_path.iterdir()) == []

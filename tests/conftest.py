@@ -1,0 +1,194 @@
+"""What tests of training share: a tiny vocabulary, corpus and records, tiny runs, and commands in a process of their own."""
+
+import io
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import sentencepiece
+
+from gqa.data.prepare import PrepareSpec, prepare
+from gqa.training import config as run_config
+
+ROOT = Path(__file__).parents[1]
+TASKS = {"t5": "span_corruption", "llama": "causal_lm"}
+ARCHITECTURES = {
+    "t5": dict(
+        d_model=32,
+        num_heads=8,
+        head_dim=4,
+        d_ff=64,
+        num_encoder_layers=2,
+        num_decoder_layers=2,
+        encoder_self_kv_heads=8,
+        decoder_self_kv_heads=2,
+        cross_kv_heads=2,
+    ),
+    "llama": dict(d_model=32, num_heads=8, head_dim=4, d_ff=64, num_layers=2, decoder_self_kv_heads=2),
+}
+
+
+@pytest.fixture(scope="session")
+def tiny_corpus(tmp_path_factory) -> Path:
+    """A folder of 60 small Python files of different lengths."""
+    folder = tmp_path_factory.mktemp("corpus")
+    for i in range(60):
+        lines = [f"def function_{i}_{j}(x):\n    return x * {j} + {i}\n" for j in range(1 + 7 * i % 13)]
+        (folder / f"module_{i}.py").write_text("\n".join(lines))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_vocabulary(tmp_path_factory) -> Path:
+    """A SentencePiece file of single characters: fewer than 80 pieces, and with the sentinels fewer than 180 ids."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.Train(
+        sentence_iterator=iter(["def function_0123456789(x):", "return x * y + z", "abcdefghijklmnopqrstuvwxyz"]),
+        model_writer=model,
+        model_type="char",
+        vocab_size=80,
+        hard_vocab_limit=False,
+        pad_id=0,
+        eos_id=1,
+        unk_id=2,
+        bos_id=-1,
+        add_dummy_prefix=False,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        user_defined_symbols=["\n"],
+        minloglevel=2,
+    )
+    path = tmp_path_factory.mktemp("vocabulary") / "characters.model"
+    path.write_bytes(model.getvalue())
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_records(tiny_spec, tmp_path_factory):
+    """task -> a folder of its records, made once: a few hundred rows of 32 tokens."""
+    folders = {}
+
+    def get(task: str) -> Path:
+        if task not in folders:
+            folders[task] = tmp_path_factory.mktemp("records") / task
+            prepare(PrepareSpec(**tiny_spec(task)), folders[task])
+        return folders[task]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def tiny_spec(tiny_corpus, tiny_vocabulary):
+    """task -> the `data` section of a config, as a dict."""
+
+    def get(task: str) -> dict:
+        return dict(
+            task=task,
+            source=str(tiny_corpus),
+            vocabulary=str(tiny_vocabulary),
+            inputs_length=32,
+            targets_length=None,
+        )
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def tiny_config(tiny_spec, tiny_records):
+    """A function (family, dotted overrides) -> the dictionary of a run of a model of 2 or 2+2 layers, 20 steps."""
+
+    def make(family: str, overrides: dict | None = None) -> dict:
+        config = dict(
+            model=dict(
+                size={"t5": "t5_1_1_mini", "llama": "llama_mini"}[family],
+                changes=dict(ARCHITECTURES[family]),
+                checkpoint=None,
+                dropout_rate=0.0,
+                dtype="float32",
+                param_dtype="float32",
+                scan_layers=True,
+                remat="none",
+            ),
+            data=tiny_spec(TASKS[family]),
+            records=str(tiny_records(TASKS[family])),
+            optimizer=dict(
+                name="adafactor",
+                schedule="rsqrt",
+                learning_rate=1.0,
+                warmup_steps=100,
+                decay_rate=0.8,
+                clipping_threshold=1.0,
+                multiply_by_parameter_scale=True,
+            ),
+            train=dict(
+                steps=20,
+                batch_size=8,
+                accumulation=1,
+                seed=0,
+                z_loss=1e-4,
+                log_every=1,
+                eval_every=10,
+                eval_examples=8,
+                save_every=5,
+                keep=2,
+            ),
+            mesh=dict(data=-1, fsdp=1, tensor=1),
+            uptrain=None,
+        )
+        for key, value in (overrides or {}).items():
+            *sections, name = key.split(".")
+            section = config
+            for part in sections:
+                section = section[part]
+            section[name] = value
+        return config
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tiny_config):
+    """A function (family, dotted overrides) -> the validated run."""
+    return lambda family, overrides=None: run_config.parse(tiny_config(family, overrides))
+
+
+@pytest.fixture(scope="session")
+def config_file(tiny_config, tmp_path_factory):
+    """A function (family, dotted overrides) -> the path of a config file that says so."""
+
+    def write(family: str, overrides: dict | None = None) -> Path:
+        path = tmp_path_factory.mktemp("configs") / "tiny.py"
+        path.write_text(
+            "from ml_collections import ConfigDict\n\n\n"
+            f"def get_config():\n    return ConfigDict({tiny_config(family, overrides)!r})\n"
+        )
+        return path
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def run_python(tmp_path_factory):
+    """A function (arguments of Python, timeout, environment) -> the finished process, which shares compiled programs."""
+    compiled = tmp_path_factory.mktemp("compiled")
+
+    def run(*arguments, timeout: int = 300, **environment: str) -> subprocess.CompletedProcess:
+        shared = {
+            "JAX_PLATFORMS": "cpu",
+            "JAX_COMPILATION_CACHE_DIR": str(compiled),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+            "TF_CPP_MIN_LOG_LEVEL": "3",  # XLA's remarks about the machine
+        }
+        return subprocess.run(
+            [sys.executable, *map(str, arguments)],
+            cwd=ROOT,
+            env=os.environ | {"PYTHONPATH": str(ROOT)} | shared | environment,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+        )
+
+    return run
