@@ -97,7 +97,7 @@ def parse(
     Raises `InputError` for an unknown option or key (naming the nearest) and for a configuration that does not load.
     """
     overrides, rest = _split_overrides(sys.argv[1:] if argv is None else argv)
-    args, unknown = parser.parse_known_args(rest)
+    args, unknown = _parse_known(parser, rest)
     config = load_config(args.config, overrides)
     _refuse_unknown(unknown, [*_options(parser), *(f"--config.{key}" for key in _keys(config))])
     return args, config
@@ -105,7 +105,7 @@ def parse(
 
 def parse_arguments(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> argparse.Namespace:
     """`parser.parse_args` for a command without a configuration; an unknown option raises `InputError` (nearest)."""
-    args, unknown = parser.parse_known_args(argv)
+    args, unknown = _parse_known(parser, argv)
     _refuse_unknown(unknown, _options(parser))
     return args
 
@@ -134,6 +134,18 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> ml_collectio
         except RequiredValueError:
             raise InputError(f"config.{key} has no value; expected --config.{key}=VALUE") from None
     return config.lock()
+
+
+def _parse_known(
+    parser: argparse.ArgumentParser, argv: Sequence[str] | None
+) -> tuple[argparse.Namespace, list[str]]:
+    """`parser.parse_known_args`, its errors one line like all others instead of a usage text of many."""
+
+    def refuse(message: str):
+        raise InputError(f"{message}; see --help")
+
+    parser.error = refuse
+    return parser.parse_known_args(argv)
 
 
 def _report(message: str) -> int:

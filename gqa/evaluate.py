@@ -20,12 +20,18 @@ def main() -> None:
         "--checkpoint", type=Path, required=True, help="folder of a Hugging Face checkpoint, or WORKDIR/model"
     )
     parser.add_argument("--output", type=Path, help="file for the scores as JSON")
+    parser.add_argument(
+        "--cross_attention",
+        action="store_true",
+        help="also the loss without cross-attention and with another example's encoder outputs (encoder-decoders)",
+    )
     arguments, raw_config = command_line.parse(parser)
     import jax
 
-    from gqa import sharding
+    from gqa import models, sharding
     from gqa.checkpoints import hf
     from gqa.data import loader
+    from gqa.evaluation.cross_attention import cross_attention_cost
     from gqa.training import config as run_config
     from gqa.training import loop
 
@@ -39,10 +45,14 @@ def main() -> None:
     model = hf.load(arguments.checkpoint, mesh=mesh, **config.model.run_choices())
     run_config.check_vocabulary(batches.manifest, model.config)
     scores = loop.heldout_metrics(model, batches, mesh, show_progress=True)
+    if arguments.cross_attention:
+        if not isinstance(model, models.t5.T5):
+            raise InputError(f"--cross_attention needs an encoder-decoder; {arguments.checkpoint} is a decoder")
+        scores |= cross_attention_cost(model, batches, mesh)
     scores = {"checkpoint": str(arguments.checkpoint), **scores, "perplexity": math.exp(scores["loss"])}
     scores |= {"unigram_loss": batches.manifest.unigram_cross_entropy, "corpus": batches.manifest.corpus_digests}
     for name, value in scores.items():
-        print(f"{name:16} {value:.4f}" if isinstance(value, float) else f"{name:16} {value}")
+        print(f"{name:30} {value:.4f}" if isinstance(value, float) else f"{name:30} {value}")
     if arguments.output:
         arguments.output.write_text(json.dumps(scores, indent=2) + "\n")
 

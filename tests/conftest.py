@@ -6,8 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 import sentencepiece
+from jax.experimental.compilation_cache import compilation_cache as compilation_cache_module
 
 from gqa.data.prepare import PrepareSpec, prepare
 from gqa.training import config as run_config
@@ -170,14 +172,40 @@ def config_file(tiny_config, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def run_python(tmp_path_factory):
-    """A function (arguments of Python, timeout, environment) -> the finished process, which shares compiled programs."""
-    compiled = tmp_path_factory.mktemp("compiled")
+def compiled_folder(tmp_path_factory) -> Path:
+    """Where processes, and tests with `compilation_cache`, share compiled programs."""
+    return tmp_path_factory.mktemp("compiled")
 
-    def run(*arguments, timeout: int = 300, **environment: str) -> subprocess.CompletedProcess:
+
+@pytest.fixture
+def compilation_cache(compiled_folder):
+    """Compiled programs outlive the function that was jitted: for tests that train several times."""
+    settings = {
+        "jax_compilation_cache_dir": str(compiled_folder),
+        "jax_persistent_cache_min_compile_time_secs": 0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before = {name: getattr(jax.config, name) for name in settings}
+
+    def set_all(values: dict) -> None:
+        compilation_cache_module.reset_cache()
+        for name, value in values.items():
+            jax.config.update(name, value)
+
+    set_all(settings)
+    yield
+    set_all(before)
+
+
+@pytest.fixture(scope="session")
+def run_python(compiled_folder):
+    """A function (arguments of Python, timeout, environment) -> the finished process."""
+
+    def run(*arguments, timeout: int = 600, **environment: str) -> subprocess.CompletedProcess:
         shared = {
+            "PYTHONPATH": str(ROOT),
             "JAX_PLATFORMS": "cpu",
-            "JAX_COMPILATION_CACHE_DIR": str(compiled),
+            "JAX_COMPILATION_CACHE_DIR": str(compiled_folder),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
             "TF_CPP_MIN_LOG_LEVEL": "3",  # XLA's remarks about the machine
@@ -185,7 +213,7 @@ def run_python(tmp_path_factory):
         return subprocess.run(
             [sys.executable, *map(str, arguments)],
             cwd=ROOT,
-            env=os.environ | {"PYTHONPATH": str(ROOT)} | shared | environment,
+            env=os.environ | shared | environment,
             capture_output=True,
             text=True,
             timeout=timeout,

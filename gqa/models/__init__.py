@@ -1,6 +1,7 @@
 """Model families by name: a row here and a file beside it add one."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -42,6 +43,7 @@ def size(name: str) -> ModelConfig:
     return sizes[name]
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def create(config: ModelConfig, key: jax.Array) -> Model:
     """A freshly initialised model."""
     return FAMILIES[family_of(config)].model(config, key)

@@ -235,7 +235,7 @@ class Llama(nnx.Module):
     def _logits(self, x_BTD) -> jax.Array:
         x_BTD = self.decoder_norm(x_BTD)
         if self.config.tied_logits:
-            logits_BTV = linear("BTD,VD->BTV", x_BTD, self.embedding, x_BTD.dtype)
+            logits_BTV = linear("BTD,DV->BTV", x_BTD, self.embedding[...].T, x_BTD.dtype)
         else:
             logits_BTV = linear("BTD,DV->BTV", x_BTD, self.logits, x_BTD.dtype)
         return constrain(logits_BTV.astype(jnp.float32), "batch", "length", "vocab")

@@ -54,6 +54,11 @@ class T5Config:
     def __post_init__(self):
         for site, layers in zip(SITES, (self.num_encoder_layers, *(self.num_decoder_layers,) * 2), strict=True):
             check_kv_heads(f"{site}_kv_heads", getattr(self, f"{site}_kv_heads"), self.num_heads, layers)
+        if self.relative_buckets < 4 or self.relative_max_distance <= self.relative_buckets // 2:
+            raise InputError(
+                f"relative_buckets={self.relative_buckets} with relative_max_distance={self.relative_max_distance}; "
+                "expected at least 4 buckets and a distance above half of them (T5.1.1: 32, 128)"
+            )
         if self.activation not in ACTIVATIONS:
             raise InputError(f"activation={self.activation!r} is unknown; expected one of {', '.join(ACTIVATIONS)}")
 
@@ -301,7 +306,7 @@ class T5(nnx.Module):
         x_BTD = dropped(self.decoder_norm(x_BTD), dropout, 1)
         if self.config.tied_logits:
             x_BTD = x_BTD * jnp.asarray(self.config.d_model**-0.5, x_BTD.dtype)
-            logits_BTV = linear("BTD,VD->BTV", x_BTD, self.embedding, x_BTD.dtype)
+            logits_BTV = linear("BTD,DV->BTV", x_BTD, self.embedding[...].T, x_BTD.dtype)
         else:
             logits_BTV = linear("BTD,DV->BTV", x_BTD, self.logits, x_BTD.dtype)
         return constrain(logits_BTV.astype(jnp.float32), "batch", "length", "vocab")

@@ -6,6 +6,7 @@ vocabulary.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 
 import jax
@@ -29,9 +30,22 @@ def parameter(
     return nnx.Param(value, axes=axes)
 
 
-def linear(equation: str, x: jax.Array, kernel: nnx.Param, dtype) -> jax.Array:
-    """`einsum` of an activation with a kernel, in the compute dtype."""
-    return jnp.einsum(equation, x.astype(dtype), kernel[...].astype(dtype))
+def linear(equation: str, x: jax.Array, kernel: nnx.Param | jax.Array, dtype) -> jax.Array:
+    """`einsum` of an activation with a kernel, in the compute dtype.
+
+    The axes summed over are the last of `x` and the first of the kernel, as in `BTHd,HdD->BTD`.
+    """
+    x, kernel = x.astype(dtype), kernel[...].astype(dtype)
+    if jax.default_backend() != "cpu":
+        return jnp.einsum(equation, x, kernel)
+    # XLA:CPU turns the operands of a product of more than two dimensions, its gradient's with all that was fused into
+    # them: forward and backward with a GELU at 4096 x 192 x 512, two cores, 39 ms; as matrices 13 ms.
+    inputs, result = equation.split("->")
+    of_x, of_kernel = inputs.split(",")
+    n = sum(axis in of_x for axis in of_kernel)
+    assert of_x[-n:] == of_kernel[:n], equation
+    flat = x.reshape(-1, math.prod(x.shape[-n:])) @ kernel.reshape(math.prod(kernel.shape[:n]), -1)
+    return jnp.einsum(f"{of_x[:-n]}{of_kernel[n:]}->{result}", flat.reshape(x.shape[:-n] + kernel.shape[n:]))
 
 
 @dataclasses.dataclass(frozen=True)
