@@ -1,6 +1,6 @@
 """Uptrains the quickstart's GQA-2 conversion for about 90 seconds on two CPU cores.
 
-As `configs/uptrain_t5_teacher.py`, with the smaller α that this time allows.
+As `configs/uptrain_t5_teacher.py`, with the α that this time allows.
 """
 
 from pathlib import Path
@@ -13,7 +13,7 @@ from gqa.command_line import load_config
 def get_config() -> ConfigDict:
     """The run."""
     config = ConfigDict(load_config(Path(__file__).parent / "uptrain_t5_teacher.py").to_dict())
-    config.uptrain.alpha = 0.03
+    config.uptrain.alpha = 0.05
     config.train.eval_examples = 1024
     config.train.eval_every = 1000
     return config

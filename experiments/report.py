@@ -141,12 +141,9 @@ def draw(report: dict, path: Path) -> None:
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
     marks = {"MHA": "s", "GQA-2 converted": "v", "GQA-2 uptrained": "o", "MQA converted": "^"}
     for name, row in rows.items():
-        axes.plot(
-            row["decode"]["median_ms"], row["loss"], marks[name], color="black", markersize=8, label=f"{name} (now)"
-        )
-        axes.annotate(
-            name, (row["decode"]["median_ms"], row["loss"]), xytext=(8, 4), textcoords="offset points", fontsize=9
-        )
+        point = (row["decode"]["median_ms"], row["loss"])
+        axes.plot(*point, marks[name], color="black", markersize=8, label=f"{name} (now)")
+        axes.annotate(name, point, xytext=(8, 4), textcoords="offset points", fontsize=9)
     before, after = rows["GQA-2 converted"], rows["GQA-2 uptrained"]
     axes.annotate(
         "",

@@ -1,4 +1,4 @@
-"""python -m experiments.train_step [--rows=32] [--inputs_length=128] [--targets_length=29] [--repeats=20] [--output=FILE]
+"""python -m experiments.train_step [--rows=32 --inputs_length=128 --targets_length=29] [--repeats=20] [--output=FILE]
 
 Time of a training step (forward, backward, Adafactor) of a T5 in this library, with unrolled and with scanned layers,
 and in transformers on torch: same weights, same batch, float32, all cores, measured in turns. Both must give the same
@@ -16,6 +16,7 @@ import numpy as np
 
 from gqa import command_line
 from gqa.errors import InputError
+from gqa.training.memory import keep_freed_memory
 
 NOISE_DENSITY, MEAN_SPAN = 0.15, 3.0  # T5's span corruption; they give the length of the targets
 LOSS_TOLERANCE = 1e-4  # largest relative difference of the implementations' losses
@@ -33,6 +34,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=20, help="timed calls of each (default: %(default)s)")
     parser.add_argument("--output", type=Path, help="JSON file for the result")
     arguments, raw_config = command_line.parse(parser)
+    keep_freed_memory()
 
     from experiments.measure import commit, machine, write_json
     from gqa.data.span_corruption import inputs_targets_lengths, tokens_length
@@ -43,15 +45,13 @@ def main() -> None:
     architecture = config.model.architecture()
     if family_of(architecture) != "t5" or architecture.dtype != "float32":
         raise InputError(f"{arguments.config} is no T5 in float32; nearest: configs/teacher_t5.py")
+    for name in ("rows", "inputs_length", "targets_length", "repeats"):
+        if (value := getattr(arguments, name)) is not None and value < 1:
+            raise InputError(f"--{name}={value}; expected at least 1")
     rows = arguments.rows or config.train.batch_size
     inputs_length = arguments.inputs_length or config.data.inputs_length
-    of_span_corruption = inputs_targets_lengths(
-        tokens_length(inputs_length, NOISE_DENSITY, MEAN_SPAN), NOISE_DENSITY, MEAN_SPAN
-    )[1]
-    targets_length = arguments.targets_length or of_span_corruption
-    for name, value in (("rows", rows), ("targets_length", targets_length), ("repeats", arguments.repeats)):
-        if value < 1:
-            raise InputError(f"--{name}={value}; expected at least 1")
+    num_tokens = tokens_length(inputs_length, NOISE_DENSITY, MEAN_SPAN)
+    targets_length = arguments.targets_length or inputs_targets_lengths(num_tokens, NOISE_DENSITY, MEAN_SPAN)[1]
 
     result = compare(config, rows, inputs_length, targets_length, arguments.repeats)
     result |= {
@@ -183,6 +183,7 @@ def their_calls(checkpoint: Path, batch: Mapping[str, np.ndarray], *, attention:
 
     torch.set_num_threads(machine()["cores"])
     transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()  # it finds logits of their own unusual
     model = transformers.T5ForConditionalGeneration.from_pretrained(checkpoint, attn_implementation=attention).train()
     model.config.use_cache = False  # it would build caches that training does not read
     # The learning rate of our schedule's first steps has no influence on the time.
@@ -212,12 +213,12 @@ def their_calls(checkpoint: Path, batch: Mapping[str, np.ndarray], *, attention:
 def check_losses(losses: Mapping[str, Mapping[str, float]]) -> None:
     """Raises RuntimeError unless every implementation gives the same loss on the weights that they share."""
     all_losses = [loss for kinds in losses.values() for loss in kinds.values()]
-    if not max(all_losses) - min(all_losses) <= LOSS_TOLERANCE * min(all_losses):
+    if not np.ptp(all_losses) <= LOSS_TOLERANCE * np.min(all_losses):  # true of NaN too
         raise RuntimeError(f"the implementations differ: {losses}")
 
 
 def times_in_turns(calls: Mapping[str, Calls], repeats: int) -> dict[str, dict[str, list[float]]]:
-    """Seconds of each call by kind and implementation, one of each in turn, so that a slow spell of the machine hits all.
+    """Seconds of each call by kind and implementation, in turns, so that a slow spell of the machine hits all.
 
     Before a timed call comes an untimed one: the other library's threads still spin when it ends.
     """

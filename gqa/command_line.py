@@ -136,9 +136,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> ml_collectio
     return config.lock()
 
 
-def _parse_known(
-    parser: argparse.ArgumentParser, argv: Sequence[str] | None
-) -> tuple[argparse.Namespace, list[str]]:
+def _parse_known(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     """`parser.parse_known_args`, its errors one line like all others instead of a usage text of many."""
 
     def refuse(message: str):

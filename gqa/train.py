@@ -10,6 +10,7 @@ from pathlib import Path
 
 from gqa import command_line
 from gqa.errors import InputError
+from gqa.training.memory import keep_freed_memory
 
 
 def main() -> None:
@@ -20,6 +21,7 @@ def main() -> None:
         "--workdir", type=Path, required=True, help="folder of this run: metrics, checkpoints, final model"
     )
     arguments, raw_config = command_line.parse(parser)
+    keep_freed_memory()
     # Imported here: --help and a mistyped config answer at once.
     import jax
 

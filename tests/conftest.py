@@ -1,4 +1,4 @@
-"""What tests of training share: a tiny vocabulary, corpus and records, tiny runs, and commands in a process of their own."""
+"""What tests of training share: a tiny vocabulary, corpus and records, tiny runs, and processes of their own."""
 
 import io
 import os
@@ -199,9 +199,9 @@ def compilation_cache(compiled_folder):
 
 @pytest.fixture(scope="session")
 def run_python(compiled_folder):
-    """A function (arguments of Python, timeout, environment) -> the finished process."""
+    """A function (arguments of Python, environment) -> the finished process."""
 
-    def run(*arguments, timeout: int = 600, **environment: str) -> subprocess.CompletedProcess:
+    def run(*arguments, **environment: str) -> subprocess.CompletedProcess:
         shared = {
             "PYTHONPATH": str(ROOT),
             "JAX_PLATFORMS": "cpu",
@@ -216,7 +216,6 @@ def run_python(compiled_folder):
             env=os.environ | shared | environment,
             capture_output=True,
             text=True,
-            timeout=timeout,
         )
 
     return run

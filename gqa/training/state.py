@@ -108,7 +108,7 @@ def make_train_step(
             "z_loss": sums.z_loss_sum / sums.weight_sum,
             "accuracy": sums.correct_sum / sums.weight_sum,
             "target_tokens": sums.weight_sum,
-            "grad_norm": optax.global_norm(gradients),
+            "grad_norm": optax.tree.norm(gradients),
             "learning_rate": learning_rate(state.step),
         }
         return TrainState(state.step + 1, optax.apply_updates(state.model, updates), optimizer_state), metrics

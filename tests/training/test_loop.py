@@ -1,0 +1,194 @@
+"""Runs from beginning to end, through the command line's own function: learning, going on, uptraining, stopping."""
+
+import json
+import math
+import os
+import signal
+import sys
+
+import jax
+import pytest
+
+from gqa import models, train
+from gqa.checkpoints import hf
+from gqa.checkpoints.store import Store
+from gqa.convert import convert
+from gqa.data import loader
+from gqa.data.prepare import read_manifest
+from gqa.errors import InputError
+from gqa.sharding import logical_axes, make_mesh
+from gqa.training import loop, metrics
+from gqa.training import optimizer as optimizers
+from gqa.training.state import abstract_state
+
+pytestmark = pytest.mark.usefixtures("compilation_cache")
+
+RATES = ("tokens_per_second", "model_tflops_per_second", "memory_gib")
+
+
+@pytest.fixture
+def run(config_file, monkeypatch):
+    """A function (workdir, family, dotted overrides) that trains, and returns the history without rates."""
+
+    def run(workdir, family, overrides):
+        arguments = [f"--config={config_file(family, overrides)}", f"--workdir={workdir}"]
+        monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
+        train.main()
+        return [{name: value for name, value in line.items() if name not in RATES} for line in metrics.read(workdir)]
+
+    return run
+
+
+def last_state(workdir, config):
+    """The newest checkpoint's state."""
+    model = models.abstract(config.model.architecture())
+    optimizer = optimizers.optimizer(config.optimizer, config.schedule_offset, logical_axes(model))
+    like = abstract_state(model, optimizer, make_mesh(config.mesh))
+    with Store(workdir / "checkpoints", config.train.keep) as store:
+        return store.restore(store.latest_step(), like)
+
+
+@pytest.mark.parametrize("family", ["t5", "llama"])
+def test_a_model_learns(run, tiny_run, tmp_path, family):
+    overrides = {"train.steps": 60, "train.log_every": 20, "train.eval_every": 30, "train.save_every": 60}
+    with jax.transfer_guard("disallow"):
+        history = run(tmp_path / "run", family, overrides)
+    assert [(line["split"], line["step"]) for line in history] == [
+        ("heldout", 0),
+        ("train", 20),
+        ("heldout", 30),
+        ("train", 40),
+        ("train", 60),
+        ("heldout", 60),
+    ]
+    heldout = [line["loss"] for line in history if line["split"] == "heldout"]
+    assert heldout[2] < heldout[1] < heldout[0] - 0.5
+    # Less than a model that knows how frequent each token is, and no more.
+    assert heldout[2] < read_manifest(tiny_run(family).records).unigram_cross_entropy
+    # The exported model is the one that was scored.
+    config = tiny_run(family)
+    model = hf.load(tmp_path / "run" / "model", **config.model.run_choices())
+    batches = loader.heldout_batches(config.records, 8, 8)
+    assert loop.heldout_metrics(model, batches, make_mesh(config.mesh))["loss"] == pytest.approx(heldout[2], rel=1e-6)
+
+
+def test_a_finished_run_goes_on_to_more_steps(run, tmp_path):
+    overrides = {"train.eval_every": 5}
+    whole = run(tmp_path / "whole", "llama", overrides | {"train.steps": 10})
+    run(tmp_path / "parts", "llama", overrides | {"train.steps": 5})
+    shorter = (tmp_path / "parts" / "model" / "model.safetensors").read_bytes()
+    assert json.loads((tmp_path / "parts" / "finished.json").read_text()) == {"step": 5}
+    assert run(tmp_path / "parts", "llama", overrides | {"train.steps": 10}) == whole
+    models = [(tmp_path / name / "model" / "model.safetensors").read_bytes() for name in ("whole", "parts")]
+    assert models[0] == models[1] != shorter
+    assert json.loads((tmp_path / "parts" / "finished.json").read_text()) == {"step": 10}
+    assert sorted(os.listdir(tmp_path / "parts")) == sorted(os.listdir(tmp_path / "whole"))
+
+
+def test_uptraining_goes_on_where_pre_training_ended(run, tiny_run, tmp_path):
+    """alpha = 0.0006 of 10,000 steps: 6 steps at 1/sqrt(10,000), 1/sqrt(10,001), …, on moments from zero."""
+    multi_head = models.create(tiny_run("t5").model.architecture(), jax.random.key(3))
+    converted = convert(multi_head, {"decoder_self": 1, "cross": 1}, "mean", jax.random.key(0))
+    hf.save(converted, tmp_path / "converted", dtype="float32")
+    overrides = {
+        "model.size": None,
+        "model.changes": {},
+        "model.checkpoint": str(tmp_path / "converted"),
+        "train.steps": None,
+        "train.save_every": 4,
+        "uptrain": {"original_steps": 10_000, "alpha": 0.0006},
+    }
+    history = run(tmp_path / "run", "t5", overrides)
+    rates = [line["learning_rate"] for line in history if line["split"] == "train"]
+    assert rates == pytest.approx([0.01, 0.0099995, 0.009999, 0.0099985, 0.009998, 0.0099975], rel=1e-6)
+    state = last_state(tmp_path / "run", tiny_run("t5", overrides))
+    assert int(state.step) == 6
+    assert [int(leaf) for leaf in jax.tree.leaves(state.optimizer) if leaf.shape == ()] == [6, 6]
+    # Step 0 scores the converted model as it is.
+    config = tiny_run("t5", overrides)
+    batches = loader.heldout_batches(config.records, 8, 8)
+    loss = loop.heldout_metrics(converted, batches, make_mesh(config.mesh))["loss"]
+    assert history[0]["loss"] == pytest.approx(loss, rel=1e-6)
+    # A second start resumes: nothing is left of the folder that training began from.
+    final = hf.load(tmp_path / "run" / "model", **config.model.run_choices())
+    assert final.config.decoder_self_kv_heads == final.config.cross_kv_heads == 1
+    assert final.config.encoder_self_kv_heads == 8
+
+
+@pytest.fixture
+def signal_at(monkeypatch):
+    """A function (step, signals) that makes the loop receive them while it writes the metrics of that step."""
+
+    def arrange(step, numbers):
+        write = loop.MetricsWriter.write
+
+        def write_and_receive(self, at, split, values):
+            write(self, at, split, values)
+            if (at, split) == (step, "train"):
+                for number in numbers:
+                    signal.raise_signal(number)
+
+        monkeypatch.setattr(loop.MetricsWriter, "write", write_and_receive)
+
+    return arrange
+
+
+def test_a_signal_stops_the_run_after_the_step(run, signal_at, tmp_path):
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    signal_at(3, [signal.SIGTERM])
+    with pytest.raises(loop.Interrupted, match=r"^SIGTERM at step 3: saved; the same command goes on from there$"):
+        run(tmp_path / "run", "llama", {"train.steps": 10})
+    assert os.listdir(tmp_path / "run" / "checkpoints") == ["3"]
+    assert not (tmp_path / "run" / "model").exists()
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
+
+
+def test_a_second_signal_does_not_wait(run, signal_at, tmp_path):
+    signal_at(3, [signal.SIGINT, signal.SIGINT])
+    with pytest.raises(KeyboardInterrupt) as caught:
+        run(tmp_path / "run", "llama", {"train.steps": 10})
+    assert not isinstance(caught.value, loop.Interrupted)
+    assert os.listdir(tmp_path / "run" / "checkpoints") == []
+
+
+def test_a_signal_at_the_last_step_lets_the_run_end(run, signal_at, tmp_path):
+    signal_at(10, [signal.SIGINT])
+    run(tmp_path / "run", "llama", {"train.steps": 10})
+    assert (tmp_path / "run" / "model" / "model.safetensors").exists()
+
+
+def test_heldout_loss_does_not_depend_on_the_batch_size(tiny_run):
+    config = tiny_run("llama")
+    model = models.create(config.model.architecture(), jax.random.key(1))
+    mesh = make_mesh(config.mesh)
+    scores = [loop.heldout_metrics(model, loader.heldout_batches(config.records, size, 10), mesh) for size in (10, 4)]
+    assert scores[0] == pytest.approx(scores[1], rel=1e-6)
+    assert scores[0]["target_tokens"] > 0
+    assert abs(scores[0]["loss"] - math.log(256)) < 2  # an untrained model, near uniform over the vocabulary
+
+
+def test_a_folder_with_more_steps_than_the_config_is_refused(run, tiny_run, tmp_path):
+    workdir = tmp_path / "run"
+    loop.claim(workdir, tiny_run("llama", {"train.steps": 20}))
+    with Store(workdir / "checkpoints", 2) as store:
+        store.save(15, {"step": jax.numpy.int32(15)})
+    with pytest.raises(InputError, match="holds 15 steps already, the config says 10; choose more"):
+        run(workdir, "llama", {"train.steps": 10})
+    assert os.listdir(workdir / "checkpoints") == ["15"]
+
+
+def test_refusing_a_run_leaves_a_finished_one_finished(tiny_run, tmp_path):
+    workdir = tmp_path / "run"
+    loop.claim(workdir, tiny_run("llama"))
+    (workdir / "finished.json").write_text('{"step": 20}')
+    with pytest.raises(InputError, match=r"holds a run with train\.seed=0, this one has 1"):
+        loop.claim(workdir, tiny_run("llama", {"train.steps": 30, "train.seed": 1}))
+    assert (workdir / "finished.json").exists()
+    loop.claim(workdir, tiny_run("llama", {"train.steps": 30}))
+    assert not (workdir / "finished.json").exists()
+
+
+def test_a_kill_while_the_folder_was_claimed_does_no_harm(tiny_run, tmp_path):
+    (tmp_path / "config.tmp").write_text('{"tra')
+    loop.claim(tmp_path, tiny_run("llama"))
+    assert os.listdir(tmp_path) == ["config.json"]

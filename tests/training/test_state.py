@@ -1,0 +1,143 @@
+"""The train step: one update of the whole batch, however it is cut; a state that starts from zero."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from gqa import models
+from gqa.data import loader
+from gqa.sharding import logical_axes, make_mesh
+from gqa.training import optimizer as optimizers
+from gqa.training.loop import language_model_loss
+from gqa.training.state import abstract_state, initial_state, jit_train_step, make_train_step, place_batch
+
+Z_LOSS = 1e-2  # large enough to show in every gradient
+
+
+@pytest.fixture(scope="module")
+def setting(tiny_run):
+    """A run of a Llama, its model, a mesh, and a batch whose rows have unequal weights (first row almost none)."""
+    config = tiny_run("llama")
+    model = models.create(config.model.architecture(), jax.random.key(1))
+    batch = loader.train_batches(config.records, 8, 0)(0)
+    rng = np.random.default_rng(0)
+    row_weights = np.array([0.01, 1, 0.5, 0.25, 0, 2, 1, 1], np.float32)[:, None]
+    weights = row_weights * rng.integers(0, 2, batch["targets"].shape).astype(np.float32)
+    return config, model, make_mesh(config.mesh), batch | {"loss_weights": weights}
+
+
+def weighted_loss(model, batch):
+    """`sum(w * (nll + z_loss * log(Z)^2)) / sum(w)` over all tokens of the batch, and its parts."""
+    logits = models.apply(model, batch)
+    log_z = jax.nn.logsumexp(logits, axis=-1)
+    nll = log_z - jnp.take_along_axis(logits, batch["targets"][..., None], axis=-1)[..., 0]
+    weights = batch["loss_weights"]
+    loss, z_loss = ((weights * part).sum() / weights.sum() for part in (nll, Z_LOSS * log_z**2))
+    hits = (weights * (logits.argmax(-1) == batch["targets"])).sum() / weights.sum()
+    return loss + z_loss, (loss, z_loss, hits)
+
+
+@pytest.fixture(scope="module")
+def reference(setting):
+    """Gradient and parts of `weighted_loss`."""
+    _, model, _, batch = setting
+    return jax.jit(jax.grad(weighted_loss, has_aux=True))(model, batch)
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_an_update_is_that_of_the_whole_batch(setting, reference, accumulation):
+    """With plain gradient descent at rate 1, the parameters move by the gradient itself."""
+    _, model, mesh, batch = setting
+    gradient, (loss, z_loss, hits) = reference
+    optimizer = optax.sgd(1.0)
+    like = abstract_state(jax.eval_shape(lambda: model), optimizer, mesh)
+    train_step = make_train_step(
+        language_model_loss(Z_LOSS, dropout=False),
+        optimizer,
+        lambda step: 0.5 + step,
+        accumulation=accumulation,
+        seed=0,
+    )
+    with jax.set_mesh(mesh):
+        state = initial_state(model, optimizer, like)
+        state, metrics = jit_train_step(train_step, like)(state, place_batch(mesh, batch))
+    assert int(state.step) == 1
+    for old, new, expected in zip(*map(jax.tree.leaves, (model, state.model, gradient)), strict=True):
+        np.testing.assert_allclose(old - new, expected, rtol=0, atol=1e-6)
+    assert jax.device_get(metrics) == pytest.approx(
+        {
+            "loss": float(loss),
+            "z_loss": float(z_loss),
+            "accuracy": float(hits),
+            "target_tokens": float(batch["loss_weights"].sum()),
+            "grad_norm": float(optax.tree.norm(gradient)),
+            "learning_rate": 0.5,
+        },
+        rel=1e-5,
+    )
+
+
+def test_the_mean_of_micro_batches_would_be_another_update(setting, reference):
+    """What the test above would miss if the micro-batches' weights were equal."""
+    _, model, _, batch = setting
+    gradient_fn = jax.jit(jax.grad(weighted_loss, has_aux=True))
+    parts = [gradient_fn(model, jax.tree.map(lambda x, i=i: x[i::4], batch))[0] for i in range(4)]
+    mean = jax.tree.map(lambda *leaves: sum(leaves) / 4, *parts)
+    difference = optax.tree.norm(jax.tree.map(jnp.subtract, mean, reference[0]))
+    assert difference > 0.1 * optax.tree.norm(reference[0])
+
+
+def test_a_state_starts_from_zero(setting):
+    """Uptraining moves the schedule to the original step, and nothing else."""
+    config, model, mesh, _ = setting
+    optimizer = optimizers.optimizer(config.optimizer, 1_000_000, logical_axes(model))
+    like = abstract_state(jax.eval_shape(lambda: model), optimizer, mesh)
+    state = initial_state(model, optimizer, like)
+    assert int(state.step) == 0
+    counts = [leaf for leaf in jax.tree.leaves(state.optimizer) if leaf.shape == ()]
+    assert len(counts) == 2  # Adafactor's and the schedule's
+    assert all(not leaf.any() for leaf in jax.tree.leaves(state.optimizer))
+    for kept, given in zip(jax.tree.leaves(state.model), jax.tree.leaves(model), strict=True):
+        np.testing.assert_array_equal(kept, given)
+
+
+def test_a_model_initialised_in_place_is_the_model(setting):
+    config, model, mesh, _ = setting
+    optimizer = optimizers.optimizer(config.optimizer, 0, logical_axes(model))
+    like = abstract_state(jax.eval_shape(lambda: model), optimizer, mesh)
+    state = initial_state(lambda: models.create(model.config, jax.random.key(1)), optimizer, like)
+    for made, given in zip(jax.tree.leaves(state.model), jax.tree.leaves(model), strict=True):
+        np.testing.assert_allclose(made, given, rtol=1e-6, atol=1e-7)
+
+
+def test_an_abstract_state_is_a_state_without_arrays(setting):
+    config, model, mesh, _ = setting
+    optimizer = optimizers.optimizer(config.optimizer, 0, logical_axes(model))
+    like = abstract_state(jax.eval_shape(lambda: model), optimizer, mesh)
+    state = initial_state(model, optimizer, like)
+    assert jax.tree.structure(like) == jax.tree.structure(state)
+    for shape, array in zip(jax.tree.leaves(like), jax.tree.leaves(state), strict=True):
+        assert isinstance(shape, jax.ShapeDtypeStruct)
+        assert (shape.shape, shape.dtype, shape.sharding) == (array.shape, array.dtype, array.sharding)
+
+
+def test_dropout_is_a_function_of_seed_and_step(setting):
+    _, model, mesh, batch = setting
+    model = models.create(models.replace(model.config, dropout_rate=0.3), jax.random.key(1))
+    optimizer = optax.sgd(1.0)
+    like = abstract_state(jax.eval_shape(lambda: model), optimizer, mesh)
+    losses = {}
+    with jax.set_mesh(mesh):
+        for seed in (0, 1):
+            train_step = jax.jit(
+                make_train_step(
+                    language_model_loss(0.0, dropout=True), optimizer, lambda step: step, accumulation=1, seed=seed
+                )
+            )
+            for step in (0, 1, 0):
+                state = initial_state(model, optimizer, like)._replace(step=jnp.int32(step))
+                loss = float(train_step(state, place_batch(mesh, batch))[1]["loss"])
+                assert losses.setdefault((seed, step), loss) == loss
+    assert len(set(losses.values())) == 4
