@@ -50,7 +50,7 @@ def get_config() -> ConfigDict:
                 multiply_by_parameter_scale=True,
             ),
             train=dict(
-                steps=4000,
+                steps=6000,
                 batch_size=32,
                 accumulation=1,
                 seed=0,
