@@ -313,7 +313,9 @@ def _write_weights(model: models.Model, directory: Path, dtype: np.dtype) -> Non
 
     def flush():
         # transformers refuses files without this entry.
-        save_file(waiting, directory / f"{len(shards)}.safetensors", metadata={"format": "pt"})
+        path = directory / f"{len(shards)}.safetensors"
+        save_file(waiting, path, metadata={"format": "pt"})
+        path.chmod(directory.stat().st_mode & 0o666)  # safetensors writes for the owner alone
         shards.append(list(waiting))
         waiting.clear()
 

@@ -16,7 +16,11 @@ class Store:
     """
 
     def __init__(self, directory: Path, keep: int):
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep,
+            enable_async_checkpointing=True,
+            cleanup_tmp_directories=True,  # what a kill during a save left behind
+        )
         self._manager = ocp.CheckpointManager(
             Path(directory).absolute(), options=options, item_handlers=ocp.StandardCheckpointHandler()
         )

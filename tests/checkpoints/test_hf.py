@@ -85,6 +85,12 @@ def test_what_is_saved_is_loaded_again(name, tmp_path):
     assert_equal_models(hf.load(tmp_path / "unstacked", **RUN), model)
 
 
+def test_others_may_read_the_weights_where_they_may_read_the_folder(tmp_path):
+    hf.save(model_of(next(iter(CONFIGS.values()))), tmp_path / "model", dtype="float32")
+    folder, file = ((tmp_path / "model" / name).stat().st_mode for name in (".", "model.safetensors"))
+    assert file & 0o444 == folder & 0o444
+
+
 def test_names_shapes_and_layout_of_grouped_t5(saved):
     model = model_of(CONFIGS["grouped T5"])
     assert saved.raw["num_key_value_heads"] == {"encoder_self": 2, "decoder_self": 1, "cross": [4, 2, 2]}

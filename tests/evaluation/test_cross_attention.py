@@ -17,6 +17,8 @@ def setting(tiny_run, tiny_records):
     """A T5 whose cross-attention matters, held-out batches of 4 rows, and a mesh."""
     config = tiny_run("t5")
     model = models.create(config.model.architecture(), jax.random.key(1))
+    for attention in models.site_attention(model, "cross"):
+        attention.out[...] = 4 * attention.out[...]
     batches = loader.heldout_batches(tiny_records("span_corruption"), 4, 12)
     return model, batches, make_mesh(config.mesh)
 
