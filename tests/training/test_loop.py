@@ -62,7 +62,7 @@ def test_a_model_learns(run, tiny_run, tmp_path, family):
         ("heldout", 60),
     ]
     heldout = [line["loss"] for line in history if line["split"] == "heldout"]
-    assert heldout[2] < heldout[1] < heldout[0] - 0.5
+    assert max(heldout[1:]) < heldout[0] - 0.5
     # Less than a model that knows how frequent each token is, and no more.
     assert heldout[2] < read_manifest(tiny_run(family).records).unigram_cross_entropy
     # The exported model is the one that was scored.
@@ -109,7 +109,7 @@ def test_uptraining_goes_on_where_pre_training_ended(run, tiny_run, tmp_path):
     batches = loader.heldout_batches(config.records, 8, 8)
     loss = loop.heldout_metrics(converted, batches, make_mesh(config.mesh))["loss"]
     assert history[0]["loss"] == pytest.approx(loss, rel=1e-6)
-    # A second start resumes: nothing is left of the folder that training began from.
+    # The exported model has the key/value heads that it was converted to.
     final = hf.load(tmp_path / "run" / "model", **config.model.run_choices())
     assert final.config.decoder_self_kv_heads == final.config.cross_kv_heads == 1
     assert final.config.encoder_self_kv_heads == 8
