@@ -13,7 +13,7 @@ from gqa.command_line import load_config
 def get_config() -> ConfigDict:
     """The run."""
     config = ConfigDict(load_config(Path(__file__).parent / "uptrain_t5_teacher.py").to_dict())
-    config.uptrain.alpha = 0.05
+    config.uptrain.alpha = 0.035
     config.train.eval_examples = 1024
     config.train.eval_every = 1000
     return config
