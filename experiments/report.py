@@ -60,8 +60,7 @@ def main() -> None:
 def measure(checkpoints: dict[str, Path], run: dict) -> dict:
     """Everything in the report; `run` is the configuration of the uptraining run."""
     from experiments.measure import commit, decode_times, machine
-    from gqa import sharding
-    from gqa.checkpoints import hf
+    from gqa import checkpoints, sharding
     from gqa.data import loader
     from gqa.training import config as run_config
     from gqa.training import loop
@@ -69,7 +68,7 @@ def measure(checkpoints: dict[str, Path], run: dict) -> dict:
     config = run_config.parse(run)
     mesh = sharding.make_mesh(config.mesh)
     batches = loader.heldout_batches(config.prepared_records(), config.train.batch_size, config.train.eval_examples)
-    models = {name: hf.load(path, **config.model.run_choices()) for name, path in checkpoints.items()}
+    models = {name: checkpoints.load(path, **config.model.run_choices()) for name, path in checkpoints.items()}
     rows = []
     # Decoding time depends on shapes alone, so a conversion before and after uptraining shares one measurement.
     times = decode_times({name: models[name] for name in ("MHA", "GQA-2 converted", "MQA converted")}, **TIMING)

@@ -135,14 +135,13 @@ def our_calls(config, checkpoint: Path, batch: Mapping[str, np.ndarray], *, scan
     """This library's gradients and training step, compiled."""
     import jax
 
-    from gqa import sharding
-    from gqa.checkpoints import hf
+    from gqa import checkpoints, sharding
     from gqa.training import optimizer as optimizers
     from gqa.training.loop import language_model_loss
     from gqa.training.state import abstract_state, initial_state, jit_train_step, make_train_step, place_batch
 
     mesh = sharding.make_mesh(config.mesh)
-    model = hf.load(checkpoint, mesh=mesh, **(config.model.run_choices() | {"scan_layers": scan_layers}))
+    model = checkpoints.load(checkpoint, mesh=mesh, **(config.model.run_choices() | {"scan_layers": scan_layers}))
     optimizer = optimizers.optimizer(config.optimizer, 0, sharding.logical_axes(model))
     like = abstract_state(jax.eval_shape(lambda: model), optimizer, mesh)
     state = initial_state(model, optimizer, like)

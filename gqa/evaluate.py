@@ -28,8 +28,7 @@ def main() -> None:
     arguments, raw_config = command_line.parse(parser)
     import jax
 
-    from gqa import models, sharding
-    from gqa.checkpoints import hf
+    from gqa import checkpoints, models, sharding
     from gqa.data import loader
     from gqa.evaluation.cross_attention import cross_attention_cost
     from gqa.training import config as run_config
@@ -42,7 +41,7 @@ def main() -> None:
     mesh = sharding.make_mesh(config.mesh)
     records = config.prepared_records()
     batches = loader.heldout_batches(records, config.train.batch_size, config.train.eval_examples)
-    model = hf.load(arguments.checkpoint, mesh=mesh, **config.model.run_choices())
+    model = checkpoints.load(arguments.checkpoint, mesh=mesh, **config.model.run_choices())
     run_config.check_vocabulary(batches.manifest, model.config)
     scores = loop.heldout_metrics(model, batches, mesh, show_progress=True)
     if arguments.cross_attention:

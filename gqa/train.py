@@ -25,7 +25,7 @@ def main() -> None:
     # Imported here: --help and a mistyped config answer at once.
     import jax
 
-    from gqa import models, sharding
+    from gqa import checkpoints, models, sharding
     from gqa.checkpoints import hf
     from gqa.data import prepare
     from gqa.training import config as run_config
@@ -46,7 +46,7 @@ def main() -> None:
     def initial_model():
         if config.model.checkpoint is None:
             return lambda: models.create(architecture, jax.random.key(config.train.seed))
-        return hf.load(config.model.checkpoint, mesh=mesh, **config.model.run_choices())
+        return checkpoints.load(config.model.checkpoint, mesh=mesh, **config.model.run_choices())
 
     def export(model, directory):
         hf.save(model, directory, dtype="float32", extra_files=[config.data.vocabulary])

@@ -26,16 +26,24 @@ MESHES = {  # name -> data, fsdp, tensor
     "data2_tensor4": (2, 1, 4),
     "data2_fsdp2_tensor2": (2, 2, 2),
 }
-# Key/value heads below, equal to and above the tensor degree 4, of 8 query heads.
-KV_HEADS = {
+# Key/value heads below, equal to and above the tensor degree 4, of 8 query heads; T5 wide enough for Adafactor to
+# factor its moments. At the full rate, Adafactor would make a large update of a gradient's rounding noise near zero.
+OVERRIDES = {
     "t5": {
+        "model.changes.d_model": 128,
+        "model.changes.head_dim": 16,
+        "model.changes.d_ff": 128,
         "model.changes.encoder_self_kv_heads": 8,
         "model.changes.decoder_self_kv_heads": 4,
         "model.changes.cross_kv_heads": 1,
+        "optimizer.learning_rate": 0.1,
     },
-    "llama": {"model.changes.num_layers": 3, "model.changes.decoder_self_kv_heads": (8, 4, 1)},
+    "llama": {
+        "model.changes.num_layers": 3,
+        "model.changes.decoder_self_kv_heads": (8, 4, 1),
+        "optimizer": dict(name="adamw", schedule="constant", learning_rate=1e-3, beta1=0.9, beta2=0.95, epsilon=1e-5),
+    },
 }
-ADAMW = dict(name="adamw", schedule="constant", learning_rate=1e-3, beta1=0.9, beta2=0.95, epsilon=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -89,11 +97,7 @@ def test_impossible_meshes(sizes, message):
 @pytest.fixture(scope="module")
 def eight_devices(tiny_config, run_python):
     """family -> mesh -> what `train` says, and the lines of the log; all from one process with eight devices."""
-    configs = {
-        # At the full rate, Adafactor makes a large update of the rounding noise in a gradient near zero.
-        "t5": tiny_config("t5", KV_HEADS["t5"] | {"optimizer.learning_rate": 0.05}),
-        "llama": tiny_config("llama", KV_HEADS["llama"] | {"optimizer": ADAMW}),
-    }
+    configs = {family: tiny_config(family, overrides) for family, overrides in OVERRIDES.items()}
     process = run_python(__file__, json.dumps(configs), XLA_FLAGS=FLAGS)
     assert process.returncode == 0, process.stderr
     return json.loads(process.stdout)
@@ -118,37 +122,47 @@ def test_one_program_and_no_copies(eight_devices, family, mesh):
 
 
 @pytest.mark.parametrize(
-    ("mesh", "kernels"),
+    ("mesh", "shards"),
     [
-        # query [L, D=32, H=8, d], key [L, D=32, K, d] with K = 8, 4, 1, gate [L, D=32, F=64], embedding [V=256, D=32]
-        ("fsdp8", {"query": (4, 8), "keys": [(4, 8), (4, 4), (4, 1)], "gate": (4, 64), "embedding": (256, 4)}),
+        # T5: query [L=2, D=128, H=8, d=16], its moments' rows [L, D] and columns [L, H, d], gate [L, D, F=128],
+        # embedding [V=256, D]. Llama: value [L=1, D=32, K, d=4] with K = 8, 4, 1, and Adam's moments like it.
+        (
+            "fsdp8",
+            [[2, 16, 8, 16], [2, 16], [2, 8, 16], [2, 16, 128], [256, 16], [1, 4, 8, 4], [1, 4, 4, 4], [1, 4, 1, 4]],
+        ),
         (
             "data2_tensor4",
-            {"query": (32, 2), "keys": [(32, 2), (32, 1), (32, 1)], "gate": (32, 16), "embedding": (64, 32)},
+            [
+                [2, 128, 2, 16],
+                [2, 128],
+                [2, 2, 16],
+                [2, 128, 32],
+                [64, 128],
+                [1, 32, 2, 4],
+                [1, 32, 1, 4],
+                [1, 32, 1, 4],
+            ],
         ),
         (
             "data2_fsdp2_tensor2",
-            {"query": (16, 4), "keys": [(16, 4), (16, 2), (16, 1)], "gate": (16, 32), "embedding": (128, 16)},
+            [[2, 64, 4, 16], [2, 64], [2, 4, 16], [2, 64, 64], [128, 64], [1, 16, 4, 4], [1, 16, 2, 4], [1, 16, 1, 4]],
         ),
     ],
 )
-def test_parameters_and_moments_are_born_sharded(eight_devices, mesh, kernels):
+def test_parameters_and_moments_are_born_sharded(eight_devices, mesh, shards):
     t5, llama = (eight_devices[family][mesh]["shards"] for family in ("t5", "llama"))
-    query, gate, embedding = ([*shape] for shape in (kernels["query"], kernels["gate"], kernels["embedding"]))
-    keys = [[*shape] for shape in kernels["keys"]]
-    assert t5[".encoder[0].self_attention.query.value"] == [2, *query, 4]
-    assert t5[".encoder[0].mlp.gate.value"] == [2, *gate]
-    assert t5[".embedding.value"] == embedding
-    names = ("encoder[0].self_attention", "decoder[0].self_attention", "decoder[0].cross_attention")
-    assert [t5[f".{name}.key.value"] for name in names] == [[2, *key, 4] for key in keys]
-    assert [llama[f".decoder[{i}].self_attention.value.value"] for i in range(3)] == [[1, *key, 4] for key in keys]
-    # Adam has two moments like each parameter, Adafactor keeps these small ones whole.
-    for state, count in ((t5, 1), (llama, 2)):
-        moments = state["moments"]
-        parameters = {name: shape for name, shape in state.items() if name != "moments"}
-        assert len(moments) == count
-        for moment in moments:
-            assert moment == parameters
+    query = ".encoder[0].self_attention.query.value"
+    values = [f".decoder[{i}].self_attention.value.value" for i in range(3)]
+    assert [
+        t5[f".model{query}"],
+        t5[f".optimizer[0].row[{query!r}]"],
+        t5[f".optimizer[0].column[{query!r}]"],
+        t5[".model.encoder[0].mlp.gate.value"],
+        t5[".model.embedding.value"],
+        *(llama[f".model{value}"] for value in values),
+    ] == shards
+    for moment in ("mu", "nu"):
+        assert [llama[f".optimizer[0].{moment}[{value!r}]"] for value in values] == shards[-3:]
 
 
 def test_what_is_replicated_is_logged_once(eight_devices):
@@ -204,17 +218,9 @@ def train(raw: dict, sizes: tuple[int, int, int]) -> dict:
 
 
 def shard_shapes(state) -> dict:
-    """Shape of each parameter's part on the first device, and under `moments` those of the optimizer's arrays."""
-
-    def shapes(tree):
-        leaves = jax.tree_util.tree_leaves_with_path(tree)
-        return {jax.tree_util.keystr(path): leaf.addressable_shards[0].data.shape for path, leaf in leaves}
-
-    parameters = shapes(state.model)
-    is_moments = lambda node: isinstance(node, dict)  # noqa: E731
-    found = [node for node in jax.tree.leaves(state.optimizer, is_leaf=is_moments) if isinstance(node, dict) and node]
-    by_key = [{key: leaf.addressable_shards[0].data.shape for key, leaf in node.items()} for node in found]
-    return parameters | {"moments": by_key}
+    """Shape of each array's part on the first device."""
+    leaves = jax.tree_util.tree_leaves_with_path(state)
+    return {jax.tree_util.keystr(path): leaf.addressable_shards[0].data.shape for path, leaf in leaves}
 
 
 def main() -> None:

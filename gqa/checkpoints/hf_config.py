@@ -3,7 +3,7 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from gqa.errors import InputError
 from gqa.models import ModelConfig, family_of
@@ -12,8 +12,31 @@ from gqa.models.llama import LlamaConfig
 from gqa.models.t5 import SITES, T5Config
 from gqa.nn.position import RopeScaling
 
+
+class _Decoder(NamedTuple):
+    """What a model_type of Llama's family means; numbers are transformers' defaults for keys that are left out."""
+
+    architecture: str  # transformers' class
+    max_position: int = 2048
+    num_kv_heads: int | None = None  # None: as many as query heads
+    head_dim: int | None = None  # None: hidden_size / num_attention_heads
+    sliding_window: int | None = None  # None: never a window, whatever the keys say
+    window_by_layer: bool = False  # use_sliding_window, max_window_layers and layer_types say which layers have it
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    bias_keys: tuple[str, ...] = ()  # keys that add biases which our models do not have
+    token_ids: tuple[tuple[str, int], ...] = (("bos_token_id", 1), ("eos_token_id", 2))
+
+
+_QWEN = dict(max_position=32768, num_kv_heads=32, sliding_window=4096, window_by_layer=True, token_ids=())
+DECODERS = {
+    "llama": _Decoder("LlamaForCausalLM", bias_keys=("attention_bias", "mlp_bias")),
+    "mistral": _Decoder("MistralForCausalLM", max_position=131072, num_kv_heads=8, sliding_window=4096),
+    "qwen2": _Decoder("Qwen2ForCausalLM", qkv_bias=True, **_QWEN),
+    "qwen3": _Decoder("Qwen3ForCausalLM", qk_norm=True, head_dim=128, bias_keys=("attention_bias",), **_QWEN),
+}
 # Their model_type -> our family. mT5 is T5.1.1 with another vocabulary.
-MODEL_TYPES = {"t5": "t5", "mt5": "t5", "llama": "llama"}
+MODEL_TYPES = {"t5": "t5", "mt5": "t5"} | dict.fromkeys(DECODERS, "llama")
 # Their feed_forward_proj -> our activation; transformers means the tanh approximation by T5's gated-gelu.
 T5_ACTIVATIONS = {"gated-gelu": "gelu_new", "gated-silu": "silu", "gated-relu": "relu"}
 LLAMA_ACTIVATIONS = {"silu": "silu", "relu": "relu", "gelu_new": "gelu_new", "gelu_pytorch_tanh": "gelu_new"}
@@ -56,7 +79,7 @@ def ties_logits(raw: Mapping[str, Any]) -> bool:
     if raw["model_type"] == "t5":
         # transformers 5 writes scale_decoder_outputs, and tie_word_embeddings true whatever it does.
         return bool(raw.get("scale_decoder_outputs", raw.get("tie_word_embeddings") is not False))
-    return raw["model_type"] == "llama" and bool(raw.get("tie_word_embeddings", False))
+    return raw["model_type"] in DECODERS and bool(raw.get("tie_word_embeddings", False))
 
 
 def read(raw: Mapping[str, Any], path: Path, choices: Mapping[str, Any]) -> ModelConfig:
@@ -116,6 +139,7 @@ _KINDS = {
     str: "a string",
     bool: "true or false",
     dict: "an object",
+    list: "a list",
 }
 
 
@@ -138,6 +162,8 @@ def _read_t5(fields: _Fields, choices: Mapping[str, Any]) -> T5Config:
         **{f"{site}_kv_heads": sites.kv_heads(site, num_heads) for site in SITES},
         relative_buckets=fields.take("relative_attention_num_buckets", int, 32),
         relative_max_distance=fields.take("relative_attention_max_distance", int, 128),
+        # A key of our own: stock T5 has one table a stack.
+        relative_bias_per_layer=fields.take("relative_bias_per_layer", bool, False),
         activation=fields.choose("feed_forward_proj", T5_ACTIVATIONS, default_activation),
         norm_epsilon=fields.take("layer_norm_epsilon", float, 1e-6),
         **choices,
@@ -170,34 +196,64 @@ def _write_t5(config: T5Config) -> dict[str, Any]:
         "eos_token_id": 1,
         "decoder_start_token_id": 0,
     }
+    if config.relative_bias_per_layer:
+        raw["relative_bias_per_layer"] = True
     if any(kv_heads != config.num_heads for site in SITES for kv_heads in config.kv_heads(site)):
         raw["num_key_value_heads"] = {site: _shortest(config.kv_heads(site)) for site in SITES}
     return raw
 
 
 def _read_llama(fields: _Fields, choices: Mapping[str, Any]) -> LlamaConfig:
-    for bias in ("attention_bias", "mlp_bias"):
-        if fields.take(bias, bool, False):
-            raise InputError(f"{fields.path}: {bias}=true is not supported; expected false")
+    theirs = DECODERS[fields.raw["model_type"]]
+    for key in theirs.bias_keys:
+        if fields.take(key, bool, False):
+            raise InputError(f"{fields.path}: {key}=true is not supported; expected false")
     d_model, num_heads = fields.take("hidden_size", int), fields.take("num_attention_heads", int)
+    num_layers = fields.take("num_hidden_layers", int)
+    # null is as many as query heads whatever the model_type, left out is not.
+    num_kv_heads = num_heads if "num_key_value_heads" in fields.raw else theirs.num_kv_heads or num_heads
     # transformers 5 puts everything in rope_parameters; before, theta stood alone beside rope_scaling.
     rope = _Fields(fields.take("rope_parameters", dict, None) or fields.take("rope_scaling", dict, {}), fields.path)
     return LlamaConfig(
         vocab_size=fields.take("vocab_size", int),
         d_model=d_model,
         num_heads=num_heads,
-        head_dim=fields.take("head_dim", int, max(d_model // num_heads, 1)),
+        head_dim=fields.take("head_dim", int, theirs.head_dim or max(d_model // num_heads, 1)),
         d_ff=fields.take("intermediate_size", int),
-        num_layers=fields.take("num_hidden_layers", int),
-        decoder_self_kv_heads=fields.kv_heads("num_key_value_heads", num_heads),
+        num_layers=num_layers,
+        decoder_self_kv_heads=fields.kv_heads("num_key_value_heads", num_kv_heads),
         rope_theta=rope.take("rope_theta", float, fields.take("rope_theta", float, 10000.0)),
         rope_scaling=_read_rope_scaling(rope),
-        sliding_window=None,
-        max_position=fields.take("max_position_embeddings", int, 2048),
+        sliding_window=_read_window(fields, theirs, num_layers),
+        qkv_bias=theirs.qkv_bias,
+        qk_norm=theirs.qk_norm,
+        max_position=fields.take("max_position_embeddings", int, theirs.max_position),
         activation=fields.choose("hidden_act", LLAMA_ACTIVATIONS, "silu"),
         norm_epsilon=fields.take("rms_norm_eps", float, 1e-6),
         **choices,
     )
+
+
+def _read_window(fields: _Fields, theirs: _Decoder, num_layers: int) -> int | None:
+    """The sliding window of all layers; raises `InputError` where some have one and some not."""
+    if theirs.sliding_window is None:
+        return None
+    window, first = None, 0  # layers before `first` have none
+    if not theirs.window_by_layer or fields.take("use_sliding_window", bool, False):
+        # null is no window, left out is the default.
+        window = fields.take("sliding_window", int, None if "sliding_window" in fields.raw else theirs.sliding_window)
+    if theirs.window_by_layer and fields.raw.get("max_window_layers") != 0:
+        first = fields.take("max_window_layers", int, 28)
+    derived = ["sliding_attention" if window and layer >= first else "full_attention" for layer in range(num_layers)]
+    types = fields.take("layer_types", list, derived)
+    if theirs.window_by_layer or types == derived:  # Mistral's window does not ask for layer_types
+        if types == ["full_attention"] * num_layers:
+            return None
+        if window and types == ["sliding_attention"] * num_layers:
+            return window
+    found = f"sliding_window={window} and {len(types)} layer_types of {', '.join(sorted(set(map(str, types))))}"
+    expected = f"{num_layers} times full_attention, or sliding_attention with a window"
+    raise InputError(f"{fields.path}: {found} are not supported; expected {expected}")
 
 
 def _read_rope_scaling(rope: _Fields) -> RopeScaling | None:
@@ -216,8 +272,15 @@ def _read_rope_scaling(rope: _Fields) -> RopeScaling | None:
 
 
 def _write_llama(config: LlamaConfig) -> dict[str, Any]:
-    if config.sliding_window is not None:
-        raise InputError(f"sliding_window={config.sliding_window} has no place in Llama's config.json; expected none")
+    model_type = _llama_model_type(config)
+    theirs = DECODERS[model_type]
+    window = {} if theirs.sliding_window is None else {"sliding_window": config.sliding_window}
+    if theirs.window_by_layer:
+        window |= {
+            "use_sliding_window": config.sliding_window is not None,
+            "max_window_layers": 0 if config.sliding_window else config.num_layers,
+            "layer_types": ["sliding_attention" if config.sliding_window else "full_attention"] * config.num_layers,
+        }
     rope = {"rope_type": "default", "rope_theta": config.rope_theta}
     if scaling := config.rope_scaling:
         rope |= {
@@ -228,8 +291,8 @@ def _write_llama(config: LlamaConfig) -> dict[str, Any]:
             "original_max_position_embeddings": scaling.original_max_position,
         }
     return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
+        "architectures": [theirs.architecture],
+        "model_type": model_type,
         "vocab_size": config.vocab_size,
         "hidden_size": config.d_model,
         "intermediate_size": config.d_ff,
@@ -244,12 +307,19 @@ def _write_llama(config: LlamaConfig) -> dict[str, Any]:
         "rope_parameters": rope,
         "rope_theta": config.rope_theta,
         "rope_scaling": rope if config.rope_scaling else None,
-        "attention_bias": False,
-        "mlp_bias": False,
         "tie_word_embeddings": config.tied_logits,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
+        **window,
+        **dict.fromkeys(theirs.bias_keys, False),
+        **dict(theirs.token_ids),
     }
+
+
+def _llama_model_type(config: LlamaConfig) -> str:
+    if config.qkv_bias and config.qk_norm:
+        raise InputError("qkv_bias and qk_norm are true: no model_type of transformers has both; expected one of them")
+    if config.qkv_bias or config.qk_norm:
+        return "qwen2" if config.qkv_bias else "qwen3"
+    return "llama" if config.sliding_window is None else "mistral"
 
 
 def _key_of(choices: Mapping[str, str], value: str) -> str:

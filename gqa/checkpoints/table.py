@@ -14,31 +14,42 @@ from gqa.models import stacks
 
 @dataclasses.dataclass(frozen=True)
 class Transform:
-    """How a tensor of theirs becomes one of ours; their linear maps are `[out, in]`, heads and width one axis."""
+    """How a tensor of theirs becomes one of ours; on both ways a view wherever numpy has one."""
 
-    input_axes: int  # leading axes of ours that are summed over; 0: not a linear map, the same on both sides
-    factor: float  # on the values, when read
+    layout: str  # same, flat (heads and width one axis), or a matrix: out_in (torch's linear maps), in_out (Flax's)
+    input_axes: int  # of a matrix: leading axes of ours that are summed over
+    factor: float = 1  # on the values, when read
+    interleaved: bool = False  # rotary pairs lie next to each other (Meta's Llama); ours are d/2 apart
 
     def their_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The shape of their tensor for one of ours of `shape`."""
-        if not self.input_axes:
+        if self.layout == "same":
             return tuple(shape)
-        return math.prod(shape[self.input_axes :]), math.prod(shape[: self.input_axes])
+        if self.layout == "flat":
+            return (math.prod(shape),)
+        sides = math.prod(shape[: self.input_axes]), math.prod(shape[self.input_axes :])
+        return sides if self.layout == "in_out" else sides[::-1]
 
     def to_ours(self, tensor: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
         """Their tensor as ours, of `shape`."""
         if self.factor != 1:
             tensor = tensor.astype(np.float32) * np.float32(self.factor)
-        return tensor.T.reshape(shape) if self.input_axes else tensor
+        array = (tensor.T if self.layout == "out_in" else tensor).reshape(shape)
+        if self.interleaved:
+            array = array.reshape(*shape[:-1], shape[-1] // 2, 2).swapaxes(-1, -2).reshape(shape)
+        return array
 
     def to_theirs(self, array: np.ndarray) -> np.ndarray:
         """Our array as theirs; the factor is not undone: what is written needs none."""
-        return array.reshape(self.their_shape(array.shape)[::-1]).T if self.input_axes else array
+        assert not self.interleaved, "Meta's format is read only"
+        shape = self.their_shape(array.shape)
+        return array.reshape(shape[::-1]).T if self.layout == "out_in" else array.reshape(shape)
 
 
-SAME = Transform(input_axes=0, factor=1)
-LINEAR = Transform(input_axes=1, factor=1)
-FROM_HEADS = Transform(input_axes=2, factor=1)  # attention's output, ours [H, d, D]
+SAME = Transform("same", 0)
+FLAT = Transform("flat", 0)
+LINEAR = Transform("out_in", 1)
+FROM_HEADS = Transform("out_in", 2)  # attention's output, ours [H, d, D]
 
 
 class Row(NamedTuple):

@@ -4,12 +4,14 @@ A method is a function `(attention, statistics, num_kv_heads, key) -> attention`
 new module with `num_kv_heads` heads in its key and value kernels. A row in `METHODS` adds one.
 """
 
+import functools
 import itertools
 import operator
 from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from gqa import models
@@ -47,30 +49,82 @@ def convert(model: models.Model, kv_heads: Mapping[str, KVHeads], method: str, k
     Raises:
       InputError: for an unknown method or site, and for numbers that do not divide the present ones.
     """
-    if method not in METHODS:
-        raise InputError(f"method={method!r} is unknown; expected one of {', '.join(METHODS)}")
-    sites = models.FAMILIES[models.family_of(model.config)].sites
-    targets = {site: model.config.kv_heads(site) for site in sites}
-    for site, wanted in kv_heads.items():
-        if site not in sites:
-            raise InputError(f"attention site {site!r} is unknown; expected one of {', '.join(sites)}")
-        wanted = per_layer_kv_heads(wanted, len(targets[site]))
-        _check(site, present=targets[site], wanted=wanted)
-        targets[site] = wanted
-
-    config = models.replace(model.config, **{f"{site}_kv_heads": _shortest(targets[site]) for site in kv_heads})
+    config = converted_config(model.config, kv_heads, method)
+    sites = models.FAMILIES[models.family_of(config)].sites
     model = jax.tree.map(lambda leaf: leaf, model)
     model.config = config
     for stacks, attention_names in _SITES.items():
         if kv_heads.keys() & attention_names.keys():
             present = {attention: site for site, attention in attention_names.items() if site in sites}
-            layer_kv_heads = {attention: targets[site] for attention, site in present.items()}
-            layer_keys = {
-                attention: jax.random.split(jax.random.fold_in(key, sites.index(site)), len(targets[site]))
-                for attention, site in present.items()
-            }
-            setattr(model, stacks, _convert_stacks(getattr(model, stacks), layer_kv_heads, METHODS[method], layer_keys))
+            layer_kv_heads = {attention: config.kv_heads(site) for attention, site in present.items()}
+            keys = {attention: _layer_keys(config, site, key) for attention, site in present.items()}
+            setattr(model, stacks, _convert_stacks(getattr(model, stacks), layer_kv_heads, METHODS[method], keys))
     return model
+
+
+def converted_config(config: models.ModelConfig, kv_heads: Mapping[str, KVHeads], method: str) -> models.ModelConfig:
+    """The architecture after `convert`; arguments and errors as of `convert`."""
+    if method not in METHODS:
+        raise InputError(f"method={method!r} is unknown; expected one of {', '.join(METHODS)}")
+    sites = models.FAMILIES[models.family_of(config)].sites
+    targets = {}
+    for site, wanted in kv_heads.items():
+        if site not in sites:
+            raise InputError(f"attention site {site!r} is unknown; expected one of {', '.join(sites)}")
+        present = config.kv_heads(site)
+        targets[site] = per_layer_kv_heads(wanted, len(present))
+        _check(site, present=present, wanted=targets[site])
+    return models.replace(config, **{f"{site}_kv_heads": _shortest(targets[site]) for site in targets})
+
+
+def convert_lazily(
+    config: models.ModelConfig,
+    read: Callable[[str], np.ndarray],
+    kv_heads: Mapping[str, KVHeads],
+    method: str,
+    key: jax.Array,
+) -> tuple[models.ModelConfig, Callable[[str], np.ndarray]]:
+    """`convert` of a model that does not fit in memory: one attention at a time, when it is asked for.
+
+    Args:
+      config: of the model.
+      read: gives a parameter of one layer by its path, `decoder.3.self_attention.key`, in our layout.
+      kv_heads, method, key: as of `convert`.
+
+    Returns:
+      The new configuration, and the new model's `read`. It keeps the attention it converted last, so parameters of
+      one attention are best asked for one after the other; converted ones are float32.
+    """
+    new_config = converted_config(config, kv_heads, method)
+    abstract = models.abstract(config)
+    numbers = {}  # path of a converted attention -> its site and layer
+    for site in kv_heads:
+        for layer, pair in enumerate(zip(config.kv_heads(site), new_config.kv_heads(site), strict=True)):
+            if len(set(pair)) > 1:
+                numbers[models.site_path(site, layer)] = (site, layer)
+    modules = {site: models.site_attention(abstract, site)[0] for site in kv_heads}
+
+    @functools.lru_cache(maxsize=1)
+    def converted(prefix: str) -> dict[str, np.ndarray]:
+        site, layer = numbers[prefix]
+        leaves = jax.tree_util.tree_leaves_with_path(modules[site])
+        names = [jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value") for path, _ in leaves]
+        arrays = [read(f"{prefix}.{name}").astype(np.float32) for name in names]
+        attention = jax.tree.unflatten(jax.tree.structure(modules[site]), arrays)
+        layer_key = _layer_keys(config, site, key)[layer]
+        attention = METHODS[method](attention, None, new_config.kv_heads(site)[layer], layer_key)
+        return dict(zip(names, map(np.asarray, jax.tree.leaves(attention)), strict=True))
+
+    def read_converted(path: str) -> np.ndarray:
+        prefix = ".".join(path.split(".")[:3])
+        return converted(prefix)[path.removeprefix(f"{prefix}.")] if prefix in numbers else read(path)
+
+    return new_config, read_converted
+
+
+def _layer_keys(config: models.ModelConfig, site: str, key: jax.Array) -> jax.Array:
+    number = models.FAMILIES[models.family_of(config)].sites.index(site)
+    return jax.random.split(jax.random.fold_in(key, number), len(config.kv_heads(site)))
 
 
 def _check(site: str, *, present: Sequence[int], wanted: Sequence[int]) -> None:

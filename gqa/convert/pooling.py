@@ -1,8 +1,9 @@
 """The paper's conversions of key/value heads: mean, first and random (GQA §2.1, fig. 4).
 
 Each takes one attention and its new number of key/value heads K, which divides the present one: neighbouring heads
-form a group, and each group's key and value projections become one. Kernels are `[..., D, K, d]`; query and output
-kernels stay as they are.
+form a group, and each group's key and value projections become one. Kernels are `[..., D, K, d]`, biases `[..., K, d]`;
+queries and the output stay as they are. Where keys are normalised, what is pooled is still their projections: the norm
+comes after, and its scale, the same for all heads, stays.
 """
 
 from collections.abc import Callable
@@ -16,48 +17,59 @@ from gqa.nn.attention import GroupedQueryAttention
 def mean(
     attention: GroupedQueryAttention, statistics: None, num_kv_heads: int, key: jax.Array
 ) -> GroupedQueryAttention:
-    """The mean of each group's projection kernels, computed in float32 or wider and kept in the kernels' dtype."""
+    """The mean of each group's kernels and biases, computed in float32 or wider and kept in their dtype."""
 
-    def pool(kernel_DKd):
-        heads = _groups(kernel_DKd, num_kv_heads).astype(jnp.promote_types(kernel_DKd.dtype, jnp.float32))
+    def pool(projection_Kd):
+        heads = _groups(projection_Kd, num_kv_heads).astype(jnp.promote_types(projection_Kd.dtype, jnp.float32))
         # Around the first head, so that equal heads give back exactly themselves (3 x / 3 need not be x).
         first = heads[..., :1, :]
         pooled = first + jnp.mean(heads - first, axis=-2, keepdims=True)
-        return pooled[..., 0, :].astype(kernel_DKd.dtype)
+        return pooled[..., 0, :].astype(projection_Kd.dtype)
 
-    return _map_key_value(pool, attention)
+    return _map_key_value(attention, kernels=pool, biases=pool)
 
 
 def first(
     attention: GroupedQueryAttention, statistics: None, num_kv_heads: int, key: jax.Array
 ) -> GroupedQueryAttention:
     """The first head of each group."""
-    return _map_key_value(lambda kernel_DKd: _groups(kernel_DKd, num_kv_heads)[..., 0, :], attention)
+
+    def pick(projection_Kd):
+        return _groups(projection_Kd, num_kv_heads)[..., 0, :]
+
+    return _map_key_value(attention, kernels=pick, biases=pick)
 
 
 def random(
     attention: GroupedQueryAttention, statistics: None, num_kv_heads: int, key: jax.Array
 ) -> GroupedQueryAttention:
-    """Fresh heads: normal with standard deviation 1/sqrt(D), the initialisation of both families' keys and values."""
+    """Fresh heads as both families initialise keys and values: normal of standard deviation 1/sqrt(D), biases zero."""
     keys = iter(jax.random.split(key))
 
     def initialise(kernel_DKd):
         *leading, D, _, d = kernel_DKd.shape
-        return D**-0.5 * jax.random.normal(next(keys), (*leading, D, num_kv_heads, d), kernel_DKd.dtype)
+        # Drawn in float32 whatever the dtype, so that the same seed gives the same heads.
+        return (D**-0.5 * jax.random.normal(next(keys), (*leading, D, num_kv_heads, d))).astype(kernel_DKd.dtype)
 
-    return _map_key_value(initialise, attention)
+    def zero(bias_Kd):
+        return jnp.zeros((*bias_Kd.shape[:-2], num_kv_heads, bias_Kd.shape[-1]), bias_Kd.dtype)
+
+    return _map_key_value(attention, kernels=initialise, biases=zero)
 
 
-def _groups(kernel_DKd: jax.Array, num_groups: int) -> jax.Array:
-    """`[..., D, K, d]` as `[..., D, num_groups, heads per group, d]`."""
-    *leading, K, d = kernel_DKd.shape
+def _groups(projection_Kd: jax.Array, num_groups: int) -> jax.Array:
+    """A kernel or bias `[..., K, d]` as `[..., num_groups, heads per group, d]`."""
+    *leading, K, d = projection_Kd.shape
     assert K % num_groups == 0, (K, num_groups)
-    return kernel_DKd.reshape(*leading, num_groups, K // num_groups, d)
+    return projection_Kd.reshape(*leading, num_groups, K // num_groups, d)
 
 
-def _map_key_value(change: Callable[[jax.Array], jax.Array], attention: GroupedQueryAttention) -> GroupedQueryAttention:
-    """A copy of `attention` with its key and value kernels changed."""
+def _map_key_value(attention: GroupedQueryAttention, *, kernels: Callable, biases: Callable) -> GroupedQueryAttention:
+    """A copy of `attention` with its key and value kernels, and where it has them biases, changed."""
     attention = jax.tree.map(lambda leaf: leaf, attention)
-    attention.key = attention.key.replace(change(attention.key[...]))
-    attention.value = attention.value.replace(change(attention.value[...]))
+    attention.key = attention.key.replace(kernels(attention.key[...]))
+    attention.value = attention.value.replace(kernels(attention.value[...]))
+    if attention.qkv_bias:
+        attention.key_bias = attention.key_bias.replace(biases(attention.key_bias[...]))
+        attention.value_bias = attention.value_bias.replace(biases(attention.value_bias[...]))
     return attention

@@ -65,6 +65,12 @@ def site_attention(model: Model, site: str) -> list:
     return [stack.cross_attention if site == "cross" else stack.self_attention for stack in stacks]
 
 
+def site_path(site: str, layer: int) -> str:
+    """Where the parameters of a layer's attention at `site` are: `decoder.3.cross_attention`."""
+    side = "encoder" if site == "encoder_self" else "decoder"
+    return f"{side}.{layer}.{'cross_attention' if site == 'cross' else 'self_attention'}"
+
+
 def replace(config: ModelConfig, **changes) -> ModelConfig:
     """`dataclasses.replace`, validated again."""
     return dataclasses.replace(config, **changes)

@@ -1,4 +1,7 @@
-"""Llama: a decoder with RoPE, SwiGLU, pre-normalisation and grouped-query attention (Llama 2 §2.2; Llama 3)."""
+"""Llama: a decoder with RoPE, SwiGLU, pre-normalisation and grouped-query attention (Llama 2 §2.2; Llama 3).
+
+Its options make it Mistral (a sliding window), Qwen2 (biases) and Qwen3 (norms of queries and keys).
+"""
 
 import dataclasses
 from typing import NamedTuple
@@ -42,6 +45,8 @@ class LlamaConfig:
     rope_theta: float  # base of the rotary frequencies
     rope_scaling: RopeScaling | None  # Llama 3's frequency scaling
     sliding_window: int | None  # tokens a query can look back, itself included (Mistral); None: all
+    qkv_bias: bool  # biases on queries, keys and values (Qwen2)
+    qk_norm: bool  # RMSNorm of each query and key head before RoPE (Qwen3)
     max_position: int  # context length the model was trained for, in tokens
     tied_logits: bool  # logits from the embedding instead of a kernel of their own
     activation: str  # of the gated MLP
@@ -81,7 +86,13 @@ class DecoderLayer(nnx.Module):
         attention_key, mlp_key = jax.random.split(key)
         stddev = config.d_model**-0.5
         shape = AttentionShape(
-            config.d_model, config.num_heads, num_kv_heads, config.head_dim, scale=config.head_dim**-0.5
+            config.d_model,
+            config.num_heads,
+            num_kv_heads,
+            config.head_dim,
+            scale=config.head_dim**-0.5,
+            qkv_bias=config.qkv_bias,
+            qk_norm_epsilon=config.norm_epsilon if config.qk_norm else None,
         )
         # Outputs shrink with depth so that the residual stream does not grow (GPT-2 §2.3).
         out_stddev = stddev * (2 * config.num_layers) ** -0.5
@@ -252,6 +263,8 @@ _LLAMA_2_7B = LlamaConfig(
     rope_theta=10000.0,
     rope_scaling=None,
     sliding_window=None,
+    qkv_bias=False,
+    qk_norm=False,
     max_position=4096,
     tied_logits=False,
     activation="silu",

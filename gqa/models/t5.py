@@ -1,6 +1,7 @@
 """T5.1.1: encoder-decoder with gated GELU, relative position bias and unscaled scores; K is set per site and layer."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -42,6 +43,7 @@ class T5Config:
     cross_kv_heads: KVHeads  # key/value heads of the cross-attention
     relative_buckets: int  # buckets of the relative position bias
     relative_max_distance: int  # distance from which all positions share the last bucket
+    relative_bias_per_layer: bool  # every layer its own table (T5X's scanned checkpoints) instead of one for the stack
     tied_logits: bool  # logits from the embedding, scaled by 1/sqrt(D), instead of a kernel of their own
     activation: str  # of the gated MLP
     norm_epsilon: float
@@ -79,7 +81,15 @@ class DecoderCache(NamedTuple):
 
 def _attention(config: T5Config, num_kv_heads: int, key) -> GroupedQueryAttention:
     # T5 folds 1/sqrt(d) into the query init: no scaling of the scores.
-    shape = AttentionShape(config.d_model, config.num_heads, num_kv_heads, config.head_dim, scale=1.0)
+    shape = AttentionShape(
+        config.d_model,
+        config.num_heads,
+        num_kv_heads,
+        config.head_dim,
+        scale=1.0,
+        qkv_bias=False,
+        qk_norm_epsilon=None,
+    )
     init = AttentionInit(
         query=(config.d_model * config.head_dim) ** -0.5,
         key_value=config.d_model**-0.5,
@@ -100,6 +110,18 @@ def _mlp(config: T5Config, key) -> GatedMLP:
     )
 
 
+def _relative_bias(config: T5Config, bidirectional: bool, key) -> RelativePositionBias:
+    return RelativePositionBias(
+        config.num_heads,
+        num_buckets=config.relative_buckets,
+        max_distance=config.relative_max_distance,
+        bidirectional=bidirectional,
+        stddev=config.d_model**-0.5,
+        param_dtype=config.param_dtype,
+        key=key,
+    )
+
+
 def _norm(config: T5Config) -> RMSNorm:
     return RMSNorm(config.d_model, config.norm_epsilon, config.param_dtype)
 
@@ -108,9 +130,11 @@ class EncoderLayer(nnx.Module):
     """Self-attention and MLP, each behind a norm and added to the residual stream."""
 
     def __init__(self, config: T5Config, num_kv_heads: int, key):
-        attention_key, mlp_key = jax.random.split(key)
+        attention_key, mlp_key, bias_key = jax.random.split(key, 3)
         self.self_attention_norm = _norm(config)
         self.self_attention = _attention(config, num_kv_heads, attention_key)
+        if config.relative_bias_per_layer:
+            self.relative_bias = _relative_bias(config, True, bias_key)
         self.mlp_norm = _norm(config)
         self.mlp = _mlp(config, mlp_key)
 
@@ -129,10 +153,12 @@ class DecoderLayer(nnx.Module):
     """Causal self-attention, cross-attention and MLP, each behind a norm and added to the residual stream."""
 
     def __init__(self, config: T5Config, num_kv_heads: tuple[int, int], key):
-        self_key, cross_key, mlp_key = jax.random.split(key, 3)
+        self_key, cross_key, mlp_key, bias_key = jax.random.split(key, 4)
         self_kv_heads, cross_kv_heads = num_kv_heads
         self.self_attention_norm = _norm(config)
         self.self_attention = _attention(config, self_kv_heads, self_key)
+        if config.relative_bias_per_layer:
+            self.relative_bias = _relative_bias(config, False, bias_key)
         self.cross_attention_norm = _norm(config)
         self.cross_attention = _attention(config, cross_kv_heads, cross_key)
         self.mlp_norm = _norm(config)
@@ -171,20 +197,16 @@ class T5(nnx.Module):
         self.embedding = parameter(
             embedding_key, (config.vocab_size, config.d_model), ("vocab", "embed"), 1.0, config.param_dtype
         )
-        bias = dict(
-            num_buckets=config.relative_buckets,
-            max_distance=config.relative_max_distance,
-            stddev=config.d_model**-0.5,
-            param_dtype=config.param_dtype,
-        )
-        self.encoder_bias = RelativePositionBias(config.num_heads, bidirectional=True, key=encoder_bias_key, **bias)
+        if not config.relative_bias_per_layer:
+            self.encoder_bias = _relative_bias(config, True, encoder_bias_key)
         self.encoder = init_stacks(
             lambda num_kv_heads, layer_key: EncoderLayer(config, num_kv_heads, layer_key),
             config.kv_heads("encoder_self"),
             encoder_key,
         )
         self.encoder_norm = _norm(config)
-        self.decoder_bias = RelativePositionBias(config.num_heads, bidirectional=False, key=decoder_bias_key, **bias)
+        if not config.relative_bias_per_layer:
+            self.decoder_bias = _relative_bias(config, False, decoder_bias_key)
         self.decoder = init_stacks(
             lambda num_kv_heads, layer_key: DecoderLayer(config, num_kv_heads, layer_key),
             list(zip(config.kv_heads("decoder_self"), config.kv_heads("cross"), strict=True)),
@@ -230,10 +252,10 @@ class T5(nnx.Module):
         config = self.config
         mask_BSS = None if inputs_segments_BS is None else segment_mask(inputs_segments_BS, inputs_segments_BS)
         x_BSD = self._embed(inputs_BS, dropout)
-        bias_HSS = self.encoder_bias(inputs_BS.shape[1], inputs_BS.shape[1], 0)
+        bias = self._layer_bias("encoder_bias", inputs_BS.shape[1], inputs_BS.shape[1], 0)
 
         def layer_fn(layer, x, _, number):
-            return layer(x, bias_HTS=bias_HSS, mask_BTS=mask_BSS, dropout=_fold(dropout, number)), None
+            return layer(x, bias_HTS=bias(layer), mask_BTS=mask_BSS, dropout=_fold(dropout, number)), None
 
         x_BSD, _ = apply_stacks(layer_fn, self.encoder, x_BSD, None, scan=config.scan_layers, remat=config.remat)
         return dropped(self.encoder_norm(x_BSD), dropout, 1)
@@ -252,11 +274,11 @@ class T5(nnx.Module):
             if inputs_segments_BS is not None:
                 cross_mask_BTS = segment_mask(decoder_segments_BT, inputs_segments_BS)
         x_BTD = self._embed(decoder_inputs_BT, dropout)
-        bias_HTT = self.decoder_bias(T, T, 0)
+        bias = self._layer_bias("decoder_bias", T, T, 0)
 
         def layer_fn(layer, x, _, number):
             cross = KVCache(*layer.cross_attention.project_key_value(encoded_BSD))
-            masks = dict(bias_HTS=bias_HTT, mask_BTS=mask_BTT, cross_mask_BTS=cross_mask_BTS)
+            masks = dict(bias_HTS=bias(layer), mask_BTS=mask_BTT, cross_mask_BTS=cross_mask_BTS)
             return layer(x, cross, None, index=None, dropout=_fold(dropout, number), **masks)
 
         x_BTD, _ = apply_stacks(layer_fn, self.decoder, x_BTD, None, scan=config.scan_layers, remat=config.remat)
@@ -281,11 +303,11 @@ class T5(nnx.Module):
         T, S = tokens_BT.shape[1], cache.self_attention[0].key.shape[-2]
         mask_1TS = causal_mask(cache.index + jnp.arange(T), jnp.arange(S))
         x_BTD = self._embed(tokens_BT, None)
-        bias_HTS = self.decoder_bias(T, S, cache.index)
+        bias = self._layer_bias("decoder_bias", T, S, cache.index)
 
         def layer_fn(layer, x, caches, number):
             self_cache, cross = caches
-            masks = dict(bias_HTS=bias_HTS, mask_BTS=mask_1TS, cross_mask_BTS=cache.cross_mask_B1S)
+            masks = dict(bias_HTS=bias(layer), mask_BTS=mask_1TS, cross_mask_BTS=cache.cross_mask_B1S)
             return layer(x, cross, self_cache, index=cache.index, dropout=None, **masks)
 
         caches = list(zip(cache.self_attention, cache.cross_attention, strict=True))
@@ -297,6 +319,13 @@ class T5(nnx.Module):
         model = jax.tree.map(lambda leaf: leaf, self)
         model.encoder, model.decoder = unstack(self.encoder), unstack(self.decoder)
         return model
+
+    def _layer_bias(self, shared: str, *positions) -> Callable:
+        """A function from a layer to its bias `[H, T, S]`; the table that layers share is read once, not by each."""
+        if self.config.relative_bias_per_layer:
+            return lambda layer: layer.relative_bias(*positions)
+        bias_HTS = getattr(self, shared)(*positions)
+        return lambda layer: bias_HTS
 
     def _embed(self, tokens_BT, dropout: Dropout | None) -> jax.Array:
         x_BTD = embed(self.embedding, tokens_BT, self.config.dtype)
@@ -331,6 +360,7 @@ def _t5_1_1(d_model: int, num_heads: int, num_layers: int, d_ff: int) -> T5Confi
         cross_kv_heads=num_heads,
         relative_buckets=32,
         relative_max_distance=128,
+        relative_bias_per_layer=False,
         tied_logits=False,
         activation="gelu_new",
         norm_epsilon=1e-6,

@@ -24,9 +24,15 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 def parameter(
     key: jax.Array | None, shape: tuple[int, ...], axes: tuple[str, ...], stddev: float | None, dtype
 ) -> nnx.Param:
-    """Declares a parameter: shape, logical axes and initialiser (normal of `stddev`, or ones where it is `None`)."""
+    """Declares a parameter: shape, logical axes and initialiser.
+
+    The initialiser is normal of `stddev`, ones where it is `None`, zeros where it is 0; only the first needs a key.
+    """
     assert len(shape) == len(axes), (shape, axes)
-    value = jnp.ones(shape, dtype) if stddev is None else stddev * jax.random.normal(key, shape, dtype)
+    if stddev is None:
+        value = jnp.ones(shape, dtype)
+    else:
+        value = stddev * jax.random.normal(key, shape, dtype) if stddev else jnp.zeros(shape, dtype)
     return nnx.Param(value, axes=axes)
 
 
@@ -68,8 +74,8 @@ def dropped(x: jax.Array, dropout: Dropout | None, site: int) -> jax.Array:
 class RMSNorm(nnx.Module):
     """Root-mean-square normalisation, in float32 whatever the input (Llama 2 §2.2; T5.1.1 calls it layer norm)."""
 
-    def __init__(self, width: int, epsilon: float, param_dtype):
-        self.scale = parameter(None, (width,), ("embed",), None, param_dtype)
+    def __init__(self, width: int, epsilon: float, param_dtype, axis: str = "embed"):
+        self.scale = parameter(None, (width,), (axis,), None, param_dtype)
         self.epsilon = epsilon
 
     def __call__(self, x: jax.Array) -> jax.Array:

@@ -31,7 +31,7 @@ def relative_position_bucket(
 
 
 class RelativePositionBias(nnx.Module):
-    """A learnt bias per head and bucketed distance, added to the scores; one table serves all layers of a stack."""
+    """A learnt bias per head and bucketed distance, added to the scores of one layer or of all layers of a stack."""
 
     def __init__(
         self,

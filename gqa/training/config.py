@@ -11,8 +11,7 @@ from typing import Any
 
 import ml_collections
 
-from gqa import models
-from gqa.checkpoints import hf
+from gqa import checkpoints, models
 from gqa.data.examples import make_task
 from gqa.data.prepare import Manifest, PrepareSpec, default_directory, prepare, read_manifest
 from gqa.data.vocabulary import Vocabulary
@@ -52,7 +51,7 @@ class ModelChoice:
     def architecture(self) -> models.ModelConfig:
         """The model's configuration, read from the checkpoint or from the ready-made sizes."""
         if self.checkpoint is not None:
-            return hf.read_config(self.checkpoint, **self.run_choices())
+            return checkpoints.read_config(self.checkpoint, **self.run_choices())
         base = models.size(self.size)
         hints = typing.get_type_hints(type(base))
         for name, value in self.changes.items():

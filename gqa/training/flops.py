@@ -1,9 +1,10 @@
 """Model FLOPs of a training step, read off a model's shapes."""
 
-import jax
-import numpy as np
+import math
 
-from gqa import models
+import jax
+
+from gqa import models, sharding
 from gqa.models import t5
 from gqa.training.metrics import Attention, MatrixProduct, model_flops_per_step
 
@@ -33,5 +34,8 @@ def train_step_flops(model: models.Model, batch_shapes: dict[str, tuple[int, ...
 
 
 def _kernels(stacks) -> int:
-    # Stacked norm scales have two dimensions, kernels at least three.
-    return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(stacks) if len(leaf.shape) > 2)
+    """Elements of the kernels: all of them map from or to the model width; biases and norm scales map nothing."""
+    axes = sharding.logical_axes(stacks)
+    kernels = {key for key, names in axes.items() if "embed" in names and len(names) > 1}
+    leaves = jax.tree_util.tree_leaves_with_path(stacks)
+    return sum(math.prod(leaf.shape) for path, leaf in leaves if jax.tree_util.keystr(path) in kernels)

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from gqa import models
-from gqa.checkpoints import hf, hf_config
+from gqa import checkpoints, models
+from gqa.checkpoints import hf, hf_config, writer
 from gqa.errors import InputError
 from gqa.nn.position import RopeScaling
 
@@ -63,7 +63,7 @@ class Saved:
 
     def refused(self) -> str:
         with pytest.raises(InputError) as error:
-            hf.load(self.directory, **RUN)
+            checkpoints.load(self.directory, **RUN)
         message = str(error.value)
         assert "\n" not in message
         return message
@@ -79,10 +79,10 @@ def assert_equal_models(found, expected):
 def test_what_is_saved_is_loaded_again(name, tmp_path):
     model = model_of(CONFIGS[name])
     hf.save(model, tmp_path / "model", dtype="float32")
-    assert hf.read_config(tmp_path / "model", **RUN) == CONFIGS[name]
-    assert_equal_models(hf.load(tmp_path / "model", **RUN), model)
+    assert checkpoints.read_config(tmp_path / "model", **RUN) == CONFIGS[name]
+    assert_equal_models(checkpoints.load(tmp_path / "model", **RUN), model)
     hf.save(model.unstacked(), tmp_path / "unstacked", dtype="float32")
-    assert_equal_models(hf.load(tmp_path / "unstacked", **RUN), model)
+    assert_equal_models(checkpoints.load(tmp_path / "unstacked", **RUN), model)
 
 
 def test_others_may_read_the_weights_where_they_may_read_the_folder(tmp_path):
@@ -128,34 +128,34 @@ def test_bfloat16(tmp_path):
         np.dtype(ml_dtypes.bfloat16)
     }
     rounded = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), model)
-    loaded = hf.load(tmp_path / "model", **RUN | {"param_dtype": "bfloat16"})
+    loaded = checkpoints.load(tmp_path / "model", **RUN | {"param_dtype": "bfloat16"})
     for leaf, expected in zip(jax.tree.leaves(loaded), jax.tree.leaves(rounded), strict=True):
         assert leaf.dtype == jnp.bfloat16
         np.testing.assert_array_equal(leaf, expected)
-    assert hf.load(tmp_path / "model", **RUN).embedding[...].dtype == jnp.float32
+    assert checkpoints.load(tmp_path / "model", **RUN).embedding[...].dtype == jnp.float32
 
 
 @pytest.mark.parametrize("name", ["grouped T5", "grouped Llama"])
 def test_several_files(name, tmp_path, monkeypatch):
-    monkeypatch.setattr(hf, "SHARD_BYTES", 3000)
+    monkeypatch.setattr(writer, "SHARD_BYTES", 3000)
     model = model_of(CONFIGS[name])
     hf.save(model, tmp_path / "model", dtype="float32")
     files = sorted(path.name for path in (tmp_path / "model").glob("*.safetensors"))
     assert len(files) > 2 and files[0] == f"model-00001-of-{len(files):05}.safetensors"
     assert all(sum(t.nbytes for t in load_file(tmp_path / "model" / file).values()) <= 3000 for file in files)
-    assert_equal_models(hf.load(tmp_path / "model", **RUN), model)
+    assert_equal_models(checkpoints.load(tmp_path / "model", **RUN), model)
 
 
 # Devices are a choice of the process: this runs in one with four. Its last line is for the test.
 SHARDED = """
 import json, sys
 import jax, numpy as np
-from gqa.checkpoints import hf
+from gqa import checkpoints
 from gqa.sharding import MeshConfig, make_mesh
 
 directory, run = sys.argv[1], json.loads(sys.argv[2])
-whole = hf.load(directory, **run)
-sharded = hf.load(directory, mesh=make_mesh(MeshConfig(data=1, fsdp=2, tensor=2)), **run)
+whole = checkpoints.load(directory, **run)
+sharded = checkpoints.load(directory, mesh=make_mesh(MeshConfig(data=1, fsdp=2, tensor=2)), **run)
 for one, other in zip(jax.tree.leaves(whole), jax.tree.leaves(sharded), strict=True):
     np.testing.assert_array_equal(one, other)
 attentions = [sharded.encoder[0].self_attention, sharded.decoder[0].self_attention]
@@ -178,10 +178,10 @@ def test_equal_copies_of_the_embedding_are_accepted(saved):
     shared = saved.tensors["shared.weight"]
     saved.tensors |= {"encoder.embed_tokens.weight": shared, "decoder.embed_tokens.weight": shared.copy()}
     saved.write()
-    assert_equal_models(hf.load(saved.directory, **RUN), model_of(CONFIGS["grouped T5"]))
+    assert_equal_models(checkpoints.load(saved.directory, **RUN), model_of(CONFIGS["grouped T5"]))
     del saved.tensors["shared.weight"]  # any of the names will do
     saved.write()
-    assert_equal_models(hf.load(saved.directory, **RUN), model_of(CONFIGS["grouped T5"]))
+    assert_equal_models(checkpoints.load(saved.directory, **RUN), model_of(CONFIGS["grouped T5"]))
     saved.tensors["decoder.embed_tokens.weight"] = shared + 1
     saved.write()
     assert "encoder.embed_tokens.weight and decoder.embed_tokens.weight differ" in saved.refused()
@@ -191,14 +191,14 @@ def test_an_equal_logits_kernel_of_a_tied_model_is_a_copy(tmp_path):
     saved = Saved(tmp_path / "model", CONFIGS["tied T5"])
     saved.tensors["lm_head.weight"] = saved.tensors["shared.weight"]
     saved.write()
-    assert_equal_models(hf.load(saved.directory, **RUN), model_of(CONFIGS["tied T5"]))
+    assert_equal_models(checkpoints.load(saved.directory, **RUN), model_of(CONFIGS["tied T5"]))
 
 
 def test_logits_of_scaled_outputs_get_the_scale_in_their_kernel(tmp_path):
     saved = Saved(tmp_path / "model", CONFIGS["tied T5"])
     saved.tensors["lm_head.weight"] = saved.tensors["shared.weight"] * 2
     saved.write()
-    model = hf.load(saved.directory, **RUN)
+    model = checkpoints.load(saved.directory, **RUN)
     np.testing.assert_allclose(model.logits[...], model.embedding[...].T * 2 / np.sqrt(6), rtol=1e-6)
 
 
@@ -211,7 +211,7 @@ def test_old_configs(tmp_path):
     unused = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"
     saved.tensors[unused] = np.zeros((32, 4), np.float32)
     saved.write()
-    assert hf.load(saved.directory, **RUN).config == models.replace(T5, num_decoder_layers=2)
+    assert checkpoints.load(saved.directory, **RUN).config == models.replace(T5, num_decoder_layers=2)
 
     saved = Saved(tmp_path / "llama", models.replace(CONFIGS["Llama 3"], head_dim=2, d_model=8))
     for name in ("rope_parameters", "head_dim", "num_key_value_heads"):
@@ -219,7 +219,7 @@ def test_old_configs(tmp_path):
     saved.raw["rope_scaling"]["type"] = saved.raw["rope_scaling"].pop("rope_type")
     saved.tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.zeros(1, np.float32)
     saved.write()
-    assert hf.load(saved.directory, **RUN).config == models.replace(CONFIGS["Llama 3"], head_dim=2, d_model=8)
+    assert checkpoints.load(saved.directory, **RUN).config == models.replace(CONFIGS["Llama 3"], head_dim=2, d_model=8)
 
 
 def test_token_ids_and_extra_files(tmp_path):
@@ -240,52 +240,63 @@ def test_save_refuses_and_leaves_nothing(tmp_path, saved):
         hf.save(model, tmp_path / "new", dtype="float32", extra_files=[tmp_path / "tokenizer.model"])
     with pytest.raises(InputError, match="dtype='int8' cannot be saved; expected one of float32, bfloat16"):
         hf.save(model, tmp_path / "new", dtype="int8")
-    windowed = models.replace(LLAMA, sliding_window=16)
-    with pytest.raises(InputError, match="sliding_window=16 has no place"):
-        hf.save(model_of(windowed), tmp_path / "new", dtype="float32")
+    both = models.replace(LLAMA, qkv_bias=True, qk_norm=True)
+    with pytest.raises(InputError, match="qkv_bias and qk_norm are true: no model_type of transformers has both"):
+        hf.save(model_of(both), tmp_path / "new", dtype="float32")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 def test_a_failed_save_leaves_nothing(tmp_path, monkeypatch):
     def fail(*_, **__):
-        raise OSError("disk full")
+        raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(hf, "save_file", fail)
-    with pytest.raises(OSError, match="disk full"):
+    monkeypatch.setattr(writer, "_write_shard", fail)
+    with pytest.raises(InputError, match="model cannot be written: No space left on device; nothing was left there"):
         hf.save(model_of(LLAMA), tmp_path / "model", dtype="float32")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_missing_files(tmp_path, saved):
-    with pytest.raises(InputError, match=r"nowhere is not a directory; expected one with config\.json"):
-        hf.load(tmp_path / "nowhere", **RUN)
-    (saved.directory / "config.json").rename(saved.directory / "pytorch_model.bin")
+    with pytest.raises(InputError, match="nowhere is not a directory; expected a checkpoint's"):
+        checkpoints.load(tmp_path / "nowhere", **RUN)
+    (saved.directory / "config.json").rename(saved.directory / "config.jsonx")
     assert saved.refused().endswith("config.json is missing")
     (saved.directory / "model.safetensors").unlink()
-    assert "has no model.safetensors and no model.safetensors.index.json; found pytorch_model.bin" in saved.refused()
+    assert "model is no checkpoint of a known format (Hugging Face" in saved.refused()
+    assert saved.refused().endswith("found SHA256SUMS, config.jsonx")
 
 
-@pytest.mark.parametrize("length", [0, 4, 100, -1])
-def test_truncated_weights(saved, length):
+@pytest.mark.parametrize(
+    ("length", "message"),
+    [
+        (0, "has 0 bytes; expected a safetensors file"),
+        (4, "has 4 bytes; expected a safetensors file"),
+        (100, "the file has 100; it is damaged or cut short"),
+        (-1, "the file is cut short"),
+    ],
+)
+def test_truncated_weights(saved, length, message):
     path = saved.directory / "model.safetensors"
     path.write_bytes(path.read_bytes()[:length])
-    assert "model.safetensors is not a readable safetensors file" in saved.refused()
+    assert saved.refused().startswith(f"{path} ") or saved.refused().startswith(f"{path}: ")
+    assert message in saved.refused()
 
 
 def test_missing_unknown_and_misshapen_tensors(saved):
     norm = saved.tensors.pop("encoder.final_layer_norm.weight")
     saved.write()
-    assert saved.refused().endswith("lacks 1 tensor(s) for its config.json: encoder.final_layer_norm.weight")
+    assert saved.refused().endswith("lacks 1 tensor(s) for its sizes: encoder.final_layer_norm.weight")
     saved.tensors |= {"encoder.final_layer_norm.weight": norm[:-1], "encoder.extra.weight": norm}
     saved.write()
-    assert saved.refused().endswith("has unknown 1 tensor(s) for its config.json: encoder.extra.weight")
+    assert saved.refused().endswith("has unknown 1 tensor(s) for its sizes: encoder.extra.weight")
     del saved.tensors["encoder.extra.weight"]
     saved.write()
     message = saved.refused()
     assert message.startswith("encoder.final_layer_norm.weight in ") and "has shape [5]; expected [6]" in message
     saved.tensors["encoder.final_layer_norm.weight"] = np.ones(6, np.int32)
     saved.write()
-    assert "has type I32; expected one of F64, F32, F16, BF16" in saved.refused()
+    assert "encoder.final_layer_norm.weight has type I32; expected one of F64, F32, F16, BF16" in saved.refused()
+    saved.tensors["encoder.final_layer_norm.weight"] = norm
     del saved.tensors["shared.weight"]
     saved.write()
     assert "lacks the tensor shared.weight" in saved.refused()
@@ -298,7 +309,10 @@ def test_indexes(saved):
     assert saved.refused().endswith("names a.safetensors, which is missing")
     (saved.directory / "model.safetensors").touch()
     saved.write_index(dict.fromkeys(others, "b.safetensors") | {name: "../model/b.safetensors"})
-    assert "names the file '../model/b.safetensors'; expected a file name without a folder" in saved.refused()
+    assert (
+        "names the file '../model/b.safetensors'; expected the name of a file of weights without a folder"
+        in saved.refused()
+    )
     (saved.directory / "model.safetensors").touch()
     saved.write_index(dict.fromkeys(saved.tensors, "b.safetensors"))
     assert f"does not describe its files: {name} not where it says" in saved.refused()

@@ -1,5 +1,7 @@
+import dataclasses
 import hashlib
 import json
+import shutil
 import sys
 
 import jax
@@ -7,7 +9,7 @@ import numpy as np
 import pytest
 
 from checkpoints_tools import convert as command
-from gqa import models
+from gqa import checkpoints, models
 from gqa.checkpoints import hf
 from gqa.command_line import run
 from gqa.convert import convert
@@ -54,9 +56,10 @@ def test_t5(source, tmp_path, monkeypatch, capsys):
     output = tmp_path / "new folder" / "gqa2"
     arguments = [f"--source={source}", f"--output={output}", "--kv_heads=2", "--method=mean"]
     assert not call(monkeypatch, *arguments)
-    converted = convert(hf.load(source, **CHOICES), {"decoder_self": 2, "cross": 2}, "mean", jax.random.key(0))
-    assert_equal(hf.load(output, **CHOICES), converted)
+    converted = convert(checkpoints.load(source, **CHOICES), {"decoder_self": 2, "cross": 2}, "mean", jax.random.key(0))
+    assert_equal(checkpoints.load(output, **CHOICES), converted)
     assert sorted(path.name for path in output.iterdir()) == [
+        "SHA256SUMS",
         "config.json",
         "model.safetensors",
         "provenance.json",
@@ -71,11 +74,16 @@ def test_t5(source, tmp_path, monkeypatch, capsys):
         "command": " ".join(["python -m checkpoints_tools.convert", *(f"'{a}'" if " " in a else a for a in arguments)]),
         "source": {
             "path": str(source),
-            "sha256": {"model.safetensors": hashlib.sha256((source / "model.safetensors").read_bytes()).hexdigest()},
+            "sha256": {
+                file.name: hashlib.sha256(file.read_bytes()).hexdigest()
+                for file in source.iterdir()
+                if file.name not in ("SHA256SUMS", "optimizer.pt")
+            },
         },
         "method": "mean",
         "seed": 0,
         "dtype": "float32",
+        "sha256": {"model.safetensors": hashlib.sha256((output / "model.safetensors").read_bytes()).hexdigest()},
         "kv_heads": {
             "encoder_self": {"before": [4, 4], "after": [4, 4]},
             "decoder_self": {"before": [4, 4], "after": [2, 2]},
@@ -103,17 +111,17 @@ def test_conversions_in_a_row_keep_their_provenance(source, tmp_path, monkeypatc
     assert provenance["kv_heads"]["cross"] == {"before": [2, 2], "after": [1, 1]}
     assert provenance["kv_heads"]["decoder_self"] == {"before": [4, 4], "after": [4, 4]}
     assert provenance["source_provenance"] == json.loads((first / "provenance.json").read_text())
-    direct = convert(hf.load(source, **CHOICES), {"cross": 1}, "first", jax.random.key(0))
-    assert_equal(hf.load(second, **CHOICES), direct)
+    direct = convert(checkpoints.load(source, **CHOICES), {"cross": 1}, "first", jax.random.key(0))
+    assert_equal(checkpoints.load(second, **CHOICES), direct)
 
 
 def test_llama_keeps_its_dtype_unless_told_otherwise(llama, tmp_path, monkeypatch):
     choices = CHOICES | {"param_dtype": "bfloat16"}
-    expected = convert(hf.load(llama, **choices), {"decoder_self": 1}, "random", jax.random.key(5))
+    expected = convert(checkpoints.load(llama, **choices), {"decoder_self": 1}, "random", jax.random.key(5))
     common = [f"--source={llama}", "--kv_heads=1", "--method=random", "--seed=5"]
     for dtype, extra in (("bfloat16", []), ("float32", ["--dtype=float32"])):
         assert not call(monkeypatch, f"--output={tmp_path / dtype}", *common, *extra)
-        assert_equal(hf.load(tmp_path / dtype, **choices), expected)
+        assert_equal(checkpoints.load(tmp_path / dtype, **choices), expected)
         assert json.loads((tmp_path / dtype / "provenance.json").read_text())["dtype"] == dtype
         assert json.loads((tmp_path / dtype / "config.json").read_text())["dtype"] == dtype
 
@@ -127,7 +135,7 @@ def test_llama_keeps_its_dtype_unless_told_otherwise(llama, tmp_path, monkeypatc
         ({"sites": "self"}, "attention site 'self' is unknown; expected one of encoder_self, decoder_self, cross"),
         ({"dtype": "float8"}, "--dtype=float8 is unknown; expected one of float32, bfloat16"),
         ({"souce": "x"}, "unknown option --souce; nearest: --source"),
-        ({"source": "{tmp}/nothing"}, "{tmp}/nothing/config.json is missing"),
+        ({"source": "{tmp}/nothing"}, "{tmp}/nothing is not a directory; expected a checkpoint's"),
         ({"output": "{source}"}, "--output={source} exists already; name a new directory"),
     ],
 )
@@ -149,16 +157,94 @@ def test_damaged_weights_leave_nothing(source, tmp_path, monkeypatch, capsys):
     output = tmp_path / "output"
     assert call(monkeypatch, f"--source={damaged}", f"--output={output}", "--kv_heads=2", "--method=mean") == 2
     error = capsys.readouterr().err
-    assert error.startswith(f"error: {damaged / 'model.safetensors'} is not a readable safetensors file")
+    assert error.startswith(f"error: {damaged / 'model.safetensors'}: lm_head.weight lies at bytes ")
     assert error.count("\n") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["damaged"]
 
 
-def test_an_interrupted_write_leaves_nothing(source, tmp_path, monkeypatch):
-    def interrupted(*args, **kwargs):
-        raise KeyboardInterrupt
+def test_an_interrupted_conversion_goes_on(source, tmp_path, monkeypatch):
+    arguments = [f"--source={source}", "--kv_heads=2", "--method=mean"]
+    assert not call(monkeypatch, *arguments, f"--output={tmp_path / 'whole'}")
+    output, partial = tmp_path / "new", tmp_path / ".new.partial"
+    made = []
+    read = command.checkpoints.read
 
-    monkeypatch.setattr(hf, "save_file", interrupted)
-    output = tmp_path / "new"
-    assert call(monkeypatch, f"--source={source}", f"--output={output}", "--kv_heads=2", "--method=mean") == 130
-    assert list(tmp_path.iterdir()) == []
+    def counted(tensor):
+        def read_tensor():
+            made.append(tensor.name)
+            if len(made) == 20:
+                raise KeyboardInterrupt
+            return tensor.read()
+
+        return dataclasses.replace(tensor, read=read_tensor)
+
+    def read_counted(*args, **kwargs):
+        contents = read(*args, **kwargs)
+        tensors = {path: (counted(tensor), transform) for path, (tensor, transform) in contents.tensors.items()}
+        return contents._replace(tensors=tensors)
+
+    monkeypatch.setattr(command.checkpoints, "read", read_counted)
+    assert call(monkeypatch, *arguments, f"--output={output}") == 130
+    assert not output.exists() and partial.exists()
+    # What a power cut may leave behind the last line of the journal.
+    with (partial / "model.safetensors").open("ab") as file:
+        file.write(b"torn")
+    first = len(made)
+    assert not call(monkeypatch, *arguments, f"--output={output}")
+    assert len(made) - first < len(set(made)) - 10  # what was written already was not read again
+    assert not partial.exists()
+    assert (output / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
+
+
+def test_another_conversion_does_not_go_on_with_it(source, tmp_path, monkeypatch):
+    output, partial = tmp_path / "new", tmp_path / ".new.partial"
+    partial.mkdir()
+    (partial / "journal.jsonl").write_text('{"method": "first"}\n')
+    (partial / "model.safetensors").write_bytes(b"of another conversion")
+    assert not call(monkeypatch, f"--source={source}", f"--output={output}", "--kv_heads=2", "--method=mean")
+    assert checkpoints.load(output, **CHOICES).config.cross_kv_heads == 2
+
+
+def test_every_flipped_bit_of_a_file_with_sums_is_found(source, tmp_path, monkeypatch, capsys):
+    rng = np.random.default_rng(0)
+    for case in range(8):
+        damaged = tmp_path / str(case)
+        shutil.copytree(source, damaged)
+        raw = bytearray((damaged / "model.safetensors").read_bytes())
+        raw[rng.integers(len(raw))] ^= 1 << rng.integers(8)
+        (damaged / "model.safetensors").write_bytes(raw)
+        arguments = (f"--source={damaged}", f"--output={tmp_path / 'out'}", "--kv_heads=2", "--method=mean")
+        assert call(monkeypatch, *arguments) == 2
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert error.startswith("error: ") and str(damaged) in error
+    assert sorted(path.name for path in tmp_path.iterdir()) == [str(case) for case in range(8)]
+
+
+def test_numbers_of_heads_by_site_and_by_layer(source, tmp_path, monkeypatch, capsys):
+    arguments = (f"--source={source}", f"--output={tmp_path / 'out'}", "--method=mean")
+    assert not call(monkeypatch, *arguments, "--kv_heads=decoder_self=4,2", "--kv_heads=cross=1")
+    config = checkpoints.load(tmp_path / "out", **CHOICES).config
+    assert [config.kv_heads(site) for site in ("encoder_self", "decoder_self", "cross")] == [(4, 4), (4, 2), (1, 1)]
+    expected = convert(
+        checkpoints.load(source, **CHOICES), {"decoder_self": (4, 2), "cross": 1}, "mean", jax.random.key(0)
+    )
+    assert_equal(checkpoints.load(tmp_path / "out", **CHOICES), expected)
+    arguments = (f"--source={source}", f"--output={tmp_path / 'other'}", "--method=mean")
+    for kv_heads, message in (
+        (("two",), "--kv_heads=two is no number, list of numbers or SITE=number, such as 8 or cross=4"),
+        (("4,2,1",), "decoder_self_kv_heads names 3 layers, the model has 2; give 1 number or 2"),
+        (("cross=2", "cross=1"), "--kv_heads=cross=1 sets cross a second time; give each attention site once"),
+    ):
+        assert call(monkeypatch, *arguments, *(f"--kv_heads={text}" for text in kv_heads)) == 2
+        assert capsys.readouterr().err == f"error: {message}\n"
+
+
+def test_weights_that_are_not_numbers_are_named(source, tmp_path, monkeypatch, capsys):
+    damaged = tmp_path / "damaged"
+    model = checkpoints.load(source, **CHOICES)
+    model.decoder_norm.scale = model.decoder_norm.scale.replace(model.decoder_norm.scale[...].at[3].set(np.nan))
+    hf.save(model, damaged, dtype="float32")
+    output = tmp_path / "out"
+    assert not call(monkeypatch, f"--source={damaged}", f"--output={output}", "--kv_heads=2", "--method=mean")
+    name = "decoder.final_layer_norm.weight"
+    assert f"warning: {name} of {damaged / 'model.safetensors'} holds NaN" in capsys.readouterr().err

@@ -18,9 +18,10 @@ HEADS_AND_GROUPS = st.sampled_from([(1, 1), (1, 7), (2, 1), (2, 3), (2, 4), (4, 
 DTYPES = st.sampled_from(["float32", "bfloat16"])
 
 
-def attention(*, D, H, K, d, dtype="float32", key=KEY):
+def attention(*, D, H, K, d, dtype="float32", key=KEY, qkv_bias=False, qk_norm_epsilon=None):
     init = AttentionInit(query=1.0, key_value=1.0, out=1.0)
-    return GroupedQueryAttention(AttentionShape(D, H, K, d, scale=1.0), init, dtype, key)
+    shape = AttentionShape(D, H, K, d, scale=1.0, qkv_bias=qkv_bias, qk_norm_epsilon=qk_norm_epsilon)
+    return GroupedQueryAttention(shape, init, dtype, key)
 
 
 def with_kernels(module, key, value):
@@ -48,6 +49,14 @@ def t5(num_decoder_layers=2):
 @functools.cache
 def llama():
     return models.create(models.size("llama_mini"), KEY)
+
+
+@functools.cache
+def llama_with_biases_and_norms():
+    config = models.replace(models.size("llama_mini"), qkv_bias=True, qk_norm=True)
+    # Biases start at zero, norms at one: drawn anew, so that a mix-up shows.
+    rng = np.random.default_rng(0)
+    return jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), leaf.dtype), models.create(config, KEY))
 
 
 def arrays(tree):
@@ -92,6 +101,39 @@ def test_literal_examples(method, num_kv_heads, expected):
     assert module.key.shape == (1, 4, 2), "the input was changed"
     assert_same((converted.query, converted.out), (module.query, module.out))
     assert converted.key.get_metadata("axes") == ("embed", "kv_heads", "head_dim")
+
+
+@pytest.mark.parametrize(
+    ("method", "expected"),
+    [("mean", [[2.0, 3.0], [7.0, 9.0]]), ("first", [[1.0, 2.0], [5.0, 6.0]]), ("random", [[0.0, 0.0], [0.0, 0.0]])],
+)
+def test_biases_of_keys_and_values_convert_as_their_kernels(method, expected):
+    module = attention(D=1, H=4, K=4, d=2, qkv_bias=True, qk_norm_epsilon=1e-6)
+    module.key_bias.set_value(HEADS[0])
+    module.value_bias.set_value(10 * HEADS[0])
+    module.query_bias.set_value(-HEADS[0])
+    converted = METHODS[method](module, None, 2, KEY)
+    np.testing.assert_array_equal(converted.key_bias[...], expected)
+    np.testing.assert_array_equal(converted.value_bias[...], 10 * np.array(expected))
+    assert converted.key_bias.get_metadata("axes") == ("kv_heads", "head_dim")
+    assert module.key_bias.shape == (4, 2), "the input was changed"
+    assert_same(
+        (converted.query_bias, converted.query_norm, converted.key_norm),
+        (module.query_bias, module.query_norm, module.key_norm),
+    )
+
+
+@pytest.mark.parametrize("method", ["mean", "first"])
+def test_equal_heads_with_biases_and_norms_compute_the_same_pooled(method):
+    model = llama_with_biases_and_norms()
+    equal = jax.tree.map(lambda leaf: leaf, model)
+    for stack in models.site_attention(equal, "decoder_self"):
+        for name in ("key", "value", "key_bias", "value_bias"):
+            projection = getattr(stack, name)
+            projection.set_value(jnp.repeat(projection[...][..., ::2, :], 2, axis=-2))
+    converted = convert(equal, {"decoder_self": 2}, method, KEY)
+    inputs = np.random.default_rng(0).integers(0, 256, (2, 6))
+    np.testing.assert_allclose(converted(inputs), equal(inputs), rtol=1e-5, atol=1e-5)
 
 
 @settings(deadline=None, derandomize=True, max_examples=8)
@@ -141,15 +183,17 @@ def test_random_has_the_initial_scale_and_ignores_the_old_heads():
     assert not np.array_equal(other.key[...], converted.key[...])
 
 
+@pytest.mark.parametrize("make", [t5, llama_with_biases_and_norms])
 @pytest.mark.parametrize("method", METHODS)
-def test_as_many_heads_as_before_is_the_identity(method):
-    model = t5()
-    converted = convert(model, {"encoder_self": 4, "decoder_self": 4, "cross": 4}, method, KEY)
+def test_as_many_heads_as_before_is_the_identity(make, method):
+    model = make()
+    sites = models.FAMILIES[models.family_of(model.config)].sites
+    converted = convert(model, dict.fromkeys(sites, 4), method, KEY)
     assert converted.config == model.config
     assert_same(converted, model)
 
 
-@pytest.mark.parametrize("make", [t5, llama])
+@pytest.mark.parametrize("make", [t5, llama, llama_with_biases_and_norms])
 @pytest.mark.parametrize("method", METHODS)
 def test_only_the_sites_heads_change(make, method):
     model = make()
@@ -158,7 +202,8 @@ def test_only_the_sites_heads_change(make, method):
     converted = convert(model, {site: 2 for site in sites}, method, KEY)
     after = arrays(converted)
     changed = {name for name in after if after[name].shape != before[name].shape}
-    assert changed == {name for name in before if "decoder" in name and name.split(".")[-2] in ("key", "value")}
+    projections = ("key", "value", "key_bias", "value_bias")
+    assert changed == {name for name in before if "decoder" in name and name.split(".")[-2] in projections}
     for name in after.keys() - changed:
         np.testing.assert_array_equal(after[name], before[name], err_msg=name)
     assert all(converted.config.kv_heads(site) == (2, 2) for site in sites)

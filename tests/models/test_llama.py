@@ -1,4 +1,4 @@
-"""Llama: packing, padding, windows, prefixes, key/value heads per layer, remat, sizes; comparisons: tests/parity."""
+"""Llama: packing, padding, variants, prefixes, key/value heads per layer, remat, sizes; comparisons: tests/parity."""
 
 import dataclasses
 
@@ -104,6 +104,39 @@ def test_sliding_window_forgets_what_is_further_back():
         before, after = forward(model, inputs), forward(model, changed)
         seen.append((np.abs(before - after).max(axis=(0, 2)) > 0).tolist())
     assert seen == [[True, True, True, True, False, False], [True] * 6]
+
+
+VARIANTS = [
+    dict(sliding_window=3),
+    dict(qkv_bias=True),
+    dict(qk_norm=True),
+    dict(qkv_bias=True, qk_norm=True, sliding_window=3, decoder_self_kv_heads=(4, 2, 2)),
+]
+
+
+@pytest.mark.parametrize("changes", VARIANTS)
+def test_variants_are_the_same_scanned_unrolled_and_decoded_with_a_cache(changes):
+    model, inputs = model_of(**changes), tokens(0, 2, 7)
+    expected = forward(model, inputs)
+    plain = forward(model_of(decoder_self_kv_heads=model.config.decoder_self_kv_heads), inputs)
+    assert np.abs(expected - plain).max() > 0.01
+    unrolled = model_of(**changes, scan_layers=False)
+    np.testing.assert_allclose(forward(unrolled, inputs), expected, rtol=1e-5, atol=1e-5)
+    step = jax.jit(lambda model, tokens, cache: model.decode_step(tokens, cache))
+    for decoding, chunk in ((model, 3), (model.unstacked(), 1)):
+        cache, logits = decoding.init_cache(2, 9), []
+        for first in range(0, 7, chunk):
+            chunk_logits, cache = step(decoding, inputs[:, first : first + chunk], cache)
+            logits.append(chunk_logits)
+        np.testing.assert_allclose(np.concatenate(logits, axis=1), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_fewer_key_value_heads_remove_their_biases_too():
+    counts = [
+        models.num_parameters(models.abstract(models.replace(CONFIG, qkv_bias=True, decoder_self_kv_heads=K)))
+        for K in (4, 2)
+    ]
+    assert counts[0] - counts[1] == 3 * 2 * (16 + 1) * 2 * 8  # layers, k and v, D and the bias, heads, d
 
 
 def test_a_prefix_is_seen_by_all_of_its_row():

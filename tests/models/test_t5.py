@@ -80,6 +80,45 @@ def test_stacks_are_runs_of_equal_layers():
     assert [attention.key.shape[-2] for attention in models.site_attention(model, "cross")] == [1, 1, 2]
 
 
+def test_a_table_of_relative_biases_per_layer():
+    model = model_of(relative_bias_per_layer=True)
+    assert not hasattr(model, "encoder_bias") and not hasattr(model, "decoder_bias")
+    for stack in (model.encoder[0], model.decoder[0]):
+        assert stack.relative_bias.table.shape == (2, 32, 4)  # layers, buckets, heads
+        assert stack.relative_bias.table.get_metadata("axes") == ("buckets", "heads")
+    inputs, targets = tokens(0, 2, 6), tokens(1, 2, 7)
+    expected = forward(model, inputs, targets)
+    unrolled = model_of(relative_bias_per_layer=True, scan_layers=False)
+    np.testing.assert_allclose(forward(unrolled, inputs, targets), expected, rtol=1e-5, atol=1e-5)
+    step = jax.jit(lambda model, tokens, cache: model.decode_step(tokens, cache))
+    for decoding, chunk in ((model, 3), (model.unstacked(), 1)):
+        cache, logits = decoding.init_cache(inputs, None, 9), []
+        for first in range(0, 7, chunk):
+            chunk_logits, cache = step(decoding, targets[:, first : first + chunk], cache)
+            logits.append(chunk_logits)
+        np.testing.assert_allclose(np.concatenate(logits, axis=1), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_equal_tables_per_layer_are_one_table_for_the_stack():
+    shared, per_layer = model_of(), model_of(1, relative_bias_per_layer=True)
+    inputs, targets = tokens(0, 1, 6), tokens(1, 1, 7)
+    # All parameters but the tables of `shared`, and its tables in every layer.
+    values = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(shared)}
+    for side in ("encoder", "decoder"):
+        table = values[f".{side}_bias.table.value"]
+        values[f".{side}[0].relative_bias.table.value"] = jnp.stack([table, table])
+    equal = jax.tree_util.tree_map_with_path(lambda path, _: values[jax.tree_util.keystr(path)], per_layer)
+    expected = forward(shared, inputs, targets)
+    np.testing.assert_allclose(forward(equal, inputs, targets), expected, rtol=1e-6, atol=1e-6)
+    for stack in (equal.encoder[0], equal.decoder[0]):
+        for layer in range(2):
+            table = stack.relative_bias.table
+            before = table[...]
+            table.set_value(before.at[layer].add(jnp.arange(32.0)[:, None]))
+            assert np.abs(forward(equal, inputs, targets) - expected).max() > 0.01
+            table.set_value(before)
+
+
 def test_initial_layers_do_not_depend_on_how_they_are_stacked():
     def make_layer(_, key):
         return nnx.Param(jax.random.normal(key, (2,)))

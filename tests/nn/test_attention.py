@@ -6,6 +6,9 @@ import numpy as np
 import pytest
 
 from gqa.nn.attention import (
+    AttentionInit,
+    AttentionShape,
+    GroupedQueryAttention,
     causal_mask,
     grouped_query_attention,
     padding_mask,
@@ -95,6 +98,63 @@ def test_dropout_sites_and_keys_have_masks_of_their_own():
     masks = [Dropout(0.5, jax.random.key(key))(x, site) for key, site in ((0, 0), (0, 1), (1, 0))]
     assert len({mask.tobytes() for mask in map(np.asarray, masks)}) == 3
     np.testing.assert_array_equal(masks[0], Dropout(0.5, jax.random.key(0))(x, 0))
+
+
+def site(D: int, *, qkv_bias: bool = False, qk_norm_epsilon: float | None = None) -> GroupedQueryAttention:
+    """An attention site of 8 query and 2 key/value heads, its parameters all random."""
+    shape = AttentionShape(D, H, 2, d, scale=1.0, qkv_bias=qkv_bias, qk_norm_epsilon=qk_norm_epsilon)
+    init = AttentionInit(query=1.0, key_value=1.0, out=1.0)
+    module = GroupedQueryAttention(shape, init, "float32", jax.random.key(0))
+    return jax.tree.map(lambda leaf: jnp.asarray(normal(leaf.size, *leaf.shape)), module)
+
+
+def test_biases_are_kernels_of_an_input_that_is_always_one():
+    x, module, wider = normal(0, B, S, 3), site(3, qkv_bias=True), site(4)
+    for name in ("query", "key", "value"):
+        kernel, bias = getattr(module, name)[...], getattr(module, f"{name}_bias")[...]
+        getattr(wider, name).set_value(jnp.concatenate([kernel, bias[None]]))
+    x_and_one = np.concatenate([x, np.ones((B, S, 1), np.float32)], axis=-1)
+    np.testing.assert_allclose(module.project_query(x), wider.project_query(x_and_one), rtol=1e-5, atol=1e-5)
+    for found, expected in zip(module.project_key_value(x), wider.project_key_value(x_and_one), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_norms_are_of_each_query_and_key_head_and_not_of_values():
+    x, module, plain = normal(0, B, S, 3), site(3, qk_norm_epsilon=0.5), site(3)
+
+    def normalised(heads, norm):
+        return heads / np.sqrt(np.square(heads).mean(-1, keepdims=True) + 0.5) * np.asarray(norm.scale[...])
+
+    np.testing.assert_allclose(
+        module.project_query(x), normalised(plain.project_query(x), module.query_norm), rtol=1e-5, atol=1e-5
+    )
+    (key, value), (plain_key, plain_value) = module.project_key_value(x), plain.project_key_value(x)
+    np.testing.assert_allclose(key, normalised(plain_key, module.key_norm), rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(value, plain_value)
+    assert module.query_norm.scale.shape == module.key_norm.scale.shape == (d,)
+
+
+@pytest.mark.parametrize("qkv_bias", [True, False])
+@pytest.mark.parametrize("qk_norm_epsilon", [1e-6, None])
+def test_a_site_has_the_parameters_that_it_uses(qkv_bias, qk_norm_epsilon):
+    names = {"query", "key", "value", "out"}
+    names |= {"query_bias", "key_bias", "value_bias"} if qkv_bias else set()
+    names |= {"query_norm.scale", "key_norm.scale"} if qk_norm_epsilon else set()
+    leaves = jax.tree_util.tree_leaves_with_path(site(3, qkv_bias=qkv_bias, qk_norm_epsilon=qk_norm_epsilon))
+    paths = [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in leaves]
+    assert {path.removesuffix(".value") if path != "value" else path for path in paths} == names
+
+
+def test_biases_start_at_zero_and_norms_at_one():
+    shape = AttentionShape(3, H, 2, d, scale=1.0, qkv_bias=True, qk_norm_epsilon=1e-6)
+    module = GroupedQueryAttention(shape, AttentionInit(1.0, 1.0, 1.0), "bfloat16", jax.random.key(0))
+    for name, heads, axis in (("query", H, "heads"), ("key", 2, "kv_heads"), ("value", 2, "kv_heads")):
+        bias = getattr(module, f"{name}_bias")
+        np.testing.assert_array_equal(bias[...], np.zeros((heads, d)))
+        assert bias.dtype == jnp.bfloat16 and bias.get_metadata("axes") == (axis, "head_dim")
+    for norm in (module.query_norm, module.key_norm):
+        np.testing.assert_array_equal(norm.scale[...], np.ones(d))
+        assert norm.scale.get_metadata("axes") == ("head_dim",)
 
 
 def as_text(mask) -> list[str]:

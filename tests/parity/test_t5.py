@@ -12,6 +12,7 @@ import torch
 from safetensors.numpy import load_file, save_file
 from transformers import T5Config, T5ForConditionalGeneration
 
+from gqa import checkpoints
 from gqa.checkpoints import hf
 from gqa.models import replace
 from gqa.models.heads import divisors
@@ -25,7 +26,7 @@ KEY_VALUE = re.compile(r"(encoder|decoder)\.block\.(\d+)\.layer\.\d\.(Self|EncDe
 class Case:
     """A random architecture, a stock model of it with random weights, and a batch with padding."""
 
-    def __init__(self, seed: int, directory, jitter_norms):
+    def __init__(self, seed: int, directory, jitter_vectors):
         rng = random.Random(seed)
         torch.manual_seed(seed)
         self.num_heads = rng.choice([2, 3, 4, 6, 8])
@@ -56,7 +57,7 @@ class Case:
         if self.logits == "untied":
             weight = torch.randn_like(self.reference.shared.weight) * config.d_model**-0.5
             self.reference.lm_head.weight = torch.nn.Parameter(weight)
-        jitter_norms(self.reference)
+        jitter_vectors(self.reference)
         with torch.no_grad():
             for name, parameter in self.reference.named_parameters():
                 if groups := self.groups(name):
@@ -102,14 +103,14 @@ class Case:
 
 
 @pytest.fixture
-def make_case(tmp_path, jitter_norms):
-    return lambda seed: Case(seed, tmp_path, jitter_norms)
+def make_case(tmp_path, jitter_vectors):
+    return lambda seed: Case(seed, tmp_path, jitter_vectors)
 
 
 @pytest.mark.parametrize("seed", range(10))
 def test_logits_and_gradients(seed, make_case, assert_close, reference_loss):
     case = make_case(seed)
-    model = hf.load(case.directory, scan_layers=seed % 2 == 0, **RUN)
+    model = checkpoints.load(case.directory, scan_layers=seed % 2 == 0, **RUN)
     assert model.config.tied_logits == (case.logits == "tied")
 
     @jax.jit
@@ -150,7 +151,7 @@ def test_logits_and_gradients(seed, make_case, assert_close, reference_loss):
 @pytest.mark.parametrize("seed", [0, 2, 4, 7])
 def test_cached_decoding(seed, make_case, assert_close):
     case = make_case(seed)
-    stacked = hf.load(case.directory, scan_layers=True, **RUN)
+    stacked = checkpoints.load(case.directory, scan_layers=True, **RUN)
     T = case.decoder_inputs.shape[1]
     expected = case.reference(
         input_ids=torch.tensor(case.inputs),
@@ -174,7 +175,7 @@ def test_cached_decoding(seed, make_case, assert_close):
 
 def test_scanned_layers_equal_unrolled_ones(make_case, assert_close):
     case = make_case(5)
-    scanned, unrolled = (hf.load(case.directory, scan_layers=scan, **RUN) for scan in (True, False))
+    scanned, unrolled = (checkpoints.load(case.directory, scan_layers=scan, **RUN) for scan in (True, False))
     assert replace(scanned.config, scan_layers=False) == unrolled.config
     forward = jax.jit(lambda model: model(case.inputs, case.decoder_inputs))
     assert_close(forward(scanned), forward(unrolled), 1e-6, "logits")
@@ -194,7 +195,7 @@ def test_relative_position_buckets(bidirectional, num_buckets, max_distance):
 @pytest.mark.parametrize("logits", ["untied", "tied"])
 def test_stock_transformers_loads_what_is_saved(logits, make_case, tmp_path, assert_close):
     case = make_case(["untied", "tied"].index(logits))
-    model = hf.load(case.directory, scan_layers=True, **RUN)
+    model = checkpoints.load(case.directory, scan_layers=True, **RUN)
     hf.save(model, tmp_path / "saved", dtype="float32")
     reread = T5ForConditionalGeneration.from_pretrained(tmp_path / "saved").eval()
     tokens = dict(input_ids=torch.tensor(case.inputs), decoder_input_ids=torch.tensor(case.decoder_inputs))

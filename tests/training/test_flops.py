@@ -56,3 +56,18 @@ def test_logits_from_the_embedding_cost_as_much():
     for tied in (True, False):
         model = models.abstract(models.replace(base, tied_logits=tied))
         assert train_step_flops(model, {"targets": (3, 4)}) == 3 * (2 * 8_640 + 1_536)
+
+
+@pytest.mark.parametrize(
+    ("size", "changes"),
+    [
+        ("llama_mini", dict(qkv_bias=True)),
+        ("llama_mini", dict(qk_norm=True)),
+        ("t5_1_1_mini", dict(relative_bias_per_layer=True)),
+    ],
+)
+def test_biases_and_norms_are_no_matrix_products(size, changes):
+    plain = models.size(size)
+    shapes = {"inputs": (3, 6), "targets": (3, 4)}
+    found = train_step_flops(models.abstract(models.replace(plain, **changes)), shapes)
+    assert found == train_step_flops(models.abstract(plain), shapes)

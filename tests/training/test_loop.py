@@ -9,7 +9,7 @@ import sys
 import jax
 import pytest
 
-from gqa import models, train
+from gqa import checkpoints, models, train
 from gqa.checkpoints import hf
 from gqa.checkpoints.store import Store
 from gqa.convert import convert
@@ -67,7 +67,7 @@ def test_a_model_learns(run, tiny_run, tmp_path, family):
     assert heldout[2] < read_manifest(tiny_run(family).records).unigram_cross_entropy
     # The exported model is the one that was scored.
     config = tiny_run(family)
-    model = hf.load(tmp_path / "run" / "model", **config.model.run_choices())
+    model = checkpoints.load(tmp_path / "run" / "model", **config.model.run_choices())
     batches = loader.heldout_batches(config.records, 8, 8)
     assert loop.heldout_metrics(model, batches, make_mesh(config.mesh))["loss"] == pytest.approx(heldout[2], rel=1e-6)
 
@@ -110,7 +110,7 @@ def test_uptraining_goes_on_where_pre_training_ended(run, tiny_run, tmp_path):
     loss = loop.heldout_metrics(converted, batches, make_mesh(config.mesh))["loss"]
     assert history[0]["loss"] == pytest.approx(loss, rel=1e-6)
     # The exported model has the key/value heads that it was converted to.
-    final = hf.load(tmp_path / "run" / "model", **config.model.run_choices())
+    final = checkpoints.load(tmp_path / "run" / "model", **config.model.run_choices())
     assert final.config.decoder_self_kv_heads == final.config.cross_kv_heads == 1
     assert final.config.encoder_self_kv_heads == 8
 
