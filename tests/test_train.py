@@ -184,7 +184,7 @@ def test_a_process_of_its_own(run_python, config_file, checkpoint, tmp_path):
         (
             config_file("t5", from_checkpoint(truncated)),
             "--config.train.steps=5",
-            f"{truncated}/model.safetensors is not",
+            f"{truncated}/model.safetensors has 4 bytes; expected a safetensors file",
         ),
         (
             config_file("t5"),
