@@ -1,13 +1,15 @@
-"""Conversion of a model to fewer key/value heads: methods by name, and `convert`, which applies one to attention sites.
+"""Conversion of a model to fewer key/value heads.
 
-A method is a function `(attention, statistics, num_kv_heads, key) -> attention` of one layer's attention: it returns a
-new module with `num_kv_heads` heads in its key and value kernels. A row in `METHODS` adds one.
+`convert` applies the paper's methods (`METHODS`: a function `(attention, statistics, num_kv_heads, key) -> attention`
+of one layer's attention) to a model in memory, inside or outside of `jax.jit`; `convert_calibrated` those that look at
+what the heads do (`calibrated.Method`); `convert_lazily` either to a model that does not fit in memory.
 """
 
 import functools
 import itertools
 import operator
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,16 +17,15 @@ import numpy as np
 from flax import nnx
 
 from gqa import models
-from gqa.convert import pooling
+from gqa.convert import walk
+from gqa.convert.calibrated import POOLED, Method, convert_layers
+from gqa.convert.plan import Plan, make_plan, permuted_shell
+from gqa.convert.statistics import Statistics
 from gqa.errors import InputError
 from gqa.models.heads import KVHeads, nearest_divisors, per_layer_kv_heads
-from gqa.models.stacks import num_layers, runs
+from gqa.models.stacks import join_layers, num_layers, runs
 
-METHODS: dict[str, Callable] = {
-    "mean": pooling.mean,
-    "first": pooling.first,
-    "random": pooling.random,
-}
+METHODS: dict[str, Callable] = POOLED
 
 # Where a model holds its attention sites: stacks -> site -> the attention of their layers.
 _SITES = {
@@ -50,6 +51,8 @@ def convert(model: models.Model, kv_heads: Mapping[str, KVHeads], method: str, k
       InputError: for an unknown method or site, and for numbers that do not divide the present ones.
     """
     config = converted_config(model.config, kv_heads, method)
+    if method not in METHODS:
+        raise InputError(f"method={method!r} works on calibration text; expected one of {', '.join(METHODS)} here")
     sites = models.FAMILIES[models.family_of(config)].sites
     model = jax.tree.map(lambda leaf: leaf, model)
     model.config = config
@@ -64,8 +67,7 @@ def convert(model: models.Model, kv_heads: Mapping[str, KVHeads], method: str, k
 
 def converted_config(config: models.ModelConfig, kv_heads: Mapping[str, KVHeads], method: str) -> models.ModelConfig:
     """The architecture after `convert`; arguments and errors as of `convert`."""
-    if method not in METHODS:
-        raise InputError(f"method={method!r} is unknown; expected one of {', '.join(METHODS)}")
+    Method.parse(method)
     sites = models.FAMILIES[models.family_of(config)].sites
     targets = {}
     for site, wanted in kv_heads.items():
@@ -77,25 +79,106 @@ def converted_config(config: models.ModelConfig, kv_heads: Mapping[str, KVHeads]
     return models.replace(config, **{f"{site}_kv_heads": _shortest(targets[site]) for site in targets})
 
 
+def convert_calibrated(
+    model: models.Model,
+    kv_heads: Mapping[str, KVHeads],
+    method: str,
+    key: jax.Array,
+    *,
+    batches: Sequence[Mapping] | None = None,
+    statistics: Statistics | None = None,
+) -> tuple[models.Model, list[dict[str, Any]]]:
+    """`convert` by a method that looks at what the heads do (`calibrated`), and for each attention what was kept.
+
+    Args:
+      model, kv_heads, key: as of `convert`.
+      method: such as `svd+group+refit`.
+      batches: calibration rows, arrays by name as `gqa.data.loader` makes them: for errors and the refit.
+      statistics: of this model, `statistics.collect`; `None`: moments are assumed from the model's norms.
+
+    Raises `InputError` as `convert` does, and where the architecture or the lack of text forbids the method.
+    """
+    new_config = converted_config(model.config, kv_heads, method)
+    shell, load_layer = walk.shell_of(model), walk.layers_of(model)
+    layers, reports = {side: [] for side in walk.sides(new_config)}, []
+    plan, converted = _calibrated_layers(shell, load_layer, new_config, method, key, batches, statistics)
+    for side, _, layer, report in converted:
+        layers[side].append(layer)
+        reports += report
+    new_model = permuted_shell(shell, plan)
+    for side, of_side in layers.items():
+        shapes = [tuple(leaf.shape for leaf in jax.tree.leaves(layer)) for layer in of_side]
+        stacks, first = [], 0
+        for _, count in runs(shapes):
+            stacks.append(join_layers(of_side[first : first + count]))
+            first += count
+        setattr(new_model, side, nnx.List(stacks))
+    return new_model, reports
+
+
 def convert_lazily(
     config: models.ModelConfig,
     read: Callable[[str], np.ndarray],
     kv_heads: Mapping[str, KVHeads],
     method: str,
     key: jax.Array,
-) -> tuple[models.ModelConfig, Callable[[str], np.ndarray]]:
-    """`convert` of a model that does not fit in memory: one attention at a time, when it is asked for.
+    *,
+    batches: Sequence[Mapping] | None = None,
+    statistics: Statistics | None = None,
+) -> tuple[models.ModelConfig, Callable[[str], np.ndarray], list[dict[str, Any]]]:
+    """Conversion of a model that does not fit in memory: a layer or an attention at a time, when it is asked for.
 
     Args:
       config: of the model.
       read: gives a parameter of one layer by its path, `decoder.3.self_attention.key`, in our layout.
-      kv_heads, method, key: as of `convert`.
+      kv_heads, method, key, batches, statistics: as of `convert_calibrated`.
 
     Returns:
-      The new configuration, and the new model's `read`. It keeps the attention it converted last, so parameters of
-      one attention are best asked for one after the other; converted ones are float32.
+      The new configuration, the new model's `read`, and a list that fills with what was kept. `read` keeps what it
+      converted last, so layers are asked for in order and parameters of one attention one after the other; converted
+      ones are float32.
     """
     new_config = converted_config(config, kv_heads, method)
+    if not Method.parse(method).calibrated:
+        return new_config, _read_pooled(config, new_config, read, kv_heads, method, key), []
+    shell, load_layer = walk.read_lazily(config, read)
+    plan, layers = _calibrated_layers(shell, load_layer, new_config, method, key, batches, statistics)
+    new_shell, reports = permuted_shell(shell, plan), []
+    outside = dict(zip(walk.parameter_names(new_shell), jax.tree.leaves(new_shell), strict=True))
+    present: dict[str, np.ndarray] = {}
+
+    def read_converted(path: str) -> np.ndarray:
+        if path in outside:
+            return np.asarray(outside[path])
+        while path not in present:
+            side, number, layer, report = next(layers)
+            reports.extend(report)
+            present.clear()
+            names = (f"{side}.{number}.{name}" for name in walk.parameter_names(layer))
+            present.update(zip(names, map(np.asarray, jax.tree.leaves(layer)), strict=True))
+        return present[path]
+
+    return new_config, read_converted, reports
+
+
+def _calibrated_layers(shell, load_layer, new_config, method: str, key, batches, statistics):
+    parsed = Method.parse(method)
+    parsed.check(shell.config, has_text=batches is not None)
+    plan = Plan(new_config, {})
+    if parsed.group:
+        plan = make_plan(shell, load_layer, new_config, statistics)
+    layers = convert_layers(shell, load_layer, plan, parsed, batches=batches, statistics=statistics, key=key)
+    return plan, layers
+
+
+def _read_pooled(
+    config: models.ModelConfig,
+    new_config: models.ModelConfig,
+    read: Callable[[str], np.ndarray],
+    kv_heads: Mapping[str, KVHeads],
+    method: str,
+    key: jax.Array,
+) -> Callable[[str], np.ndarray]:
     abstract = models.abstract(config)
     numbers = {}  # path of a converted attention -> its site and layer
     for site in kv_heads:
@@ -107,8 +190,7 @@ def convert_lazily(
     @functools.lru_cache(maxsize=1)
     def converted(prefix: str) -> dict[str, np.ndarray]:
         site, layer = numbers[prefix]
-        leaves = jax.tree_util.tree_leaves_with_path(modules[site])
-        names = [jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value") for path, _ in leaves]
+        names = walk.parameter_names(modules[site])
         arrays = [read(f"{prefix}.{name}").astype(np.float32) for name in names]
         attention = jax.tree.unflatten(jax.tree.structure(modules[site]), arrays)
         layer_key = _layer_keys(config, site, key)[layer]
@@ -119,7 +201,7 @@ def convert_lazily(
         prefix = ".".join(path.split(".")[:3])
         return converted(prefix)[path.removeprefix(f"{prefix}.")] if prefix in numbers else read(path)
 
-    return new_config, read_converted
+    return read_converted
 
 
 def _layer_keys(config: models.ModelConfig, site: str, key: jax.Array) -> jax.Array:

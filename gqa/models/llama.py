@@ -4,6 +4,7 @@ Its options make it Mistral (a sliding window), Qwen2 (biases) and Qwen3 (norms 
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -167,7 +168,16 @@ class Llama(nnx.Module):
         dropout = None
         if dropout_key is not None and config.dropout_rate > 0:
             dropout = Dropout(config.dropout_rate, dropout_key)
-        positions = jnp.arange(decoder_inputs_BT.shape[1])
+        layer_fn = self.decoder_layer_fn(decoder_inputs_BT.shape[1], decoder_segments_BT, prefix_BT, dropout)
+        x_BTD = self.embed(decoder_inputs_BT, dropout)
+        x_BTD, _ = apply_stacks(layer_fn, self.decoder, x_BTD, None, scan=config.scan_layers, remat=config.remat)
+        return self._logits(x_BTD)
+
+    def decoder_layer_fn(
+        self, T: int, decoder_segments_BT, prefix_BT=None, dropout: Dropout | None = None
+    ) -> Callable:
+        """`(layer, x [B, T, D], None, number) -> (x, None)`: what applies a layer, in the model or on its own."""
+        positions = jnp.arange(T)
         mask = self._causal_mask(positions, positions)
         if prefix_BT is not None:
             mask = prefix_mask(mask, prefix_BT)
@@ -181,9 +191,7 @@ class Llama(nnx.Module):
             folded = dropout and Dropout(dropout.rate, jax.random.fold_in(dropout.key, 1000 + number))
             return layer(x, None, index=None, angles=angles, mask_BTS=mask, dropout=folded)
 
-        x_BTD = self._embed(decoder_inputs_BT, dropout)
-        x_BTD, _ = apply_stacks(layer_fn, self.decoder, x_BTD, None, scan=config.scan_layers, remat=config.remat)
-        return self._logits(x_BTD)
+        return layer_fn
 
     def init_cache(self, batch_size: int, max_length: int) -> DecoderCache:
         """An empty cache for `max_length` tokens of `batch_size` rows."""
@@ -217,7 +225,7 @@ class Llama(nnx.Module):
         def layer_fn(layer, x, self_cache, number):
             return layer(x, self_cache, index=cache.index, angles=angles, mask_BTS=mask, dropout=None)
 
-        x_BTD = self._embed(tokens_BT, None)
+        x_BTD = self.embed(tokens_BT, None)
         x_BTD, caches = apply_stacks(
             layer_fn, self.decoder, x_BTD, cache.self_attention, scan=config.scan_layers, remat="none"
         )
@@ -239,7 +247,8 @@ class Llama(nnx.Module):
         config = self.config
         return rotary_angles(positions_BT, rotary_frequencies(config.head_dim, config.rope_theta, config.rope_scaling))
 
-    def _embed(self, tokens_BT, dropout: Dropout | None) -> jax.Array:
+    def embed(self, tokens_BT, dropout: Dropout | None = None) -> jax.Array:
+        """What the first layer reads, `[B, T, D]`."""
         x_BTD = embed(self.embedding, tokens_BT, self.config.dtype)
         return constrain(dropped(x_BTD, dropout, 0), "batch", "length", "activation")
 

@@ -250,22 +250,37 @@ class T5(nnx.Module):
     def encode(self, inputs_BS, inputs_segments_BS=None, dropout: Dropout | None = None) -> jax.Array:
         """Encoder outputs `[B, S, D]`."""
         config = self.config
+        layer_fn = self.encoder_layer_fn(inputs_BS.shape[1], inputs_segments_BS, dropout)
+        x_BSD = self.embed(inputs_BS, dropout)
+        x_BSD, _ = apply_stacks(layer_fn, self.encoder, x_BSD, None, scan=config.scan_layers, remat=config.remat)
+        return dropped(self.encoder_norm(x_BSD), dropout, 1)
+
+    def encoder_layer_fn(self, S: int, inputs_segments_BS, dropout: Dropout | None = None) -> Callable:
+        """`(layer, x [B, S, D], None, number) -> (x, None)`: what applies a layer of the encoder, in it or on its own."""
         mask_BSS = None if inputs_segments_BS is None else segment_mask(inputs_segments_BS, inputs_segments_BS)
-        x_BSD = self._embed(inputs_BS, dropout)
-        bias = self._layer_bias("encoder_bias", inputs_BS.shape[1], inputs_BS.shape[1], 0)
+        bias = self._layer_bias("encoder_bias", S, S, 0)
 
         def layer_fn(layer, x, _, number):
             return layer(x, bias_HTS=bias(layer), mask_BTS=mask_BSS, dropout=_fold(dropout, number)), None
 
-        x_BSD, _ = apply_stacks(layer_fn, self.encoder, x_BSD, None, scan=config.scan_layers, remat=config.remat)
-        return dropped(self.encoder_norm(x_BSD), dropout, 1)
+        return layer_fn
 
     def decode(
         self, encoded_BSD, decoder_inputs_BT, inputs_segments_BS=None, decoder_segments_BT=None, dropout=None
     ) -> jax.Array:
         """Logits `[B, T, V]` float32 of all positions at once."""
         config = self.config
-        T = decoder_inputs_BT.shape[1]
+        layer_fn = self.decoder_layer_fn(
+            decoder_inputs_BT.shape[1], encoded_BSD, inputs_segments_BS, decoder_segments_BT, dropout
+        )
+        x_BTD = self.embed(decoder_inputs_BT, dropout)
+        x_BTD, _ = apply_stacks(layer_fn, self.decoder, x_BTD, None, scan=config.scan_layers, remat=config.remat)
+        return self._logits(x_BTD, dropout)
+
+    def decoder_layer_fn(
+        self, T: int, encoded_BSD, inputs_segments_BS, decoder_segments_BT, dropout: Dropout | None = None
+    ) -> Callable:
+        """`(layer, x [B, T, D], None, number) -> (x, None)`: what applies a layer of the decoder to whole targets."""
         positions = jnp.arange(T)
         mask_BTT = causal_mask(positions, positions)
         cross_mask_BTS = None if inputs_segments_BS is None else padding_mask(inputs_segments_BS)
@@ -273,7 +288,6 @@ class T5(nnx.Module):
             mask_BTT = mask_BTT & segment_mask(decoder_segments_BT, decoder_segments_BT)
             if inputs_segments_BS is not None:
                 cross_mask_BTS = segment_mask(decoder_segments_BT, inputs_segments_BS)
-        x_BTD = self._embed(decoder_inputs_BT, dropout)
         bias = self._layer_bias("decoder_bias", T, T, 0)
 
         def layer_fn(layer, x, _, number):
@@ -281,8 +295,7 @@ class T5(nnx.Module):
             masks = dict(bias_HTS=bias(layer), mask_BTS=mask_BTT, cross_mask_BTS=cross_mask_BTS)
             return layer(x, cross, None, index=None, dropout=_fold(dropout, number), **masks)
 
-        x_BTD, _ = apply_stacks(layer_fn, self.decoder, x_BTD, None, scan=config.scan_layers, remat=config.remat)
-        return self._logits(x_BTD, dropout)
+        return layer_fn
 
     def init_cache(self, inputs_BS, inputs_segments_BS, max_targets: int) -> DecoderCache:
         """Encodes the inputs and prepares decoding of up to `max_targets` tokens."""
@@ -302,7 +315,7 @@ class T5(nnx.Module):
         config = self.config
         T, S = tokens_BT.shape[1], cache.self_attention[0].key.shape[-2]
         mask_1TS = causal_mask(cache.index + jnp.arange(T), jnp.arange(S))
-        x_BTD = self._embed(tokens_BT, None)
+        x_BTD = self.embed(tokens_BT, None)
         bias = self._layer_bias("decoder_bias", T, S, cache.index)
 
         def layer_fn(layer, x, caches, number):
@@ -327,7 +340,8 @@ class T5(nnx.Module):
         bias_HTS = getattr(self, shared)(*positions)
         return lambda layer: bias_HTS
 
-    def _embed(self, tokens_BT, dropout: Dropout | None) -> jax.Array:
+    def embed(self, tokens_BT, dropout: Dropout | None = None) -> jax.Array:
+        """What the first layer of either side reads, `[B, T, D]`."""
         x_BTD = embed(self.embedding, tokens_BT, self.config.dtype)
         return constrain(dropped(x_BTD, dropout, 0), "batch", "length", "activation")
 

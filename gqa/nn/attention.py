@@ -86,7 +86,16 @@ class GroupedQueryAttention(nnx.Module):
         site: int,
     ) -> jax.Array:
         """Attention output `[B, T, D]`."""
-        heads_BTHd = grouped_query_attention(
+        heads_BTHd = self.attend_heads(
+            query_BTHd, key_BKSd, value_BKSd, bias_HTS=bias_HTS, mask_BTS=mask_BTS, dropout=dropout, site=site
+        )
+        return self.project_out(heads_BTHd)
+
+    def attend_heads(
+        self, query_BTHd, key_BKSd, value_BKSd, *, bias_HTS, mask_BTS, dropout: Dropout | None, site: int
+    ) -> jax.Array:
+        """What each query head read, `[B, T, H, d]`; arguments as of `attend`."""
+        return grouped_query_attention(
             query_BTHd * jnp.asarray(self.scale, query_BTHd.dtype),
             key_BKSd,
             value_BKSd,
@@ -95,7 +104,10 @@ class GroupedQueryAttention(nnx.Module):
             dropout=dropout,
             site=site,
         )
-        return linear("BTHd,HdD->BTD", heads_BTHd, self.out, query_BTHd.dtype)
+
+    def project_out(self, heads_BTHd: jax.Array) -> jax.Array:
+        """The sum of all heads' outputs, `[B, T, D]`."""
+        return linear("BTHd,HdD->BTD", heads_BTHd, self.out, heads_BTHd.dtype)
 
 
 def grouped_query_attention(

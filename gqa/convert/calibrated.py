@@ -1,0 +1,197 @@
+"""Conversions that look at what heads do on text: keys and values of least error, grouping, refit, budgets.
+
+A method is spelled `base+step+step`, such as `svd+group+refit`; the steps are taken in the order of `STEPS` below.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import scipy.linalg
+from flax import nnx
+from tqdm import tqdm
+
+from gqa import models
+from gqa.convert import pooling, procrustes, svd
+from gqa.convert.heads import Heads, Moments, read_heads, write_heads
+from gqa.convert.plan import Plan, is_rotary, moments_of, permuted_layer, permuted_shell, with_attention
+from gqa.convert.statistics import Statistics
+from gqa.convert.walk import FitSums, LoadLayer, Stream, num_all_layers, num_layers, sides
+from gqa.errors import InputError
+
+POOLED: dict[str, Callable] = {"mean": pooling.mean, "first": pooling.first, "random": pooling.random}
+# Bases beside the pooled ones: whether they change keys in a way that norms of keys do not allow.
+BASES = {"procrustes": True, "svd": True, "svd_values": False}
+STEPS = ("group", "renorm", "refit")
+DEAD = 1e-12  # of the largest energy of a unit
+RIDGE = 1e-3  # of the refit, relative to the mean square of a head output
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """A base with its steps."""
+
+    base: str
+    group: bool  # first choose which heads share
+    renorm: bool  # give means of heads the heads' own norm
+    refit: bool  # last fit W_O so that the attention's output is the teacher's
+
+    @classmethod
+    def parse(cls, text: str) -> "Method":
+        """Of `svd+group+refit`; raises `InputError` for what is unknown or does not go together."""
+        base, *steps = text.split("+")
+        known = [*POOLED, *BASES]
+        if base not in known:
+            raise InputError(f"method={text!r} is unknown; expected one of {', '.join(known)}, with {_plus(STEPS)}")
+        for step in steps:
+            if step not in STEPS or steps.count(step) > 1:
+                raise InputError(f"method={text!r} has the step {step!r}; expected each of {_plus(STEPS)} once at most")
+        if "renorm" in steps and base not in ("mean", "procrustes"):
+            raise InputError(f"method={text!r}: renorm is for means of heads; nearest: mean+renorm, procrustes+renorm")
+        return cls(base, *(step in steps for step in STEPS))
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether it needs more than the attention's own kernels."""
+        return self.base in BASES or self.group or self.renorm or self.refit
+
+    def check(self, config: models.ModelConfig, has_text: bool) -> None:
+        """Raises `InputError` where the architecture or the lack of text forbids the method."""
+        if self.refit and not has_text:
+            raise InputError("refit fits outputs on text; give some to calibrate on, or leave refit out")
+        if BASES.get(self.base, False) and getattr(config, "qk_norm", False):
+            raise InputError(
+                f"method {self.base} changes the basis of keys, which this model's norms of keys do not allow; "
+                "nearest: svd_values (keys by their mean), mean+refit"
+            )
+
+
+def _plus(steps: Sequence[str]) -> str:
+    return ", ".join(f"+{step}" for step in steps)
+
+
+class Converted(NamedTuple):
+    """One layer after its conversion."""
+
+    side: str
+    number: int
+    layer: nnx.Module
+    report: list[dict[str, Any]]  # for each converted site what was kept
+
+
+def convert_layers(
+    shell: models.Model,
+    load_layer: LoadLayer,
+    plan: Plan,
+    method: Method,
+    *,
+    batches: Sequence[Mapping] | None,
+    statistics: Statistics | None,
+    key: jax.Array,
+) -> Iterator[Converted]:
+    """The layers of the new model in order, each converted on what the converted layers before it give.
+
+    Args:
+      shell: the old model without its layers.
+      load_layer: gives its layers, each asked for once, in order.
+      plan: of `make_plan`.
+      method: what to do.
+      batches: calibration rows, for the attention-output errors and the refit; `None`: neither.
+      statistics: of the same model; `None`: moments are assumed from its norms.
+      key: random key of the base `random`.
+    """
+    config, new_shell = shell.config, permuted_shell(shell, plan)
+    encoded = None
+    with tqdm(total=num_all_layers(config), desc="convert", unit="layer", delay=1) as bar:
+        for side, attentions in sides(config).items():
+            stream = Stream(new_shell, side, batches, encoded) if batches else None
+            for number in range(num_layers(config, side)):
+                layer = load_layer(side, number)
+                report = []
+                for site, name in attentions.items():
+                    path = models.site_path(site, number)
+                    if path in plan.orders:
+                        layer = permuted_layer(layer, site, name, plan.orders[path])
+                    wanted = plan.config.kv_heads(site)[number]
+                    if wanted == config.kv_heads(site)[number]:
+                        continue
+                    moments = moments_of(shell, layer, site, name, number, statistics)
+                    layer_key = jax.random.fold_in(jax.random.fold_in(key, number), list(attentions).index(site))
+                    layer, found = _convert(layer, name, wanted, method, moments, stream, layer_key, is_rotary(config))
+                    order = plan.orders.get(path, np.arange(config.kv_heads(site)[number]))
+                    groups = order.reshape(wanted, -1).tolist()
+                    report.append({"site": site, "layer": number, "kv_heads": wanted, "groups": groups} | found)
+                if stream:
+                    stream.advance(layer)
+                bar.update()
+                yield Converted(side, number, layer, report)
+            encoded = stream.encoded() if stream and side == "encoder" else None
+
+
+def _convert(
+    layer: nnx.Module, name: str, wanted: int, method: Method, moments: Moments, stream, key: jax.Array, rotary: bool
+) -> tuple[nnx.Module, dict[str, Any]]:
+    """The layer with the attention `name` converted, and what was kept."""
+    before = getattr(layer, name)
+    heads = read_heads(before)
+    attention, found = before, {}
+    if method.base in POOLED:
+        attention = POOLED[method.base](before, None, wanted, key)
+        new_heads = read_heads(attention)
+    else:
+        new_heads, found = _rebased(heads, moments, wanted, method.base, rotary)
+    if method.renorm:
+        new_heads = procrustes.restore_norm(new_heads, heads, moments)
+    dead = _dead(heads, moments)
+    if dead:
+        found["dead_heads"] = dead
+    # Its number of heads comes with the kernels.
+    attention = write_heads(before, new_heads)
+    converted = with_attention(layer, name, attention)
+    if stream:
+        sums = stream.fit_sums(layer, converted, name)
+        found["output_error"] = sums.error(np.asarray(attention.out[...], np.float64))
+        if method.refit:
+            out = _refit(sums, new_heads.out)
+            attention = write_heads(before, new_heads._replace(out=out))
+            found["output_error_before_refit"] = found["output_error"]
+            found["output_error"] = sums.error(out)
+            converted = with_attention(layer, name, attention)
+    return converted, found
+
+
+def _rebased(heads: Heads, moments: Moments, wanted: int, base: str, rotary: bool) -> tuple[Heads, dict[str, Any]]:
+    """The heads of a base that changes their basis, and the energy they keep."""
+    if base == "procrustes":
+        return procrustes.mean(procrustes.align(heads, moments, wanted, rotary), wanted), {}
+    values = svd.value_basis(heads, moments, wanted)
+    value, out = svd.share_values(heads, values)
+    found = {"value_energy_kept": _share(values)}
+    if base == "svd_values":
+        return procrustes.mean(heads, wanted)._replace(value=value, out=out), found
+    keys = svd.key_basis(heads, moments, wanted, rotary)
+    key, query = svd.share_keys(heads, keys)
+    return Heads(query, key, value, out), {"key_energy_kept": _share(keys)} | found
+
+
+def _share(basis: svd.Basis) -> float:
+    total = basis.total.sum()
+    return float(basis.kept.sum() / total) if total > 0 else 1.0
+
+
+def _dead(heads: Heads, moments: Moments) -> list[int]:
+    """Units whose queries, or whose outputs, have next to no energy: sharing with them costs nothing."""
+    energies = [np.trace(side, axis1=1, axis2=2) for side in (moments.of_queries(heads), svd.out_energy(heads))]
+    return sorted({int(unit) for energy in energies for unit in np.flatnonzero(energy <= DEAD * energy.max())})
+
+
+def _refit(sums: FitSums, out: np.ndarray) -> np.ndarray:
+    """`argmin ‖Z W - Y‖² + λ ‖W - W_O‖²` around the kernel `out` `[H, d, D]`."""
+    size = len(sums.zz)
+    ridge = RIDGE * np.trace(sums.zz) / size
+    if ridge <= 0:  # all outputs are zero
+        return out
+    factor = scipy.linalg.cho_factor(sums.zz + ridge * np.eye(size), lower=True)
+    return scipy.linalg.cho_solve(factor, sums.zy + ridge * out.reshape(size, -1)).reshape(out.shape)

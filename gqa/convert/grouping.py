@@ -1,0 +1,122 @@
+"""Which heads share: the partition into groups that keeps the most energy of keys and values together.
+
+Reordering units (key/value heads with their queries and output rows) changes nothing, so groups need not be
+neighbours. Where the layers of a stack share T5's bias table, whose columns are query heads, one order serves them all.
+"""
+
+import functools
+import itertools
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from gqa.convert.heads import Heads, Moments
+from gqa.convert.svd import (
+    Basis,
+    complex_moments,
+    out_energy,
+    rotary_basis,
+    rotary_energy,
+    shared_basis,
+)
+
+MAX_PARTITIONS = 200  # up to which all are tried
+MAX_GROUPS = 2000  # of one size, up to which groups are scored whole; above, by their pairs
+RESTARTS = 8  # of the search by swaps, the first from neighbours
+
+Energy = Callable[[tuple[int, ...]], float]  # of a sorted group of units: share kept of keys plus share kept of values
+
+
+def group_energy(heads: Heads, moments: Moments, rotary: bool) -> Energy:
+    """The energy that a group of units keeps if it shares one head, as shares of all units' keys and values."""
+    K, d = heads.num_kv_heads, heads.key.shape[-1]
+    sides = [(shared_basis, out_energy(heads), moments.of_values(heads).reshape(K, d, K, d))]
+    if rotary:
+        sides.append((rotary_basis, rotary_energy(heads, moments), complex_moments(heads, moments)))
+    else:
+        sigma = moments.of_keys(heads, centred=True).reshape(K, d, K, d)
+        sides.append((shared_basis, moments.of_queries(heads), sigma))
+
+    def kept(side, group: tuple[int, ...]) -> Basis:
+        basis, weights, sigma = side
+        if sigma.ndim == 3:
+            return basis(weights[list(group)], sigma[:, group][:, :, group], 1)
+        rows = len(group) * d
+        return basis(weights[list(group)], sigma[list(group)][:, :, group].reshape(rows, rows), 1)
+
+    totals = [sum(kept(side, (unit,)).total.sum() for unit in range(K)) for side in sides]
+
+    @functools.cache
+    def energy(group: tuple[int, ...]) -> float:
+        shares = (kept(side, group).kept.sum() / total for side, total in zip(sides, totals, strict=True) if total > 0)
+        return float(sum(shares))
+
+    return energy
+
+
+def best_order(energies: Sequence[Energy], sizes: Sequence[int], num_units: int) -> np.ndarray:
+    """The order of units in which neighbours form the groups that keep the most.
+
+    Args:
+      energies: of each layer that shares the order.
+      sizes: units of a group in each of these layers.
+      num_units: present key/value heads.
+
+    All partitions are tried where there are at most `MAX_PARTITIONS`; else units are swapped while that helps, from
+    `RESTARTS` starts.
+    """
+    pairwise = max(math.comb(num_units, size) for size in sizes) > MAX_GROUPS
+
+    def value(order: Sequence[int]) -> float:
+        total = 0.0
+        for energy, size in zip(energies, sizes, strict=True):
+            for first in range(0, num_units, size):
+                group = tuple(sorted(order[first : first + size]))
+                if pairwise and size > 2:
+                    total += sum(energy(pair) for pair in itertools.combinations(group, 2)) / (size - 1)
+                else:
+                    total += energy(group)
+        return total
+
+    if len(set(sizes)) == 1 and num_partitions(num_units, sizes[0]) <= MAX_PARTITIONS:
+        return np.array(max(partitions(num_units, sizes[0]), key=value))
+    rng = np.random.default_rng(0)
+    starts = [np.arange(num_units)] + [rng.permutation(num_units) for _ in range(RESTARTS - 1)]
+    return np.array(max((_swapped([int(unit) for unit in start], value) for start in starts), key=value))
+
+
+def _swapped(order: list[int], value: Callable[[Sequence[int]], float]) -> list[int]:
+    """`order` after swaps of two units that each raised its value, until none does."""
+    best, improved = value(order), True
+    while improved:
+        improved = False
+        for i, j in itertools.combinations(range(len(order)), 2):
+            order[i], order[j] = order[j], order[i]
+            found = value(order)
+            if found > best + 1e-12:
+                best, improved = found, True
+            else:
+                order[i], order[j] = order[j], order[i]
+    return order
+
+
+def num_partitions(num_units: int, size: int) -> int:
+    """Ways to split units into unordered groups of `size`."""
+    groups = num_units // size
+    return math.factorial(num_units) // (math.factorial(size) ** groups * math.factorial(groups))
+
+
+def partitions(num_units: int, size: int):
+    """Every partition into groups of `size`, as an order in which neighbours form the groups; neighbours first."""
+
+    def split(left: tuple[int, ...]):
+        if not left:
+            yield ()
+            return
+        for others in itertools.combinations(left[1:], size - 1):
+            rest = tuple(unit for unit in left[1:] if unit not in others)
+            for tail in split(rest):
+                yield (left[0], *others, *tail)
+
+    return split(tuple(range(num_units)))

@@ -1,0 +1,114 @@
+"""One attention's heads as float64 matrices of NumPy, on which the calibrated methods work.
+
+Rows are the model width and, last, a constant 1: a bias is the last row of its projection, so that every method is
+linear in `[x, 1]` and treats biases exactly. A *unit* is one present key/value head with the G query heads that read
+it; what was multi-head has H units of one query head.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from gqa.nn.attention import GroupedQueryAttention
+
+
+class Heads(NamedTuple):
+    """Projections of `[x, 1]`, A = D + 1 rows, and the output's kernel; float64."""
+
+    query: np.ndarray  # [A, H, d]
+    key: np.ndarray  # [A, K, d]
+    value: np.ndarray  # [A, K, d]
+    out: np.ndarray  # [H, d, D]
+
+    @property
+    def num_kv_heads(self) -> int:
+        """Units, K."""
+        return self.key.shape[1]
+
+    def query_units(self) -> np.ndarray:
+        """Queries by unit, `[A, K, G, d]`."""
+        A, H, d = self.query.shape
+        return self.query.reshape(A, self.num_kv_heads, H // self.num_kv_heads, d)
+
+    def out_units(self) -> np.ndarray:
+        """The output's kernel by unit, `[K, G, d, D]`."""
+        H, d, D = self.out.shape
+        return self.out.reshape(self.num_kv_heads, H // self.num_kv_heads, d, D)
+
+    def permuted(self, order: np.ndarray) -> "Heads":
+        """The same function with the units in another order; position i holds what was unit `order[i]`."""
+        return Heads(
+            self.query_units()[:, order].reshape(self.query.shape),
+            self.key[:, order],
+            self.value[:, order],
+            self.out_units()[order].reshape(self.out.shape),
+        )
+
+
+def read_heads(attention: GroupedQueryAttention) -> Heads:
+    """The heads of one layer's attention."""
+
+    def affine(kernel, bias) -> np.ndarray:
+        kernel = np.asarray(kernel[...], np.float64)
+        last = np.zeros(kernel.shape[1:]) if bias is None else np.asarray(bias[...], np.float64)
+        return np.concatenate([kernel, last[None]])
+
+    biases = [getattr(attention, f"{name}_bias", None) for name in ("query", "key", "value")]
+    kernels = [affine(*pair) for pair in zip((attention.query, attention.key, attention.value), biases, strict=True)]
+    return Heads(*kernels, np.asarray(attention.out[...], np.float64))
+
+
+def write_heads(attention: GroupedQueryAttention, heads: Heads) -> GroupedQueryAttention:
+    """A copy of `attention` with these heads, in its dtypes; norms of queries and keys stay."""
+    attention = jax.tree.map(lambda leaf: leaf, attention)
+    for name in ("query", "key", "value"):
+        kernel = getattr(attention, name)
+        affine = getattr(heads, name)
+        setattr(attention, name, kernel.replace(affine[:-1].astype(kernel.dtype)))
+        if attention.qkv_bias:
+            bias = getattr(attention, f"{name}_bias")
+            setattr(attention, f"{name}_bias", bias.replace(affine[-1].astype(bias.dtype)))
+        elif np.any(affine[-1]):
+            raise AssertionError(f"the method gave a {name} bias to an attention without biases")
+    attention.out = attention.out.replace(heads.out.astype(attention.out.dtype))
+    return attention
+
+
+@dataclasses.dataclass(frozen=True)
+class Moments:
+    """Second moments of what one attention reads: the mean of `[x, 1]ᵀ[x, 1]` over calibration tokens, float64.
+
+    From these follow, for any weights, the moments of queries, keys and values; their size does not depend on the
+    number of tokens. Self-attention has one matrix for both sides.
+    """
+
+    query: np.ndarray  # [D + 1, D + 1], of the inputs of queries
+    key_value: np.ndarray  # [D + 1, D + 1], of the inputs of keys and values
+    tokens: int  # on the key side; 0: assumed, not measured
+
+    def of_queries(self, heads: Heads) -> np.ndarray:
+        """`E[qᵀq]` of each query head, summed over the query heads of a unit: `[K, d, d]`."""
+        d = heads.query.shape[-1]
+        projected = np.tensordot(self.query, heads.query, axes=1)  # [A, H, d]
+        per_head = np.matmul(heads.query.transpose(1, 2, 0), projected.transpose(1, 0, 2))
+        return per_head.reshape(heads.num_kv_heads, -1, d, d).sum(1)
+
+    def of_keys(self, heads: Heads, *, centred: bool) -> np.ndarray:
+        """`E[kᵀk]` of all units' keys side by side, `[K * d, K * d]`; `centred`: their covariance."""
+        return _moments_of(heads.key, self._centred() if centred else self.key_value)
+
+    def of_values(self, heads: Heads) -> np.ndarray:
+        """`E[vᵀv]` of all units' values side by side, `[K * d, K * d]`."""
+        return _moments_of(heads.value, self.key_value)
+
+    def _centred(self) -> np.ndarray:
+        mean = self.key_value[-1]
+        return self.key_value - np.outer(mean, mean)
+
+
+def _moments_of(projection: np.ndarray, moments: np.ndarray) -> np.ndarray:
+    flat = projection.reshape(len(projection), -1)
+    result = flat.T @ (moments @ flat)
+    return (result + result.T) / 2

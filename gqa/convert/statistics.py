@@ -1,0 +1,127 @@
+"""Calibration: the second moments of what each attention reads, in one pass over text; saved and used again.
+
+Everything that the methods need of keys, queries and values follows from them and the weights (`heads.Moments`).
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import load_file, save_file
+from tqdm import tqdm
+
+from gqa import models
+from gqa.convert.heads import Moments
+from gqa.convert.walk import LoadLayer, Stream, check_finite, num_all_layers, num_layers, sides
+from gqa.errors import InputError
+
+ENCODED = "encoder.outputs"  # what every cross-attention's keys and values read
+ENOUGH = 4  # tokens for each dimension of the inputs, below which moments are said to be few
+
+
+class Statistics:
+    """Moments by the path of an attention, `decoder.3.cross_attention`; kept in float32, summed in float64."""
+
+    def __init__(self, arrays: Mapping[str, np.ndarray], tokens: Mapping[str, int]):
+        self._arrays, self._tokens = dict(arrays), dict(tokens)
+
+    def moments(self, path: str) -> Moments:
+        """Of one attention; raises `InputError` where these statistics were collected for other sites."""
+        if f"{path}.query" not in self._arrays:
+            raise InputError(f"the statistics have no moments of {path}; collect them for the sites to convert")
+        query = self._arrays[f"{path}.query"].astype(np.float64)
+        shared = self._arrays.get(ENCODED) if path.endswith("cross_attention") else None
+        key_value = query if shared is None else shared.astype(np.float64)
+        return Moments(query, key_value, self._tokens[path])
+
+    def few(self) -> str | None:
+        """A warning where there are too few tokens for the dimension, else None."""
+        path = min(self._tokens, key=self._tokens.get)
+        tokens, width = self._tokens[path], self._arrays[f"{path}.query"].shape[0] - 1
+        if tokens >= ENOUGH * width:
+            return None
+        return (
+            f"{path} was calibrated on {tokens} tokens for a width of {width}; expected {ENOUGH * width} or more: "
+            "give more text or rows"
+        )
+
+    def save(self, path: str | os.PathLike, fingerprint: str) -> None:
+        """Writes one safetensors file, which appears complete; `fingerprint` says whose statistics these are."""
+        path = Path(path)
+        metadata = {"fingerprint": fingerprint, "tokens": json.dumps(self._tokens)}
+        unfinished = path.with_name(f".{path.name}.partial")
+        save_file(self._arrays, unfinished, metadata)
+        os.replace(unfinished, path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike, fingerprint: str) -> "Statistics":
+        """Reads what `save` wrote; raises `InputError` for a damaged file and for another model's statistics."""
+        try:
+            with safe_open(path, "numpy") as file:
+                metadata = file.metadata() or {}
+            arrays = load_file(path)
+            tokens = json.loads(metadata["tokens"])
+        except (SafetensorError, OSError, KeyError, ValueError) as error:
+            raise InputError(f"{path} holds no statistics of calibration: {error}") from error
+        if metadata.get("fingerprint") != fingerprint:
+            raise InputError(f"{path} holds the statistics of another checkpoint; delete it or name another file")
+        return cls(arrays, tokens)
+
+
+def fingerprint(shell: models.Model) -> str:
+    """A digest that tells checkpoints apart: of the architecture and of the parameters outside the layers."""
+    digest = hashlib.sha256(repr(shell.config).encode())
+    for leaf in jax.tree.leaves(shell):
+        digest.update(np.ascontiguousarray(leaf).tobytes())
+    return digest.hexdigest()
+
+
+def collect(shell: models.Model, load_layer: LoadLayer, batches: Sequence[Mapping], sites: Sequence[str]) -> Statistics:
+    """The moments of every attention at `sites`, in one pass of the model over the rows of `batches`.
+
+    Args:
+      shell: the model without layers (`walk.shell_of`).
+      load_layer: gives its layers, each asked for once, in order.
+      batches: arrays by name, as `gqa.data.loader` makes them.
+      sites: such as decoder_self, cross.
+
+    Raises `InputError`, naming the layer, where activations are not finite.
+    """
+    present = sides(shell.config)
+    arrays: dict[str, np.ndarray] = {}
+    tokens: dict[str, int] = {}
+    encoded = None
+    with tqdm(total=num_all_layers(shell.config), desc="calibrate", unit="layer", delay=1) as bar:
+        for side, attentions in present.items():
+            stream = Stream(shell, side, batches, encoded)
+            for number in range(num_layers(shell.config, side)):
+                layer = load_layer(side, number)
+                for site, name in attentions.items():
+                    if site in sites:
+                        path = models.site_path(site, number)
+                        query, key_value = stream.moment_sums(layer, name)
+                        check_finite(query, path)
+                        check_finite(key_value, path)
+                        tokens[path] = int(key_value[-1, -1])
+                        arrays[f"{path}.query"] = (query / query[-1, -1]).astype(np.float32)
+                        if site == "cross":
+                            arrays.setdefault(ENCODED, (key_value / key_value[-1, -1]).astype(np.float32))
+                stream.advance(layer)
+                bar.update()
+            encoded = stream.encoded() if side == "encoder" else None
+    return Statistics(arrays, tokens)
+
+
+def assumed(shell: models.Model, layer, site: str, name: str) -> Moments:
+    """Moments where there is no text: inputs without correlation, of the sizes that the norm before them gives."""
+
+    def moments(norm) -> np.ndarray:
+        return np.diag(np.append(np.square(np.asarray(norm.scale[...], np.float64)), 1.0))
+
+    query = moments(getattr(layer, f"{name}_norm"))
+    return Moments(query, moments(shell.encoder_norm) if site == "cross" else query, tokens=0)
