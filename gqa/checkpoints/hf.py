@@ -25,14 +25,15 @@ from gqa.checkpoints import hf_config, writer
 from gqa.checkpoints.source import Contents, match, some
 from gqa.checkpoints.table import FLAT, FROM_HEADS, LINEAR, SAME, Row, parameters
 from gqa.checkpoints.tensor import Tensor, open_safetensors
+from gqa.checkpoints.torch_files import open_torch
 from gqa.checkpoints.writer import INDEX, WEIGHTS
 from gqa.errors import InputError
 
 CONFIG = "config.json"
 SAVED_DTYPES = ("float32", "bfloat16")
 # File of weights -> its index, in the order in which they are looked for.
-WEIGHT_FILES = {WEIGHTS: INDEX}
-READERS: dict[str, Callable[[Path], dict[str, Tensor]]] = {".safetensors": open_safetensors}
+WEIGHT_FILES = {WEIGHTS: INDEX, "pytorch_model.bin": "pytorch_model.bin.index.json"}
+READERS: dict[str, Callable[[Path], dict[str, Tensor]]] = {".safetensors": open_safetensors, ".bin": open_torch}
 
 
 def _attention_rows(theirs: str, ours: str, names: Mapping[str, str]) -> dict[str, Row]:
@@ -158,7 +159,9 @@ def read(directory: Path, run_choices: Mapping[str, Any]) -> Contents:
         rows["lm_head.weight"] = Row("logits", dataclasses.replace(LINEAR, factor=config.d_model**-0.5))
 
     def ignored(name: str) -> bool:
-        return name in embeddings or bool(names.ignored.fullmatch(name))
+        # Old PyTorch files hold buffers of masks and positions beside the weights, which are never integers.
+        buffer = tensors[name].dtype.kind in "biu"
+        return name in embeddings or buffer or bool(names.ignored.fullmatch(name))
 
     sources = match(directory, rows, tensors, ignored)
     if logits_from_embedding:
