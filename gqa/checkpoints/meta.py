@@ -108,11 +108,11 @@ def _read_config(directory: Path, shards: Sequence[Mapping], choices: Mapping[st
     d_model, num_heads = fields.take("dim", int), fields.take("n_heads", int)
     if d_model % num_heads:
         raise InputError(f"{fields.path}: n_heads={num_heads} does not divide dim={d_model}")
+    vocab_size, num_layers, d_ff = _sizes(directory, shards, fields, d_model)
     freqs = {tensor.shape for name, tensor in shards[0].items() if _ROTARY_BUFFERS.fullmatch(name)}
     if freqs - {(d_model // num_heads // 2,)}:
         found = f"n_heads={num_heads} of dim={d_model}, but rope.freqs has shape {list(max(freqs))}"
         raise InputError(f"{fields.path} says {found}; expected half a head, [{d_model // num_heads // 2}]")
-    vocab_size, num_layers, d_ff = _sizes(directory, shards, fields, d_model)
     scaled = fields.take("use_scaled_rope", bool, False)
     rope_theta, norm_epsilon = fields.take("rope_theta", float, 10000.0), fields.take("norm_eps", float, 1e-5)
     # Neither the stretching of the rotary frequencies nor the context length is in params.json. Llama 3.2's 1B and 3B,
