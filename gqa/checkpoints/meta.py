@@ -17,8 +17,8 @@ import numpy as np
 from gqa.checkpoints.hf_config import Fields, read_json
 from gqa.checkpoints.source import Contents, match, some
 from gqa.checkpoints.table import FROM_HEADS, LINEAR, SAME, Row
-from gqa.checkpoints.tensor import Tensor
-from gqa.checkpoints.torch_files import TorchTensor, open_torch
+from gqa.checkpoints.tensor import Tensor, equal
+from gqa.checkpoints.torch_files import open_torch
 from gqa.checkpoints.torch_zip import short
 from gqa.errors import InputError
 from gqa.models.llama import LlamaConfig
@@ -68,7 +68,8 @@ def read(directory: Path, run_choices: Mapping[str, Any]) -> Contents:
     for file, shard in zip(files, shards, strict=True):
         if different := sorted(shard.keys() ^ shards[0].keys()):
             raise InputError(f"{files[0]} and {file.name} hold other tensors: only one of them has {some(different)}")
-    tied = _OUTPUT not in shards[0] or _same(shards, _EMBEDDING, _OUTPUT)
+    pairs = [(shard.get(_EMBEDDING), shard.get(_OUTPUT)) for shard in shards]
+    tied = all(output is None or (embedding is not None and equal(embedding, output)) for embedding, output in pairs)
     config = _read_config(directory, shards, {**run_choices, "tied_logits": tied})
     axes = _AXES | {"tok_embeddings": int(_parts(directory, shards, _EMBEDDING)[0].shape[1] != config.d_model)}
     rows = _table(config)
@@ -180,7 +181,7 @@ def _mlp_width(fields: Fields) -> int | None:
     return -(-width // multiple) * multiple
 
 
-def _parts(directory: Path, shards: Sequence[Mapping], name: str) -> list[TorchTensor]:
+def _parts(directory: Path, shards: Sequence[Mapping], name: str) -> list[Tensor]:
     """The parts of a matrix."""
     if name not in shards[0]:
         raise InputError(f"{directory} lacks the tensor {name}; found {some(sorted(shards[0])) or 'none'}")
@@ -190,17 +191,7 @@ def _parts(directory: Path, shards: Sequence[Mapping], name: str) -> list[TorchT
     return parts
 
 
-def _same(shards: Sequence[Mapping], name: str, other: str) -> bool:
-    """Whether two tensors have the same parts; by their check sums where both have one."""
-    for left, right in ((shard.get(name), shard[other]) for shard in shards):
-        if left is None or (left.shape, left.dtype, left.checksum) != (right.shape, right.dtype, right.checksum):
-            return False
-        if left.checksum is None and left.read().tobytes() != right.read().tobytes():
-            return False
-    return True
-
-
-def _joined(parts: Sequence[TorchTensor], axis: int | None) -> Tensor:
+def _joined(parts: Sequence[Tensor], axis: int | None) -> Tensor:
     """The tensor that the files have parts of along `axis`, or, where that is None, all of each."""
     first = parts[0]
     for part in parts:
@@ -220,14 +211,14 @@ def _joined(parts: Sequence[TorchTensor], axis: int | None) -> Tensor:
     return Tensor(first.name, first.file, shape, first.dtype, partial(_read_joined, parts, axis, shape))
 
 
-def _read_joined(parts: Sequence[TorchTensor], axis: int, shape: tuple[int, ...]) -> np.ndarray:
+def _read_joined(parts: Sequence[Tensor], axis: int, shape: tuple[int, ...]) -> np.ndarray:
     whole = np.empty(shape, parts[0].dtype)
     for part, place in zip(parts, np.split(whole, len(parts), axis), strict=True):
         place[...] = part.read()
     return whole
 
 
-def _read_equal(parts: Sequence[TorchTensor]) -> np.ndarray:
+def _read_equal(parts: Sequence[Tensor]) -> np.ndarray:
     first = parts[0].read()
     for part in parts[1:]:
         if part.read().tobytes() != first.tobytes():
@@ -235,5 +226,5 @@ def _read_equal(parts: Sequence[TorchTensor]) -> np.ndarray:
     return first
 
 
-def _differ(first: TorchTensor, other: TorchTensor) -> InputError:
+def _differ(first: Tensor, other: Tensor) -> InputError:
     return InputError(f"{first.name} of {first.file.parent} differs in {first.file.name} and {other.file.name}")
