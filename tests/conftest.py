@@ -1,6 +1,7 @@
 """What tests of training share: a tiny vocabulary, corpus and records, tiny runs, and processes of their own."""
 
 import io
+import json
 import os
 import subprocess
 import sys
@@ -169,6 +170,66 @@ def config_file(tiny_config, tmp_path_factory):
         return path
 
     return write
+
+
+# Hugging Face's name in a layer -> Meta's, and the axis along which its files have parts; None: whole in each.
+META_NAMES = {
+    "self_attn.q_proj": ("attention.wq", 0),
+    "self_attn.k_proj": ("attention.wk", 0),
+    "self_attn.v_proj": ("attention.wv", 0),
+    "self_attn.o_proj": ("attention.wo", 1),
+    "mlp.gate_proj": ("feed_forward.w1", 0),
+    "mlp.up_proj": ("feed_forward.w3", 0),
+    "mlp.down_proj": ("feed_forward.w2", 1),
+    "input_layernorm": ("attention_norm", None),
+    "post_attention_layernorm": ("ffn_norm", None),
+}
+
+
+@pytest.fixture(scope="session")
+def save_as_meta():
+    """A function that writes a Llama's Hugging Face folder in Meta's layout with torch.save.
+
+    Its arguments: source, new folder, number of files, axis along which the embedding is split, other entries of
+    params.json.
+    """
+    torch = pytest.importorskip("torch")
+    load_file = pytest.importorskip("safetensors.torch").load_file
+
+    def save(source: Path, directory: Path, shards: int, embedding_axis: int = 1, **params) -> None:
+        raw = json.loads((source / "config.json").read_text())
+        names = {"model.embed_tokens": ("tok_embeddings", embedding_axis), "model.norm": ("norm", None)}
+        names["lm_head"] = ("output", 0)
+        heads = {"q_proj": raw["num_attention_heads"], "k_proj": raw["num_key_value_heads"]}
+        for number in range(raw["num_hidden_layers"]):
+            for theirs, (name, axis) in META_NAMES.items():
+                names[f"model.layers.{number}.{theirs}"] = (f"layers.{number}.{name}", axis)
+        files = [{"rope.freqs": torch.ones(raw["head_dim"] // 2)} for _ in range(shards)]
+        for key, tensor in load_file(source / "model.safetensors").items():
+            theirs = key.removesuffix(".weight")
+            name, axis = names[theirs]
+            if kind := heads.get(theirs.split(".")[-1]):
+                # The published conversion's permutation, undone.
+                rows, width = tensor.shape
+                tensor = tensor.view(kind, 2, rows // kind // 2, width).transpose(1, 2).reshape(rows, width)
+            parts = [tensor] * shards if axis is None else tensor.chunk(shards, axis)
+            for file, part in zip(files, parts, strict=True):
+                file[f"{name}.weight"] = part.clone(memory_format=torch.contiguous_format)
+        directory.mkdir()
+        for number, file in enumerate(files):
+            torch.save(file, directory / f"consolidated.{number:02}.pth")
+        sizes = dict(
+            dim=raw["hidden_size"],
+            n_layers=raw["num_hidden_layers"],
+            n_heads=raw["num_attention_heads"],
+            n_kv_heads=raw["num_key_value_heads"],
+            norm_eps=raw["rms_norm_eps"],
+            vocab_size=-1,
+            rope_theta=raw["rope_parameters"]["rope_theta"],
+        )
+        (directory / "params.json").write_text(json.dumps(sizes | params))
+
+    return save
 
 
 @pytest.fixture(scope="session")

@@ -24,15 +24,16 @@ from gqa import models
 from gqa.checkpoints import hf_config, writer
 from gqa.checkpoints.source import Contents, match, some
 from gqa.checkpoints.table import FLAT, FROM_HEADS, LINEAR, SAME, Row, parameters
-from gqa.checkpoints.tensor import Tensor, open_safetensors
+from gqa.checkpoints.tensor import Tensor, equal, open_safetensors
+from gqa.checkpoints.torch_files import open_torch
 from gqa.checkpoints.writer import INDEX, WEIGHTS
 from gqa.errors import InputError
 
 CONFIG = "config.json"
 SAVED_DTYPES = ("float32", "bfloat16")
 # File of weights -> its index, in the order in which they are looked for.
-WEIGHT_FILES = {WEIGHTS: INDEX}
-READERS: dict[str, Callable[[Path], dict[str, Tensor]]] = {".safetensors": open_safetensors}
+WEIGHT_FILES = {WEIGHTS: INDEX, "pytorch_model.bin": "pytorch_model.bin.index.json"}
+READERS: dict[str, Callable[[Path], dict[str, Tensor]]] = {".safetensors": open_safetensors, ".bin": open_torch}
 
 
 def _attention_rows(theirs: str, ours: str, names: Mapping[str, str]) -> dict[str, Row]:
@@ -140,11 +141,11 @@ def read(directory: Path, run_choices: Mapping[str, Any]) -> Contents:
     # and equal copies of the embedding may or may not be written.
     ties = hf_config.ties_logits(raw)
     own_logits = "lm_head.weight" in tensors
-    if ties and own_logits and _equal(tensors, embeddings[0], "lm_head.weight"):
+    if ties and own_logits and equal(tensors[embeddings[0]], tensors["lm_head.weight"]):
         own_logits = False
         embeddings.append("lm_head.weight")
     for copy in embeddings[1:]:
-        if not _equal(tensors, embeddings[0], copy):
+        if not equal(tensors[embeddings[0]], tensors[copy]):
             raise InputError(f"the embedding is set twice in {directory}: {embeddings[0]} and {copy} differ")
     config = hf_config.read(raw, directory / CONFIG, {**run_choices, "tied_logits": ties and not own_logits})
     rows = names.table(config)
@@ -158,7 +159,9 @@ def read(directory: Path, run_choices: Mapping[str, Any]) -> Contents:
         rows["lm_head.weight"] = Row("logits", dataclasses.replace(LINEAR, factor=config.d_model**-0.5))
 
     def ignored(name: str) -> bool:
-        return name in embeddings or bool(names.ignored.fullmatch(name))
+        # Old PyTorch files hold buffers of masks and positions beside the weights, which are never integers.
+        buffer = tensors[name].dtype.kind in "biu"
+        return name in embeddings or buffer or bool(names.ignored.fullmatch(name))
 
     sources = match(directory, rows, tensors, ignored)
     if logits_from_embedding:
@@ -278,8 +281,3 @@ def _open_indexed(directory: Path, index: Path) -> dict[str, Tensor]:
         wrong = sorted(name for name in {**places, **content} if places.get(name) != content.get(name))
         raise InputError(f"{index} does not describe its files: {some(wrong)} not where it says")
     return tensors
-
-
-def _equal(tensors: Mapping[str, Tensor], name: str, other: str) -> bool:
-    left, right = tensors[name], tensors[other]
-    return left.shape == right.shape and np.array_equal(left.read(), right.read())

@@ -1,6 +1,7 @@
 """The `config.json` of Hugging Face checkpoints: to our configurations and back."""
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -51,7 +52,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{path} is missing") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path} is not readable JSON: {error}") from error
     if not isinstance(raw, dict):
         raise InputError(f"{path} holds a JSON {type(raw).__name__}; expected an object")
@@ -84,7 +85,7 @@ def ties_logits(raw: Mapping[str, Any]) -> bool:
 
 def read(raw: Mapping[str, Any], path: Path, choices: Mapping[str, Any]) -> ModelConfig:
     """Our configuration; `choices` holds the fields that a `config.json` does not determine."""
-    fields = _Fields(raw, path)
+    fields = Fields(raw, path)
     return (_read_t5 if family(raw, path) == "t5" else _read_llama)(fields, choices)
 
 
@@ -99,22 +100,22 @@ def write(config: ModelConfig, dtype: str, ids: Mapping[str, int | list[int]] | 
     return raw | {"dtype": dtype, "use_cache": True}
 
 
-class _Fields:
-    """The entries of a `config.json`, checked as they are taken; null counts as absent."""
+class Fields:
+    """The entries of a file of JSON that describes a model, checked as they are taken; null counts as absent."""
 
     def __init__(self, raw: Mapping[str, Any], path: Path):
         self.raw, self.path = raw, path
 
     def take(self, name: str, kind: type, default=_REQUIRED):
-        """The entry `name`, a positive number if `kind` is int or float; raises `InputError` when it is not."""
+        """The entry `name`, positive and finite if `kind` is int or float; raises `InputError` when it is not."""
         value = self.raw.get(name)
         if value is None:
             if default is _REQUIRED:
                 raise InputError(f"{self.path} has no {name}; expected {_KINDS[kind]}")
             return default
-        if kind is float and isinstance(value, int) and not isinstance(value, bool):
-            value = float(value)
-        if type(value) is not kind or (kind in (int, float) and value <= 0):
+        if kind is float and type(value) is int:
+            value = float(value) if value < 2**1023 else math.inf
+        if type(value) is not kind or (kind in (int, float) and not 0 < value < math.inf):
             raise InputError(f"{self.path}: {name}={value!r}; expected {_KINDS[kind]}")
         return value
 
@@ -143,9 +144,9 @@ _KINDS = {
 }
 
 
-def _read_t5(fields: _Fields, choices: Mapping[str, Any]) -> T5Config:
+def _read_t5(fields: Fields, choices: Mapping[str, Any]) -> T5Config:
     num_heads, num_layers = fields.take("num_heads", int), fields.take("num_layers", int)
-    sites = _Fields(fields.take("num_key_value_heads", dict, {}), fields.path)
+    sites = Fields(fields.take("num_key_value_heads", dict, {}), fields.path)
     for site in sites.raw:
         if site not in SITES:
             raise InputError(f"{fields.path}: num_key_value_heads names {site!r}; expected {', '.join(SITES)}")
@@ -203,7 +204,7 @@ def _write_t5(config: T5Config) -> dict[str, Any]:
     return raw
 
 
-def _read_llama(fields: _Fields, choices: Mapping[str, Any]) -> LlamaConfig:
+def _read_llama(fields: Fields, choices: Mapping[str, Any]) -> LlamaConfig:
     theirs = DECODERS[fields.raw["model_type"]]
     for key in theirs.bias_keys:
         if fields.take(key, bool, False):
@@ -213,7 +214,7 @@ def _read_llama(fields: _Fields, choices: Mapping[str, Any]) -> LlamaConfig:
     # null is as many as query heads whatever the model_type, left out is not.
     num_kv_heads = num_heads if "num_key_value_heads" in fields.raw else theirs.num_kv_heads or num_heads
     # transformers 5 puts everything in rope_parameters; before, theta stood alone beside rope_scaling.
-    rope = _Fields(fields.take("rope_parameters", dict, None) or fields.take("rope_scaling", dict, {}), fields.path)
+    rope = Fields(fields.take("rope_parameters", dict, None) or fields.take("rope_scaling", dict, {}), fields.path)
     return LlamaConfig(
         vocab_size=fields.take("vocab_size", int),
         d_model=d_model,
@@ -234,7 +235,7 @@ def _read_llama(fields: _Fields, choices: Mapping[str, Any]) -> LlamaConfig:
     )
 
 
-def _read_window(fields: _Fields, theirs: _Decoder, num_layers: int) -> int | None:
+def _read_window(fields: Fields, theirs: _Decoder, num_layers: int) -> int | None:
     """The sliding window of all layers; raises `InputError` where some have one and some not."""
     if theirs.sliding_window is None:
         return None
@@ -256,7 +257,7 @@ def _read_window(fields: _Fields, theirs: _Decoder, num_layers: int) -> int | No
     raise InputError(f"{fields.path}: {found} are not supported; expected {expected}")
 
 
-def _read_rope_scaling(rope: _Fields) -> RopeScaling | None:
+def _read_rope_scaling(rope: Fields) -> RopeScaling | None:
     kind = rope.take("rope_type", str, rope.take("type", str, "default"))
     if kind not in ("default", "llama3") or rope.take("partial_rotary_factor", float, 1.0) != 1:
         expected = "default or llama3, with partial_rotary_factor 1"

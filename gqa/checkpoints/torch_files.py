@@ -28,14 +28,7 @@ MAX_ELEMENTS = 1 << 48
 MAX_AXES = 32
 
 
-@dataclasses.dataclass(frozen=True)
-class TorchTensor(Tensor):
-    """A tensor of a file of torch."""
-
-    checksum: int | None  # CRC-32 of its values by the file's directory; None: they are only a part of what it covers
-
-
-def open_torch(path: Path) -> dict[str, TorchTensor]:
+def open_torch(path: Path) -> dict[str, Tensor]:
     """The tensors of a file of `torch.save(state_dict)` by name, of any type that numpy has; reads no values.
 
     Values that are no tensors (numbers, strings, None) are left out. Raises `InputError` for whatever is not such a
@@ -53,7 +46,7 @@ def open_torch(path: Path) -> dict[str, TorchTensor]:
     for name, value in values.items():
         if not name.isprintable() or len(name) > 1000:
             raise InputError(f"{path} has an entry named {short(name)}; expected a tensor's name")
-        if isinstance(value, TorchTensor):
+        if isinstance(value, Tensor):
             tensors[name] = dataclasses.replace(value, name=name)
         elif value is not None and type(value) not in (bool, int, float, str):
             raise InputError(
@@ -288,13 +281,13 @@ class _Machine:
             case "_rebuild_tensor_v3", (_Storage() as storage, offset, shape, stride, _, _, _Global() as kind, *marks):
                 if kind.dtype is not None:
                     return self.tensor(storage, kind.dtype, offset, shape, stride, marks)
-            case "_rebuild_parameter", (TorchTensor() as tensor, _, _):
+            case "_rebuild_parameter", (Tensor() as tensor, _, _):
                 return tensor
-            case "_rebuild_parameter_with_state", (TorchTensor() as tensor, _, _, _):
+            case "_rebuild_parameter_with_state", (Tensor() as tensor, _, _, _):
                 return tensor  # the state is attributes that someone set on it
         raise self.damaged(f"it calls {function.name} with other arguments than torch.save")
 
-    def tensor(self, storage: _Storage, dtype: np.dtype, offset, shape, stride, marks) -> TorchTensor:
+    def tensor(self, storage: _Storage, dtype: np.dtype, offset, shape, stride, marks) -> Tensor:
         """A view of a storage, checked to stay within it."""
         entry = storage.entry
         if any(item is not None and item != {} for item in marks):
@@ -313,7 +306,7 @@ class _Machine:
         span = last + 1 - offset if count else 0
         whole = count == available and stride == tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
         read = partial(_read, self.path, entry, self.verified, dtype, (offset, span), shape, stride)
-        return TorchTensor("", self.path, shape, dtype, read, entry.crc if whole else None)
+        return Tensor("", self.path, shape, dtype, read, entry.crc if whole else None)
 
 
 def _integers(values) -> bool:

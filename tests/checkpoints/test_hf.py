@@ -256,6 +256,14 @@ def test_a_failed_save_leaves_nothing(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_safetensors_are_preferred_to_pytorch_files(saved):
+    for name in ("pytorch_model.bin", "pytorch_model.bin.index.json"):
+        (saved.directory / name).write_bytes(b"not to be read")
+    assert_equal_models(checkpoints.load(saved.directory, **RUN), model_of(CONFIGS["grouped T5"]))
+    (saved.directory / "model.safetensors").unlink()
+    assert "pytorch_model.bin is no file of torch.save" in saved.refused()
+
+
 def test_missing_files(tmp_path, saved):
     with pytest.raises(InputError, match="nowhere is not a directory; expected a checkpoint's"):
         checkpoints.load(tmp_path / "nowhere", **RUN)

@@ -182,7 +182,7 @@ def test_values_marked_as_conjugated_are_refused(path):
         (lambda torch: {1: torch.ones(1)}, "a int is a key"),
         (lambda torch: {"a\nb": torch.ones(1)}, "'a\\nb'"),
         (lambda torch: {"a": [torch.ones(1)]}, "EMPTY_LIST"),
-        (lambda torch: torch.ones(1), "holds one torchtensor"),
+        (lambda torch: torch.ones(1), "holds one tensor"),
         (lambda torch: torch.nn.Linear(1, 1), "torch.nn.modules.linear.Linear"),
         (lambda torch: {"a": torch.ones(1).to_sparse()}, "torch._utils._rebuild_sparse_tensor"),
     ],

@@ -1,8 +1,11 @@
 import dataclasses
 import hashlib
 import json
+import os
+import pickle
 import shutil
 import sys
+import zipfile
 
 import jax
 import numpy as np
@@ -248,3 +251,77 @@ def test_weights_that_are_not_numbers_are_named(source, tmp_path, monkeypatch, c
     assert not call(monkeypatch, f"--source={damaged}", f"--output={output}", "--kv_heads=2", "--method=mean")
     name = "decoder.final_layer_norm.weight"
     assert f"warning: {name} of {damaged / 'model.safetensors'} holds NaN" in capsys.readouterr().err
+
+
+@pytest.fixture
+def metas(tmp_path, save_as_meta):
+    """A Llama in Hugging Face's layout, and the same in two files of Meta's with their sums and a tokenizer."""
+    original, folder = tmp_path / "original", tmp_path / "meta"
+    hf.save(models.create(models.size("llama_mini"), jax.random.key(0)), original, dtype="float32")
+    save_as_meta(original, folder, 2)
+    (folder / "tokenizer.model").write_bytes(b"pieces")
+    sums = [f"{hashlib.md5(path.read_bytes()).hexdigest()}  {path.name}\n" for path in sorted(folder.iterdir())]
+    (folder / "checklist.chk").write_text("".join(sums))
+    return original, folder
+
+
+def test_metas_folder_and_the_same_weights_from_hugging_face_give_the_same_bytes(metas, tmp_path, monkeypatch):
+    original, folder = metas
+    for source, output in ((original, tmp_path / "from_hf"), (folder, tmp_path / "from_meta")):
+        assert not call(monkeypatch, f"--source={source}", f"--output={output}", "--kv_heads=2", "--method=mean")
+    found, expected = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("from_meta", "from_hf"))
+    assert found == expected
+    config, expected_config = (checkpoints.read_config(tmp_path / f"from_{name}", **CHOICES) for name in ("meta", "hf"))
+    assert config == expected_config and config.decoder_self_kv_heads == 2
+    assert (tmp_path / "from_meta" / "tokenizer.model").read_bytes() == b"pieces"
+    provenance = json.loads((tmp_path / "from_meta" / "provenance.json").read_text())
+    assert provenance["source"]["sha256"] == {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in folder.iterdir()
+        if path.name != "checklist.chk"
+    }
+
+
+@pytest.mark.parametrize("name", ["params.json", "tokenizer.model", "consolidated.01.pth"])
+def test_metas_sums_are_checked(name, metas, tmp_path, monkeypatch, capsys):
+    _, folder = metas
+    path = folder / name
+    if name == "consolidated.01.pth":  # whose own check sums would find another change
+        lines = (folder / "checklist.chk").read_text().splitlines()
+        lines = [f"{'0' * 32}  {name}" if line.endswith(name) else line for line in lines]
+        (folder / "checklist.chk").write_text("\n".join(lines))
+    else:
+        path.write_bytes(path.read_bytes() + b" ")
+    assert call(monkeypatch, f"--source={folder}", f"--output={tmp_path / 'out'}", "--kv_heads=2", "--method=mean") == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith(f"error: {path} is damaged: its md5 is ")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["meta", "original"]
+
+
+class Call:
+    """Pickles as a call of a function."""
+
+    def __init__(self, function, *arguments):
+        self.function, self.arguments = function, arguments
+
+    def __reduce__(self):
+        return self.function, self.arguments
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "pytorch_model-00001-of-00001.bin", "consolidated.00.pth"])
+@pytest.mark.parametrize("function", [os.system, eval, exec])
+def test_pickles_that_would_run_something_are_refused(name, function, tmp_path, monkeypatch, capsys):
+    folder, canary = tmp_path / "hostile", tmp_path / "canary"
+    argument = f"touch {canary}" if function is os.system else f"open({str(canary)!r}, 'w')"
+    folder.mkdir()
+    with zipfile.ZipFile(folder / name, "w") as archive:
+        archive.writestr("archive/data.pkl", pickle.dumps({"model.embed_tokens.weight": Call(function, argument)}, 2))
+    if "-of-" in name:
+        index = {"weight_map": {"model.embed_tokens.weight": name}}
+        (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    (folder / "params.json").write_text("{}")
+    assert call(monkeypatch, f"--source={folder}", f"--output={tmp_path / 'out'}", "--kv_heads=2", "--method=mean") == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {folder / name}: data.pkl asks for ") and error.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["hostile"]
