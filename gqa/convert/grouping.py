@@ -12,14 +12,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from gqa.convert.heads import Heads, Moments
-from gqa.convert.svd import (
-    Basis,
-    complex_moments,
-    out_energy,
-    rotary_basis,
-    rotary_energy,
-    shared_basis,
-)
+from gqa.convert.svd import kept_energy, seen_keys, seen_values
 
 MAX_PARTITIONS = 200  # up to which all are tried
 MAX_GROUPS = 2000  # of one size, up to which groups are scored whole; above, by their pairs
@@ -30,27 +23,12 @@ Energy = Callable[[tuple[int, ...]], float]  # of a sorted group of units: share
 
 def group_energy(heads: Heads, moments: Moments, rotary: bool) -> Energy:
     """The energy that a group of units keeps if it shares one head, as shares of all units' keys and values."""
-    K, d = heads.num_kv_heads, heads.key.shape[-1]
-    sides = [(shared_basis, out_energy(heads), moments.of_values(heads).reshape(K, d, K, d))]
-    if rotary:
-        sides.append((rotary_basis, rotary_energy(heads, moments), complex_moments(heads, moments)))
-    else:
-        sigma = moments.of_keys(heads, centred=True).reshape(K, d, K, d)
-        sides.append((shared_basis, moments.of_queries(heads), sigma))
-
-    def kept(side, group: tuple[int, ...]) -> Basis:
-        basis, weights, sigma = side
-        if sigma.ndim == 3:
-            return basis(weights[list(group)], sigma[:, group][:, :, group], 1)
-        rows = len(group) * d
-        return basis(weights[list(group)], sigma[list(group)][:, :, group].reshape(rows, rows), 1)
-
-    totals = [sum(kept(side, (unit,)).total.sum() for unit in range(K)) for side in sides]
+    d = heads.key.shape[-1]
+    sides = [seen_values(heads, moments), seen_keys(heads, moments, rotary)]
 
     @functools.cache
     def energy(group: tuple[int, ...]) -> float:
-        shares = (kept(side, group).kept.sum() / total for side, total in zip(sides, totals, strict=True) if total > 0)
-        return float(sum(shares))
+        return sum(kept_energy(side, group, d) for side in sides)
 
     return energy
 

@@ -8,6 +8,7 @@ for each head and frequency: rotation and scale. The result is an ordinary group
 Derivations: `docs/conversion.md`.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -15,7 +16,7 @@ import scipy.linalg
 
 from gqa.convert.heads import Heads, Moments
 
-DAMPING = 1e-8  # of the mean energy of a direction, added to each: directions that queries never use stay invertible
+DAMPING = 1e-8  # of the heads' mean energy of a direction, added to each: what queries never use stays invertible
 
 
 class Basis(NamedTuple):
@@ -121,28 +122,61 @@ def shared_basis(weights: np.ndarray, sigma: np.ndarray, num_kv_heads: int) -> B
     """The d best directions of each group: of `weights` M² `[K, d, d]` and stacked moments `[K * d, K * d]`."""
     K, d = weights.shape[:2]
     t = K // num_kv_heads
-    values, vectors = np.linalg.eigh(weights)
-    groups = _group_indices(K, num_kv_heads)
-    values = _damped(np.maximum(values, 0)[groups], values[groups].mean(axis=(1, 2), keepdims=True))  # [K new, t, d]
-    vectors = vectors[groups]
-    root = (vectors * np.sqrt(values)[..., None, :]) @ vectors.swapaxes(-1, -2)
-    inverse = (vectors / np.sqrt(values)[..., None, :]) @ vectors.swapaxes(-1, -2)
+    root, inverse = _roots(weights)
+    seen = _seen(root, sigma)
     down, up, kept, total = [], [], [], []
     for group in range(num_kv_heads):
-        rows = slice(group * t * d, (group + 1) * t * d)
-        blocks = sigma[rows, rows].reshape(t, d, t, d)
-        seen = np.einsum("tab,tbuc,ucd->taud", root[group], blocks, root[group], optimize=True).reshape(t * d, t * d)
-        energy, best = scipy.linalg.eigh((seen + seen.T) / 2, subset_by_index=(t * d - d, t * d - 1))
+        rows, units = slice(group * t * d, (group + 1) * t * d), slice(group * t, (group + 1) * t)
+        energy, best = scipy.linalg.eigh(seen[rows, rows], subset_by_index=(t * d - d, t * d - 1))
         best = best[:, ::-1].reshape(t, d, d)
-        down.append(root[group] @ best)
-        up.append(inverse[group] @ best)
+        down.append(root[units] @ best)
+        up.append(inverse[units] @ best)
         kept.append(energy.sum())
-        total.append(np.trace(seen))
+        total.append(np.trace(seen[rows, rows]))
     return Basis(np.stack(down), np.stack(up), np.array(kept), np.array(total))
 
 
+def seen_keys(heads: Heads, moments: Moments, rotary: bool) -> np.ndarray:
+    """Moments of all units' keys as their queries see them: `[K * d, K * d]`, or with RoPE `[d/2, K, K]` complex."""
+    if not rotary:
+        return _seen(_roots(moments.of_queries(heads))[0], moments.of_keys(heads, centred=True))
+    root = np.sqrt(rotary_energy(heads, moments).T)
+    return root[:, :, None] * complex_moments(heads, moments) * root[:, None, :]
+
+
+def seen_values(heads: Heads, moments: Moments) -> np.ndarray:
+    """Moments of all units' values as the outputs see them, `[K * d, K * d]`."""
+    return _seen(_roots(out_energy(heads))[0], moments.of_values(heads))
+
+
+def kept_energy(seen: np.ndarray, group: Sequence[int], d: int) -> float:
+    """Share of all energy in `seen` that the units of `group` keep if they share one head of width d."""
+    if seen.ndim == 3:
+        part, rank = seen[:, group][:, :, group], 1
+    else:
+        rows = (np.asarray(group)[:, None] * d + np.arange(d)).reshape(-1)
+        part, rank = seen[np.ix_(rows, rows)], d
+    total = np.trace(seen, axis1=-2, axis2=-1).real.sum()
+    return float(np.linalg.eigvalsh(part)[..., -rank:].sum() / total) if total > 0 else 1.0 / len(group)
+
+
+def _roots(weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Roots and inverse roots of matrices `[K, d, d]`, damped."""
+    values, vectors = np.linalg.eigh(weights)
+    values = _damped(np.maximum(values, 0), np.maximum(values, 0).mean())
+    return tuple((vectors * power[:, None, :]) @ vectors.swapaxes(-1, -2) for power in (values**0.5, values**-0.5))
+
+
+def _seen(root: np.ndarray, sigma: np.ndarray) -> np.ndarray:
+    """`M Σ M` of a block-diagonal M `[K, d, d]`."""
+    K, d = root.shape[:2]
+    half = np.matmul(root, sigma.reshape(K, d, K * d)).reshape(K * d, K * d)
+    seen = np.matmul(root, half.T.reshape(K, d, K * d)).reshape(K * d, K * d)
+    return (seen + seen.T) / 2
+
+
 def _damped(values: np.ndarray, mean: np.ndarray) -> np.ndarray:
-    """Never zero; a group whose heads are all dead is left as it is."""
+    """Never zero; where all heads are dead, one."""
     return np.where(mean > 0, values + DAMPING * np.maximum(mean, 0), 1.0)
 
 
