@@ -7,12 +7,11 @@ on.
 """
 
 import argparse
-from functools import partial
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 
+from checkpoints_tools import describe
 from checkpoints_tools.rewriting import Source, check_output
 from gqa import checkpoints, models
 from gqa.command_line import parse_arguments, run
@@ -80,31 +79,14 @@ def _kv_heads(given: list[str], sites: str | None, config: models.ModelConfig) -
 def _summary(before: models.Model, after: models.Model, dtype: str) -> str:
     """A table: for each site its heads, its parameters, and what a token of one sequence adds to the cache."""
     rows = [("site", "key/value heads", "parameters", f"{dtype} cache, bytes per token")]
-    for site in models.FAMILIES[models.family_of(before.config)].sites:
-        heads, parameters, cache = (
-            " -> ".join(describe(model, site) for model in (before, after))
-            for describe in (_heads, _parameters, partial(_cache_bytes, dtype=dtype))
-        )
-        tokens = {"encoder_self": "none", "decoder_self": f"{cache} (target)", "cross": f"{cache} (input)"}
-        rows.append((site, heads, parameters, tokens[site]))
-    rows.append(("whole model", "", f"{models.num_parameters(before):,} -> {models.num_parameters(after):,}", ""))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
-    return "\n".join(line.rstrip() for line in lines)
-
-
-def _heads(model: models.Model, site: str) -> str:
-    numbers = model.config.kv_heads(site)
-    return ",".join(map(str, numbers if len(set(numbers)) > 1 else numbers[:1]))
-
-
-def _parameters(model: models.Model, site: str) -> str:
-    return f"{sum(leaf.size for leaf in jax.tree.leaves(models.site_attention(model, site))):,}"
-
-
-def _cache_bytes(model: models.Model, site: str, dtype: str) -> str:
-    # A key and a value in every layer.
-    return f"{2 * sum(model.config.kv_heads(site)) * model.config.head_dim * jnp.dtype(dtype).itemsize:,}"
+    both = (before, after)
+    for site in describe.sites(before.config):
+        heads = " -> ".join(describe.heads(model.config, site) for model in both)
+        parameters = " -> ".join(f"{describe.site_parameters(model, site):,}" for model in both)
+        cache = " -> ".join(f"{describe.cache_bytes(model.config, site, dtype):,}" for model in both)
+        rows.append((site, heads, parameters, f"{cache} ({token})" if (token := describe.CACHED.get(site)) else "none"))
+    rows.append(("whole model", "", " -> ".join(f"{models.num_parameters(model):,}" for model in both), ""))
+    return describe.columns(rows)
 
 
 if __name__ == "__main__":
