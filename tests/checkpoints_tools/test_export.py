@@ -63,9 +63,7 @@ def test_stock_t5(t5, tmp_path, call, capsys):
     assert sums.keys() == files - {"SHA256SUMS"}
     assert all(hashlib.sha256((output / name).read_bytes()).hexdigest() == digest for name, digest in sums.items())
     provenance = json.loads((output / "provenance.json").read_text())
-    assert (
-        provenance["command"] == " ".join(["python -m checkpoints_tools.export", *arguments])
-    )
+    assert provenance["command"] == " ".join(["python -m checkpoints_tools.export", *arguments])
     assert (provenance["format"], provenance["layout"], provenance["dtype"]) == ("hf", "stock", "float32")
     assert provenance["kv_heads"]["decoder_self"] == {"before": [2, 1], "after": [4, 4]}
     assert provenance["source"]["sha256"]["model.safetensors"]
