@@ -15,13 +15,13 @@ import numpy as np
 from tqdm import tqdm
 
 from gqa import models, sharding
-from gqa.checkpoints import hf
+from gqa.checkpoints import hf, training_run
 from gqa.checkpoints.source import Contents, companions, some
 from gqa.checkpoints.table import parameters
 from gqa.checkpoints.tensor import DTYPES
 from gqa.errors import InputError
 
-FORMATS: dict[str, ModuleType] = {"Hugging Face": hf}
+FORMATS: dict[str, ModuleType] = {"Hugging Face": hf, "training run": training_run}
 
 
 def read(directory: str | os.PathLike, **run_choices) -> Contents:
