@@ -1,5 +1,6 @@
 """What tests of training share: a tiny vocabulary, corpus and records, tiny runs, and processes of their own."""
 
+import importlib
 import io
 import json
 import os
@@ -8,10 +9,14 @@ import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 import sentencepiece
 from jax.experimental.compilation_cache import compilation_cache as compilation_cache_module
 
+from gqa import models
+from gqa.command_line import run as run_command
 from gqa.data.prepare import PrepareSpec, prepare
 from gqa.training import config as run_config
 
@@ -31,6 +36,33 @@ ARCHITECTURES = {
     ),
     "llama": dict(d_model=32, num_heads=8, head_dim=4, d_ff=64, num_layers=2, decoder_self_kv_heads=2),
 }
+
+
+@pytest.fixture
+def call(monkeypatch):
+    """A function (name in checkpoints_tools, arguments) that runs the command and returns its exit code."""
+
+    def call(tool: str, *arguments) -> int:
+        monkeypatch.setattr(sys, "argv", [f"{tool}.py", *map(str, arguments)])
+        with pytest.raises(SystemExit) as exit:
+            run_command(importlib.import_module(f"checkpoints_tools.{tool}").main)
+        return exit.value.code or 0
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def random_model():
+    """A function (architecture) -> a model of large random weights: a mix-up of heads shows, and nothing compiles."""
+
+    def make(config: models.ModelConfig) -> models.Model:
+        rng = np.random.default_rng(0)
+        return jax.tree.map(
+            lambda leaf: jnp.asarray(rng.normal(0, 0.2 if leaf.ndim > 2 else 0.8, leaf.shape), leaf.dtype),
+            models.abstract(config),
+        )
+
+    return make
 
 
 @pytest.fixture(scope="session")

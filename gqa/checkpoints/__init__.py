@@ -15,13 +15,13 @@ import numpy as np
 from tqdm import tqdm
 
 from gqa import models, sharding
-from gqa.checkpoints import hf, meta
-from gqa.checkpoints.source import Contents, some
+from gqa.checkpoints import hf, meta, training_run
+from gqa.checkpoints.source import Contents, companions, some
 from gqa.checkpoints.table import parameters
 from gqa.checkpoints.tensor import DTYPES
 from gqa.errors import InputError
 
-FORMATS: dict[str, ModuleType] = {"Hugging Face": hf, "Meta's Llama": meta}
+FORMATS: dict[str, ModuleType] = {"Hugging Face": hf, "Meta's Llama": meta, "training run": training_run}
 
 
 def read(directory: str | os.PathLike, **run_choices) -> Contents:
@@ -50,6 +50,8 @@ def read(directory: str | os.PathLike, **run_choices) -> Contents:
             if tensor.dtype not in DTYPES:
                 names = ", ".join(sorted(dtype.name for dtype in DTYPES))
                 raise InputError(f"{tensor.name} in {directory} has type {tensor.dtype}; expected one of {names}")
+    if contents.companions is None:
+        contents = contents._replace(companions=companions(directory))
     return contents
 
 

@@ -61,7 +61,11 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def token_ids(directory: Path) -> dict[str, int | list[int]]:
     """The token ids that a checkpoint's `config.json` names, for `hf.save` to write again."""
-    raw = read_json(Path(directory) / "config.json")
+    return token_ids_of(read_json(Path(directory) / "config.json"))
+
+
+def token_ids_of(raw: Mapping[str, Any]) -> dict[str, int | list[int]]:
+    """The token ids in the entries of a `config.json`."""
     return {name: raw[name] for name in TOKEN_IDS if raw.get(name) is not None}
 
 

@@ -17,6 +17,18 @@ class Contents(NamedTuple):
     tensors: dict[str, tuple[Tensor, Transform]]  # path of our parameter, by layer -> where it comes from
     weight_files: list[Path]  # all files whose bytes make the weights
     token_ids: dict[str, int | list[int]] | None  # as in a Hugging Face config.json; None: the family's usual ones
+    # Files that a copy of the checkpoint takes along; None: those of `COMPANIONS` in the folder itself.
+    companions: list[Path] | None = None
+
+
+# Everything that tokenizers of these families are saved as, and how to generate.
+COMPANIONS = ("*.model", "tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt")
+COMPANIONS += ("chat_template.jinja", "generation_config.json")
+
+
+def companions(directory: Path) -> list[Path]:
+    """The files of a folder that are of `COMPANIONS`."""
+    return sorted({file for pattern in COMPANIONS for file in directory.glob(pattern) if file.is_file()})
 
 
 def match(

@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from gqa import models
+from gqa.checkpoints import hf_config, training_run
 from gqa.checkpoints.hf_config import read_json
 from gqa.checkpoints.store import Store
 from gqa.data import loader
@@ -83,7 +84,8 @@ def train(
 
     Args:
       config: the run; written to `config.json`, and every later start must agree with it.
-      workdir: gets `config.json`, `metrics.jsonl`, `tensorboard/`, `checkpoints/` and, at the end, `model/`.
+      workdir: gets `config.json`, `architecture.json`, `metrics.jsonl`, `tensorboard/`, `checkpoints/` and, at the end,
+        `model/`.
       mesh: the devices.
       architecture: the model's configuration.
       initial_model: the model of step 0, or a function that initialises one in place.
@@ -106,6 +108,8 @@ def train(
     heldout = loader.heldout_batches(records, config.train.batch_size, config.train.eval_examples)
     flops = train_step_flops(abstract_model, {name: array.shape for name, array in batches(0).items()})
     claim(workdir, config)
+    # So that what is saved can be read as a checkpoint without the code and the files that the run was started with.
+    _write_json(workdir / training_run.ARCHITECTURE, hf_config.write(architecture, architecture.param_dtype, None))
 
     with contextlib.ExitStack() as stack:
         store = stack.enter_context(Store(workdir / "checkpoints", config.train.keep))

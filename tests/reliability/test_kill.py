@@ -95,6 +95,7 @@ def test_the_uninterrupted_run(uninterrupted):
     assert moments["metrics"] == 23 and moments["commit"] == 4
     assert sorted(os.listdir(workdir / "checkpoints")) == ["15", "20"]
     assert sorted(os.listdir(workdir)) == [
+        "architecture.json",
         "checkpoints",
         "config.json",
         "finished.json",

@@ -5,8 +5,10 @@ import math
 import os
 import signal
 import sys
+from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 
 from gqa import checkpoints, models, train
@@ -133,13 +135,22 @@ def signal_at(monkeypatch):
     return arrange
 
 
-def test_a_signal_stops_the_run_after_the_step(run, signal_at, tmp_path):
+def test_a_signal_stops_the_run_after_the_step(run, tiny_run, signal_at, tmp_path):
     handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     signal_at(3, [signal.SIGTERM])
     with pytest.raises(loop.Interrupted, match=r"^SIGTERM at step 3: saved; the same command goes on from there$"):
         run(tmp_path / "run", "llama", {"train.steps": 10})
     assert os.listdir(tmp_path / "run" / "checkpoints") == ["3"]
     assert not (tmp_path / "run" / "model").exists()
+    # What it has is a checkpoint, with the vocabulary that it was trained on.
+    config = tiny_run("llama")
+    choices = config.model.run_choices()
+    found = checkpoints.load(tmp_path / "run", **choices)
+    assert found.config == config.model.architecture()
+    expected = last_state(tmp_path / "run", config).model
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert checkpoints.read(tmp_path / "run", **choices).companions == [Path(config.data.vocabulary)]
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
 
 

@@ -1,0 +1,118 @@
+"""A training run of ours as a checkpoint, finished or not: its folder, its `checkpoints/`, or one step's folder there.
+
+The architecture is in the run's `architecture.json`, keys as in a Hugging Face `config.json`. Of a step, only the
+model's parameters are read, each when it is asked for. Our names: `gqa.checkpoints.store` writes them.
+"""
+
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import tensorstore
+
+from gqa import models
+from gqa.checkpoints import hf_config
+from gqa.checkpoints.source import Contents, companions, match
+from gqa.checkpoints.table import SAME, Row, parameters
+from gqa.checkpoints.tensor import Tensor
+from gqa.errors import InputError
+
+ARCHITECTURE = "architecture.json"
+CONFIG, MODEL, STEPS = "config.json", "model", "checkpoints"  # of a run's folder
+_ARRAYS = "default"  # where Orbax puts the arrays of a step
+_MODEL_KEY = ".model"
+# A stack of layers is one chunk of its file, and layers are asked for one by one.
+_CACHE_BYTES = 1 << 29
+
+
+def recognises(directory: Path) -> bool:
+    """Whether the folder is a run's, its steps', or one of these."""
+    return (directory / STEPS).is_dir() or bool(_steps(directory)) or _is_step(directory)
+
+
+def read(directory: Path, run_choices: Mapping[str, Any]) -> Contents:
+    """What a run's newest complete step (or the step named) holds; a format of `gqa.checkpoints`."""
+    steps = directory / STEPS if (directory / STEPS).is_dir() else directory
+    step = (
+        directory if _is_step(directory) else next(iter(sorted(_steps(steps), key=lambda path: -int(path.name))), None)
+    )
+    if step is None:
+        raise InputError(f"{steps} holds no complete step yet; wait for the run's first checkpoint")
+    workdir = step.absolute().parent.parent
+    if not (workdir / ARCHITECTURE).is_file():
+        raise InputError(f"{workdir} has no {ARCHITECTURE}, which a run writes when it starts; start the run once more")
+    raw = hf_config.read_json(workdir / ARCHITECTURE)
+    hf_config.family(raw, workdir / ARCHITECTURE)
+    choices = {**run_choices, "tied_logits": hf_config.ties_logits(raw)}
+    config = hf_config.read(raw, workdir / ARCHITECTURE, choices)
+    table, tensors = _table(config), _open(step / _ARRAYS)
+    sources = match(step, table, tensors, ignored=lambda name: False)
+    files = sorted(path for path in step.rglob("*") if path.is_file())
+    return Contents(config, sources, files, hf_config.token_ids_of(raw), _companions(workdir))
+
+
+def _is_step(directory: Path) -> bool:
+    # A step under way has a longer name.
+    return directory.name.isdecimal() and (directory / _ARRAYS / "manifest.ocdbt").is_file()
+
+
+def _steps(directory: Path) -> list[Path]:
+    return [path for path in directory.iterdir() if _is_step(path)]
+
+
+def _table(config: models.ModelConfig) -> dict[str, Row]:
+    abstract = models.abstract(config)
+    rows = {}
+    for (key_path, _), parameter in zip(
+        jax.tree_util.tree_leaves_with_path(abstract), parameters(abstract), strict=True
+    ):
+        key = _MODEL_KEY + jax.tree_util.keystr(key_path)
+        for number, path in enumerate(parameter.paths):
+            rows[_name(key, number) if parameter.stacked else key] = Row(path, SAME)
+    return rows
+
+
+def _name(key: str, layer: int) -> str:
+    return f"{key}[{layer}]"
+
+
+def _open(arrays: Path) -> dict[str, Tensor]:
+    """The model's parameters in the folder of a step's arrays, those of a stack one by one."""
+    context = tensorstore.Context({"cache_pool": {"total_bytes_limit": _CACHE_BYTES}})
+    base = f"file://{arrays.absolute()}/"
+    tensors = {}
+    try:
+        keys = tensorstore.KvStore.open({"driver": "ocdbt", "base": base}, context=context).result().list().result()
+        names = sorted({key.decode().rpartition("/")[0] for key in keys})
+        for key in (name for name in names if name.startswith(f"{_MODEL_KEY}.")):
+            store = {"driver": "ocdbt", "base": base, "path": f"{key}/"}
+            array = tensorstore.open({"driver": "zarr", "kvstore": store}, open=True, context=context).result()
+            dtype, shape = array.dtype.numpy_dtype, tuple(array.shape)
+            if key.startswith((f"{_MODEL_KEY}.encoder[", f"{_MODEL_KEY}.decoder[")):
+                for layer in range(shape[0]):
+                    read = partial(_read, arrays, key, array, layer)
+                    tensors[_name(key, layer)] = Tensor(_name(key, layer), arrays, shape[1:], dtype, read)
+            else:
+                tensors[key] = Tensor(key, arrays, shape, dtype, partial(_read, arrays, key, array, ...))
+    except (ValueError, OSError) as error:
+        raise InputError(f"{arrays} cannot be read: {error}") from error
+    return tensors
+
+
+def _read(arrays: Path, key: str, array: tensorstore.TensorStore, index) -> np.ndarray:
+    try:
+        return array[index].read().result()
+    except (ValueError, OSError) as error:
+        raise InputError(f"{key} of {arrays} cannot be read: {error}") from error
+
+
+def _companions(workdir: Path) -> list[Path]:
+    """A finished run's model has them beside it; before, the run's configuration names the vocabulary."""
+    if (workdir / MODEL).is_dir():
+        return companions(workdir / MODEL)
+    data = hf_config.read_json(workdir / CONFIG).get("data") if (workdir / CONFIG).is_file() else None
+    named = data.get("vocabulary") if isinstance(data, dict) else None
+    return [Path(named)] if isinstance(named, str) and Path(named).is_file() else []
