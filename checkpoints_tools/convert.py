@@ -118,6 +118,7 @@ def main() -> int | None:
         contents.token_ids,
         other_files,
         identity={"source": str(source.absolute()), "weights": weights, **choice},
+        order=list(contents.tensors),
     )
     print(_summary(before, models.abstract(new_config), dtype))
     print(f"wrote {output}")

@@ -15,13 +15,13 @@ import numpy as np
 from tqdm import tqdm
 
 from gqa import models, sharding
-from gqa.checkpoints import hf
+from gqa.checkpoints import hf, t5x
 from gqa.checkpoints.source import Contents, some
 from gqa.checkpoints.table import parameters
 from gqa.checkpoints.tensor import DTYPES
 from gqa.errors import InputError
 
-FORMATS: dict[str, ModuleType] = {"Hugging Face": hf}
+FORMATS: dict[str, ModuleType] = {"Hugging Face": hf, "T5X": t5x}
 
 
 def read(directory: str | os.PathLike, **run_choices) -> Contents:

@@ -24,12 +24,13 @@ def read_sums(directory: Path) -> dict[str, tuple[str, str]]:
     return found
 
 
-def hash_files(files: Sequence[Path], expected: Mapping[str, tuple[str, str]]) -> dict[str, str]:
-    """SHA-256 by file name; raises `InputError` where a sum is not as `expected`."""
+def hash_files(directory: Path, files: Sequence[Path], expected: Mapping[str, tuple[str, str]]) -> dict[str, str]:
+    """SHA-256 by name of a file in `directory`; raises `InputError` where a sum is not as `expected`."""
     sums = {}
     for path in files:
-        algorithm, wanted = expected.get(path.name, ("sha256", None))
-        digests = {name: hashlib.new(name) for name in {"sha256", algorithm}}
+        name = path.relative_to(directory).as_posix()
+        algorithm, wanted = expected.get(name, ("sha256", None))
+        digests = {kind: hashlib.new(kind) for kind in {"sha256", algorithm}}
         with reading(path) as descriptor, open(descriptor, "rb", buffering=0, closefd=False) as file:
             while chunk := file.read(1 << 22):
                 for digest in digests.values():
@@ -37,7 +38,7 @@ def hash_files(files: Sequence[Path], expected: Mapping[str, tuple[str, str]]) -
         if wanted is not None and digests[algorithm].hexdigest() != wanted:
             found = digests[algorithm].hexdigest()
             raise InputError(f"{path} is damaged: its {algorithm} is {found[:16]}…; expected {wanted[:16]}…")
-        sums[path.name] = digests["sha256"].hexdigest()
+        sums[name] = digests["sha256"].hexdigest()
     return sums
 
 
@@ -47,6 +48,6 @@ def hash_in_background(directory: Path, weight_files: Sequence[Path]) -> concurr
     others = [directory / name for name in expected if Path(name).name == name and (directory / name).is_file()]
     files = list(dict.fromkeys([*weight_files, *others]))
     executor = concurrent.futures.ThreadPoolExecutor(1)
-    future = executor.submit(hash_files, files, expected)
+    future = executor.submit(hash_files, directory, files, expected)
     executor.shutdown(wait=False)
     return future
