@@ -171,7 +171,8 @@ def _read(
         row_bytes = max(array[0].nbytes, 1)
         step = max(STEP_BYTES // (row_bytes * chunks[0]), 1) * chunks[0]
         for first in range(0, len(array), step):
-            array[first : first + step] = store[first : first + step].read().result()
+            last = min(first + step, len(array))
+            array[first:last] = store[first:last].read().result()
         return array
     except (ValueError, LookupError, RuntimeError, OSError) as error:  # by TensorStore's status codes
         what = " ".join(str(error).partition(" [source locations")[0].split())
