@@ -25,13 +25,14 @@ from gqa.checkpoints.flax_msgpack import is_array, open_array, read_tree
 from gqa.checkpoints.source import Contents, match, some
 from gqa.checkpoints.table import LINEAR, SAME, Row, Transform
 from gqa.checkpoints.tensor import Tensor
-from gqa.checkpoints.zarr import ZarrTensor, open_zarr
+from gqa.checkpoints.zarr import ZarrTensor, check_inside, open_zarr
 from gqa.errors import InputError
 from gqa.models.heads import KVHeads
 from gqa.models.t5 import T5Config
 
 CHECKPOINT = "checkpoint"
 MAX_LAYERS = 1000  # in a stack; a larger number is damage, and costs before it is noticed
+KEPT_BYTES = 1 << 30  # of scanned tensors, or more where two of them are larger
 
 IN_OUT = Transform("in_out", 1)  # Flax's linear maps
 FROM_HEADS = Transform("in_out", 2)  # attention's output
@@ -64,7 +65,7 @@ def read(directory: Path, run_choices: Mapping[str, Any]) -> Contents:
     if not config.tied_logits:
         rows["decoder/logits_dense/kernel"] = Row("logits", IN_OUT)
     matched = match(directory, rows, tensors, lambda name: False)
-    blocks = _Blocks(2 * max(tensor.nbytes for tensor in tensors.values()))
+    blocks = _Blocks(max(2 * max(tensor.nbytes for tensor in tensors.values()), KEPT_BYTES))
     sources: dict[str, tuple[Tensor, Transform]] = {}
     scanned: dict[tuple[str, str], list[str]] = {}
     for path, (tensor, transform) in matched.items():
@@ -208,8 +209,7 @@ def _shape(directory: Path, tensors: Mapping[str, Tensor], name: str, *ranks: in
 def _open(directory: Path) -> dict[str, Tensor]:
     """Every array under `target` by its name, `encoder/layers_0/mlp/wo/kernel`."""
     path = directory / CHECKPOINT
-    if not path.resolve().is_relative_to(directory.resolve()):
-        raise InputError(f"{path} is a link out of the checkpoint's folder; copy what it points to there")
+    check_inside(path, directory)
     with path.open("rb") as file:
         if file.read(21) == b"model_checkpoint_path":
             raise InputError(f"{path} is TensorFlow's; expected T5X's native format, which is msgpack")

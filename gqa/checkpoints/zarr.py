@@ -60,7 +60,7 @@ def open_zarr(name: str, folder: Path, root: Path, spec: Mapping[str, Any]) -> Z
     """
     if not folder.is_dir():
         raise InputError(f"{name} lies in {folder.name} by its name, which {root} does not have")
-    _check_inside(folder, root)
+    check_inside(folder, root)
     header = _header(folder / HEADER, root)
     shape, chunks = header["shape"], header["chunks"]
     if not _sizes(shape, 0) or not _sizes(chunks, 1) or len(shape) != len(chunks):
@@ -83,7 +83,7 @@ def _header(path: Path, root: Path) -> dict[str, Any]:
     """The JSON object in a `.zarray`, with values that we know how to read."""
     if not path.is_file():
         raise InputError(f"{path} is missing")
-    _check_inside(path, root)
+    check_inside(path, root)
     size = path.stat().st_size
     if size > MAX_HEADER_BYTES:
         raise InputError(f"{path} has {size:,} bytes; expected at most {MAX_HEADER_BYTES:,}")
@@ -118,7 +118,7 @@ def _chunk_files(name: str, folder: Path, root: Path, header: Mapping[str, Any],
     separator, found = header["dimension_separator"], {}
     for parent, folders, names in os.walk(folder):
         for inner in folders:
-            _check_inside(Path(parent, inner), root)
+            check_inside(Path(parent, inner), root)
         found |= {
             os.path.relpath(path, folder).replace(os.sep, separator): path for path in (Path(parent, n) for n in names)
         }
@@ -132,7 +132,7 @@ def _chunk_files(name: str, folder: Path, root: Path, header: Mapping[str, Any],
         path = found.get(key)
         if path is None or not path.is_file():
             raise InputError(f"{name} lacks its chunk {key} in {folder}")
-        _check_inside(path, root)
+        check_inside(path, root)
         size, densest = path.stat().st_size, COMPRESSORS[header["compressor"]]
         if nbytes > size * densest or (header["compressor"] is None and nbytes != size):
             raise InputError(f"{path} has {size:,} bytes; a chunk of {name} is {nbytes:,} ({header['compressor']})")
@@ -140,8 +140,9 @@ def _chunk_files(name: str, folder: Path, root: Path, header: Mapping[str, Any],
     return files
 
 
-def _check_inside(path: Path, root: Path) -> None:
-    if not path.resolve().is_relative_to(root.resolve()):
+def check_inside(path: Path, root: Path) -> None:
+    """Raises `InputError` where `path` is a link that leads out of the checkpoint's folder `root`."""
+    if path.is_symlink() and not path.resolve().is_relative_to(root.resolve()):
         raise InputError(f"{path} is a link out of the checkpoint's folder; copy what it points to there")
 
 
