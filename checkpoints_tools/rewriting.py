@@ -56,8 +56,13 @@ class Source:
         read: Callable[[str], np.ndarray],
         dtype: str,
         choice: Mapping[str, Any],
+        *,
+        by_layer: bool = False,
     ) -> None:
         """Writes a new checkpoint made of this one, as `hf.write`: with its tokenizer files, sums and provenance.
+
+        Tensors are written in the order in which the source holds them, which may hold one kind of all layers
+        together; `by_layer`: one layer after the other.
 
         `choice` is what the command was told: it goes into the provenance, and an interrupted write goes on only
         where the choice and the weights are the same.
@@ -89,7 +94,8 @@ class Source:
 
         weights = {str(file): [file.stat().st_size, file.stat().st_mtime_ns] for file in contents.weight_files}
         identity = {"source": str(self.directory.absolute()), "weights": weights, **choice}
-        hf.write(config, read, output, dtype, contents.token_ids, other_files, identity)
+        order = () if by_layer else list(contents.tensors)
+        hf.write(config, read, output, dtype, contents.token_ids, other_files, identity, order)
 
 
 def check_output(output: Path, dtype: str | None) -> None:

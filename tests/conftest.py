@@ -4,15 +4,19 @@ import importlib
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+import flax.serialization
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 import sentencepiece
+import tensorstore
 from jax.experimental.compilation_cache import compilation_cache as compilation_cache_module
 
 from gqa import models
@@ -312,3 +316,123 @@ def run_python(compiled_folder):
         )
 
     return run
+
+
+T5X_LAYERS = {  # number of transformers' sublayer -> T5X's names of it and of its norm
+    "encoder": {"0": ("attention", "attention"), "1": ("mlp", "mlp")},
+    "decoder": {
+        "0": ("self_attention", "self_attention"),
+        "1": ("encoder_decoder_attention", "cross_attention"),
+        "2": ("mlp", "mlp"),
+    },
+}
+T5X_KINDS = {"q": "query", "k": "key", "v": "value", "o": "out", "wi_0": "wi_0", "wi_1": "wi_1", "wo": "wo"}
+
+
+def _t5x_name(name: str) -> tuple[str, bool]:
+    """T5X's name for a tensor of transformers' T5, and whether it is transposed."""
+    if name in ("shared.weight", "lm_head.weight"):
+        return ("token_embedder/embedding", False) if name[0] == "s" else ("decoder/logits_dense/kernel", True)
+    side, *rest = name.split(".")
+    if rest == ["final_layer_norm", "weight"]:
+        return f"{side}/{side}_norm/scale", False
+    _, block, _, layer, *rest = rest
+    name, norm = T5X_LAYERS[side][layer]
+    if rest[0] == "layer_norm":
+        return f"{side}/layers_{block}/pre_{norm}_layer_norm/scale", False
+    if rest[1] == "relative_attention_bias":
+        return f"{side}/layers_{block}/relpos_bias/rel_embedding", True
+    return f"{side}/layers_{block}/{name}/{T5X_KINDS[rest[1]]}/kernel", True
+
+
+def _t5x_scanned(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    found: dict[str, list] = {}
+    for name, array in arrays.items():
+        found.setdefault(re.sub(r"(encoder|decoder)/layers_\d+/", r"\1/\1/", name), []).append(array)
+    return {
+        name: np.stack(a, 1) if re.match("(encoder/en|decoder/de)coder/", name) else a[0] for name, a in found.items()
+    }
+
+
+@pytest.fixture(scope="session")
+def write_t5x():
+    """A function that writes a T5X checkpoint with Flax's and TensorStore's own writers.
+
+    Args:
+      directory: the new folder.
+      tensors: transformers' T5 by its own names, in the order of the layers.
+      scanned: stack the layers on the second axis.
+      head_dim: kernels get one axis for heads and one for their width; `None`: one for both.
+      dtype, compressor, separator: of the zarr folders; arrays are in 2 or more chunks along every axis but the layers.
+      layer_chunk: layers in a chunk.
+      inline: all arrays in the msgpack; else vectors only.
+      old_specs: the specs' form of 2021, in a bucket, and an optimizer state beside the weights.
+
+    Returns:
+      What was written, by T5X's names.
+    """
+
+    def write(
+        directory: Path,
+        tensors: dict[str, np.ndarray],
+        *,
+        scanned=False,
+        head_dim=None,
+        dtype="float32",
+        compressor="gzip",
+        separator=".",
+        layer_chunk=100,
+        inline=False,
+        old_specs=False,
+    ) -> dict[str, np.ndarray]:
+        named = {
+            name: (array.T if flip else array) for key, array in tensors.items() for name, flip in [_t5x_name(key)]
+        }
+        if head_dim:
+            for name, array in named.items():
+                if re.search("(query|key|value)/kernel", name):
+                    named[name] = array.reshape(array.shape[0], -1, head_dim)
+                elif "out/kernel" in name:
+                    named[name] = array.reshape(-1, head_dim, array.shape[1])
+        for name in list(named):  # one table for the stack, if the layers after the first have none
+            side = name.split("/")[0]
+            if "rel_embedding" in name and f"{side}/layers_1/relpos_bias/rel_embedding" not in named:
+                named[f"{side}/relpos_bias/rel_embedding"] = named.pop(name)
+        named = _t5x_scanned(named) if scanned else named
+        named = {
+            name: np.ascontiguousarray(array, ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
+            for name, array in named.items()
+        }
+
+        def leaf(name: str, array: np.ndarray):
+            if inline or (array.ndim == 1 and "encoder" not in name):
+                return array
+            chunks = [-(-size // 2) for size in array.shape]
+            if re.match("target/(encoder/en|decoder/de)coder/", name):
+                chunks[1] = min(layer_chunk, array.shape[1])
+            metadata = {"shape": list(array.shape), "chunks": chunks, "compressor": compressor and {"id": compressor}}
+            metadata["dimension_separator"] = separator
+            spec = {"driver": "zarr", "dtype": dtype, "metadata": metadata}
+            folder = name.replace("/", ".")
+            kvstore = {"driver": "file", "path": str(directory / folder)}
+            tensorstore.open(spec | {"kvstore": kvstore}, create=True).result().write(array).result()
+            if old_specs:
+                return spec | {"kvstore": {"driver": "gcs", "bucket": "t5x-dummy-bucket"}, "path": folder}
+            return spec | {"kvstore": {"driver": "gfile", "path": f"{folder}/"}}
+
+        directory.mkdir(parents=True, exist_ok=True)
+        optimizer: dict = {"target": {}}
+        if old_specs:
+            moment = leaf("state/param_states/token_embedder/embedding/v", np.ones((4, 4), dtype))
+            optimizer["state"] = {"step": np.int32(7), "param_states": {"embedding": {"v": moment}, "m": np.ones(3)}}
+        for name, array in named.items():
+            *parents, last = name.split("/")
+            tree = optimizer["target"]
+            for parent in parents:
+                tree = tree.setdefault(parent, {})
+            tree[last] = leaf(f"target/{name}", array)
+        content = flax.serialization.msgpack_serialize({"version": 3, "optimizer": optimizer})
+        (directory / "checkpoint").write_bytes(content)
+        return named
+
+    return write

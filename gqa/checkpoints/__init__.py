@@ -15,13 +15,13 @@ import numpy as np
 from tqdm import tqdm
 
 from gqa import models, sharding
-from gqa.checkpoints import hf, meta, training_run
+from gqa.checkpoints import hf, meta, t5x, training_run
 from gqa.checkpoints.source import Contents, companions, some
 from gqa.checkpoints.table import parameters
 from gqa.checkpoints.tensor import DTYPES
 from gqa.errors import InputError
 
-FORMATS: dict[str, ModuleType] = {"Hugging Face": hf, "Meta's Llama": meta, "training run": training_run}
+FORMATS: dict[str, ModuleType] = {"Hugging Face": hf, "T5X": t5x, "Meta's Llama": meta, "training run": training_run}
 
 
 def read(directory: str | os.PathLike, **run_choices) -> Contents:

@@ -225,10 +225,12 @@ def write(
     token_ids: Mapping[str, int | list[int]] | None,
     other_files: Callable[[Mapping[str, str]], Mapping[str, bytes | Path]],
     identity: Mapping | None,
+    order: Sequence[str] = (),
 ) -> None:
-    """Writes a checkpoint tensor by tensor, whose parameters `read_path` gives by path, in the order of the layers.
+    """Writes a checkpoint tensor by tensor, whose parameters `read_path` gives by path.
 
-    `dtype`, `token_ids`: as of `save`; `other_files`, `identity`: as of `writer.write`.
+    `dtype`, `token_ids`: as of `save`; `other_files`, `identity`: as of `writer.write`; `order`: paths in the order in
+    which they are best read, by default that of the layers.
     """
     if dtype not in SAVED_DTYPES:
         raise InputError(f"dtype={dtype!r} cannot be saved; expected one of {', '.join(SAVED_DTYPES)}")
@@ -240,9 +242,10 @@ def write(
     def make(row: Row) -> np.ndarray:
         return row.transform.to_theirs(read_path(row.path))
 
+    rank = {path: number for number, path in enumerate(order)}
     entries = [
         writer.Entry(name, row.transform.their_shape(shapes[row.path]), partial(make, row))
-        for name, row in table(config).items()
+        for name, row in sorted(table(config).items(), key=lambda item: rank.get(item[1].path, len(rank)))
     ]
     configuration = (json.dumps(config_json, indent=2, sort_keys=True) + "\n").encode()
     writer.write(

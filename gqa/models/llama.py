@@ -173,9 +173,7 @@ class Llama(nnx.Module):
         x_BTD, _ = apply_stacks(layer_fn, self.decoder, x_BTD, None, scan=config.scan_layers, remat=config.remat)
         return self._logits(x_BTD)
 
-    def decoder_layer_fn(
-        self, T: int, decoder_segments_BT, prefix_BT=None, dropout: Dropout | None = None
-    ) -> Callable:
+    def decoder_layer_fn(self, T: int, decoder_segments_BT, prefix_BT=None, dropout: Dropout | None = None) -> Callable:
         """`(layer, x [B, T, D], None, number) -> (x, None)`: what applies a layer, in the model or on its own."""
         positions = jnp.arange(T)
         mask = self._causal_mask(positions, positions)
