@@ -1,21 +1,30 @@
 """python -m checkpoints_tools.convert --source=DIR --output=DIR --kv_heads=8 --method=mean [--sites=decoder_self,cross]
+python -m checkpoints_tools.convert --source=DIR --output=DIR --kv_heads=8 --method=svd+group+refit --calibrate=TEXT
 
 Converts a checkpoint to fewer key/value heads (GQA §2.1). What is in the source's folder says its format. The new
 checkpoint has the layout of Hugging Face, the source's tokenizer files, sums, and provenance.json, which says what it
-was made from and how. Tensors pass one by one: memory does not grow with the model. Interrupted and run again, it goes
-on.
+was made from and how. Tensors pass one by one, or with --calibrate layer by layer: memory does not grow with the
+model. Interrupted and run again, it goes on.
+
+methods: mean, first, random (the paper's); procrustes (heads are turned towards each other before their mean), svd
+(keys and values of least error), svd_values (values so, keys by their mean). Steps, joined by +: group (choose which
+heads share), renorm (give means the heads' norm), refit (fit the output to the teacher's on text). With text, the best
+is svd+group+refit; without it, svd.
 """
 
 import argparse
+import json
 from pathlib import Path
 
 import jax
 
 from checkpoints_tools import describe
+from checkpoints_tools.calibration import Calibration
 from checkpoints_tools.rewriting import Source, check_output
 from gqa import checkpoints, models
 from gqa.command_line import parse_arguments, run
-from gqa.convert import METHODS, convert_lazily
+from gqa.convert import convert_lazily, converted_config
+from gqa.convert.calibrated import BASES, POOLED, STEPS, Method
 from gqa.errors import InputError
 from gqa.models.heads import KVHeads
 
@@ -30,34 +39,94 @@ def main() -> int | None:
     parser.add_argument("--output", required=True, metavar="DIR", help="where the new checkpoint goes; must not exist")
     parser.add_argument(
         "--kv_heads",
-        required=True,
         action="append",
         metavar="K",
         help="key/value heads, which divide the present ones: one number, or one per layer (8,8,4,4); for one "
         "attention site alone, and then given several times: --kv_heads=decoder_self=8 --kv_heads=cross=4",
     )
-    parser.add_argument("--method", required=True, metavar="NAME", help=f"how heads become one: {', '.join(METHODS)}")
+    parser.add_argument(
+        "--kv_budget",
+        metavar="P%",
+        help="instead of --kv_heads: a share of the present key/value heads, such as 25%%, spread over layers and "
+        "sites to where they keep the most",
+    )
+    parser.add_argument(
+        "--method",
+        required=True,
+        metavar="NAME",
+        help=f"how heads become one: {', '.join([*POOLED, *BASES])}, with {', '.join('+' + step for step in STEPS)}",
+    )
     parser.add_argument(
         "--sites",
         metavar="SITE,SITE",
         help="attention sites to convert: encoder_self, decoder_self, cross (default: all but the encoder, GQA §2.2)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="seed of --method=random (default: 0)")
+    Calibration.add_arguments(parser)
+    parser.add_argument("--seed", type=int, default=0, help="seed of the method random (default: 0)")
     parser.add_argument("--dtype", metavar="TYPE", help="of the tensors: float32, bfloat16 (default: the source's)")
     args = parse_arguments(parser)
     output = Path(args.output)
     check_output(output, args.dtype)
+    method = Method.parse(args.method)
+    if (args.kv_heads is None) == (args.kv_budget is None):
+        raise InputError("--kv_heads=K or --kv_budget=P%: give exactly one of them")
     source = Source(args.source)
+    method.check(source.config, has_text=args.calibrate is not None)
+    sites = _sites(args.sites, source.config)
+    kv_heads = None if args.kv_heads is None else _kv_heads(args.kv_heads, args.sites, sites)
+    if kv_heads is not None:
+        converted_config(source.config, kv_heads, args.method)  # refused before any work
+    calibration = Calibration.of(args, source, list(kv_heads or sites))
+    if kv_heads is None:
+        kv_heads = calibration.spend(_budget(args.kv_budget, source.config, sites), sites)
     dtype = args.dtype or source.dtype
-    kv_heads = _kv_heads(args.kv_heads, args.sites, source.config)
-    key = jax.random.key(args.seed)
-    config, read = convert_lazily(source.config, source.read, kv_heads, args.method, key)
-    source.write(output, config, read, dtype, {"method": args.method, "seed": args.seed})
+    config, read, report = convert_lazily(
+        source.config,
+        source.read,
+        kv_heads,
+        args.method,
+        jax.random.key(args.seed),
+        batches=calibration.batches,
+        statistics=calibration.statistics,
+    )
+    choice = {"method": args.method, "seed": args.seed, "calibration": calibration.description}
+    source.write(output, config, read, dtype, choice, by_layer=method.calibrated)
     print(_summary(source.abstract, models.abstract(config), dtype))
+    if report:
+        print(_kept(report))
+        scores = calibration.scores(args.source, output, kv_heads)
+        if scores:
+            print(_scores(scores))
+        (output / "conversion.json").write_text(
+            json.dumps({"method": args.method, **choice, "attention": report, "heldout": scores}, indent=2) + "\n"
+        )
     print(f"wrote {output}")
 
 
-def _kv_heads(given: list[str], sites: str | None, config: models.ModelConfig) -> dict[str, KVHeads]:
+def _sites(given: str | None, config: models.ModelConfig) -> list[str]:
+    return given.split(",") if given else list(models.FAMILIES[models.family_of(config)].converted_sites)
+
+
+def _budget(text: str, config: models.ModelConfig, sites: list[str]) -> int:
+    """Heads that a share such as `25%` of the present ones allows."""
+    try:
+        share = float(text.removesuffix("%")) / 100
+    except ValueError:
+        share = -1
+    if not text.endswith("%") or not 0 < share <= 1:
+        raise InputError(f"--kv_budget={text} is no share of the present heads; expected one such as 25%")
+    known = models.FAMILIES[models.family_of(config)].sites
+    for site in sites:
+        if site not in known:
+            raise InputError(f"attention site {site!r} is unknown; expected one of {', '.join(known)}")
+    present = [number for site in sites for number in config.kv_heads(site)]
+    if sum(present) * share < len(present):
+        nearest = -(-1000 * len(present) // sum(present)) / 10
+        raise InputError(f"--kv_budget={text} is under one head for each layer and site; nearest: {nearest:g}%")
+    return int(sum(present) * share + 1e-9)
+
+
+def _kv_heads(given: list[str], sites: str | None, default: list[str]) -> dict[str, KVHeads]:
     """The command line's numbers of key/value heads by attention site."""
     found: dict[str, KVHeads] = {}
     for text in given:
@@ -68,8 +137,7 @@ def _kv_heads(given: list[str], sites: str | None, config: models.ModelConfig) -
         value = per_layer[0] if len(per_layer) == 1 else per_layer
         if separator and sites:
             raise InputError(f"--kv_heads={text} names its attention site; leave out --sites={sites}")
-        default = models.FAMILIES[models.family_of(config)].converted_sites
-        for name in [site] if separator else sites.split(",") if sites else default:
+        for name in [site] if separator else default:
             if name in found:
                 raise InputError(f"--kv_heads={text} sets {name} a second time; give each attention site once")
             found[name] = value
@@ -87,6 +155,24 @@ def _summary(before: models.Model, after: models.Model, dtype: str) -> str:
         rows.append((site, heads, parameters, f"{cache} ({token})" if (token := describe.CACHED.get(site)) else "none"))
     rows.append(("whole model", "", " -> ".join(f"{models.num_parameters(model):,}" for model in both), ""))
     return describe.columns(rows)
+
+
+def _kept(report: list[dict]) -> str:
+    """A table: for each converted attention what its shared heads keep, and the error of its output on the text."""
+    rows = [("site", "layer", "heads that share", "keys kept", "values kept", "output error", "before refit")]
+    for entry in report:
+        groups = " ".join("+".join(map(str, group)) for group in entry["groups"])
+        shares = [entry.get(name) for name in ("key_energy_kept", "value_energy_kept")]
+        errors = [entry.get(name) for name in ("output_error", "output_error_before_refit")]
+        cells = [f"{value:.1%}" if value is not None else "" for value in (*shares, *errors)]
+        rows.append((entry["site"], str(entry["layer"]), groups if len(groups) <= 40 else f"{groups[:39]}…", *cells))
+    dead = [f"{entry['site']} {entry['layer']}: {entry['dead_heads']}" for entry in report if "dead_heads" in entry]
+    return describe.columns(rows) + (f"\nheads that do nothing: {'; '.join(dead)}" if dead else "")
+
+
+def _scores(scores: dict[str, float]) -> str:
+    rows = [("held-out loss, nats a token", "")]
+    return describe.columns(rows + [(name, f"{loss:.4f}") for name, loss in scores.items()])
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ COMPRESSORS = {None: 1, "gzip": 1032, "zlib": 1032, "zstd": 1 << 15}
 STEP_BYTES = 1 << 26  # read at once, so that the chunks being decoded do not add up to another copy of the tensor
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ZarrTensor(Tensor):
     """A tensor in a zarr folder."""
 
@@ -76,7 +76,7 @@ def open_zarr(name: str, folder: Path, root: Path, spec: Mapping[str, Any]) -> Z
         )
     files = _chunk_files(name, folder, root, header, dtype.itemsize)
     read = functools.partial(_read, name, folder, tuple(shape), tuple(chunks), None)
-    return ZarrTensor(name, folder, tuple(shape), dtype, read, tuple(chunks), (folder / HEADER, *files))
+    return ZarrTensor(name, folder, tuple(shape), dtype, read, chunks=tuple(chunks), files=(folder / HEADER, *files))
 
 
 def _header(path: Path, root: Path) -> dict[str, Any]:

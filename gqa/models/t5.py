@@ -256,7 +256,7 @@ class T5(nnx.Module):
         return dropped(self.encoder_norm(x_BSD), dropout, 1)
 
     def encoder_layer_fn(self, S: int, inputs_segments_BS, dropout: Dropout | None = None) -> Callable:
-        """`(layer, x [B, S, D], None, number) -> (x, None)`: what applies a layer of the encoder, in it or on its own."""
+        """`(layer, x [B, S, D], None, number) -> (x, None)`: what applies a layer, in the encoder or on its own."""
         mask_BSS = None if inputs_segments_BS is None else segment_mask(inputs_segments_BS, inputs_segments_BS)
         bias = self._layer_bias("encoder_bias", S, S, 0)
 

@@ -1,0 +1,130 @@
+"""Calibration text of a conversion: its rows, the statistics they give, and held-out losses before and after."""
+
+import argparse
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import jax
+
+from checkpoints_tools.rewriting import Source
+from gqa import checkpoints, convert, models, sharding
+from gqa.convert import statistics, walk
+from gqa.convert.plan import plan_budget
+from gqa.data import loader
+from gqa.data.prepare import PrepareSpec, default_directory, prepare
+from gqa.errors import InputError
+from gqa.models.heads import KVHeads
+from gqa.training.loop import heldout_metrics
+
+TASKS = {"t5": "span_corruption", "llama": "causal_lm"}
+BATCH = 8  # rows that pass a layer together
+HELDOUT_ROWS = 64
+SCORED_BYTES = 2**32  # float32 parameters of a model up to which held-out losses are computed
+CHOICES = dict(dtype="float32", param_dtype="float32", scan_layers=True, remat="none", dropout_rate=0.0)
+
+
+class Calibration:
+    """What the text gives; without text nothing is measured."""
+
+    def __init__(self, source: Source, description: dict | None, records: Path | None, rows: int):
+        self._source, self._records = source, records
+        self.description = description
+        self.batches: list[Mapping] | None = None
+        self.statistics: statistics.Statistics | None = None
+        if records is not None:
+            batches = loader.train_batches(records, BATCH, seed=0)
+            available = batches.manifest.num_records["train"]
+            size = min(BATCH, available)
+            if size < BATCH:
+                batches = loader.train_batches(records, size, seed=0)
+            self.batches = [batches(step) for step in range(-(-min(rows, available) // size))]
+
+    @staticmethod
+    def add_arguments(parser: argparse.ArgumentParser) -> None:
+        """The options of a command that calibrates."""
+        group = parser.add_argument_group("calibration")
+        group.add_argument(
+            "--calibrate",
+            metavar="TEXT",
+            help="text that the model is for: a file, a folder, a folder of prepared records, embedded (Python's "
+            "standard library) or embedded_large",
+        )
+        group.add_argument("--calibration_rows", type=int, default=64, metavar="N", help="rows read (default: 64)")
+        group.add_argument(
+            "--calibration_length", type=int, default=512, metavar="N", help="tokens of a row (default: 512)"
+        )
+        group.add_argument(
+            "--statistics", metavar="FILE", help="where the statistics of the text are kept: read if there, else made"
+        )
+
+    @classmethod
+    def of(cls, args: argparse.Namespace, source: Source, sites: list[str]) -> "Calibration":
+        """Reads the text and collects its statistics; raises `InputError` for text that gives none."""
+        if args.calibrate is None:
+            if args.statistics:
+                raise InputError(f"--statistics={args.statistics} needs --calibrate=TEXT")
+            return cls(source, None, None, 0)
+        if args.calibration_rows < 1:
+            raise InputError(f"--calibration_rows={args.calibration_rows}; expected at least 1")
+        records = _records(args, source)
+        self = cls(source, {"text": args.calibrate, "rows": args.calibration_rows}, records, args.calibration_rows)
+        shell, load_layer = walk.read_lazily(source.config, source.read)
+        identity = json.dumps([statistics.fingerprint(shell), args.calibrate, args.calibration_rows, sites])
+        if args.statistics and Path(args.statistics).exists():
+            self.statistics = statistics.Statistics.load(args.statistics, identity)
+        else:
+            self.statistics = statistics.collect(shell, load_layer, self.batches, sites)
+            if args.statistics:
+                self.statistics.save(args.statistics, identity)
+        if warning := self.statistics.few():
+            print(f"warning: {warning}")
+        return self
+
+    def spend(self, heads: int, sites: list[str]) -> dict[str, KVHeads]:
+        """`plan_budget` on this text."""
+        shell, load_layer = walk.read_lazily(self._source.config, self._source.read)
+        return plan_budget(shell, load_layer, heads, sites, self.statistics)
+
+    def scores(self, source: str, output: Path, kv_heads: Mapping[str, KVHeads]) -> dict[str, float] | None:
+        """Held-out losses of the teacher, of mean pooling and of the new model, where they fit in memory."""
+        if self._records is None or 4 * models.num_parameters(self._source.abstract) > SCORED_BYTES:
+            return None
+        mesh = sharding.make_mesh(sharding.MeshConfig(1, 1, 1), jax.devices()[:1])
+        heldout = loader.heldout_batches(self._records, BATCH, HELDOUT_ROWS)
+
+        def loss(model: models.Model) -> float:
+            return heldout_metrics(model, heldout, mesh)["loss"]
+
+        teacher = checkpoints.load(source, **CHOICES)
+        losses = {"teacher": loss(teacher)}
+        losses["mean pooling"] = loss(convert.convert(teacher, kv_heads, "mean", jax.random.key(0)))
+        losses["this conversion"] = loss(checkpoints.load(output, **CHOICES))
+        return losses
+
+
+def _records(args: argparse.Namespace, source: Source) -> Path:
+    family = models.family_of(source.config)
+    given = Path(args.calibrate)
+    if (given / "manifest.json").is_file():
+        records, manifest = given, loader.train_batches(given, 1, seed=0).manifest
+        if manifest.task != TASKS[family] and not (family == "t5" and manifest.task == "prefix_lm"):
+            raise InputError(
+                f"--calibrate={given} holds {manifest.task}; expected {TASKS[family]} for a {family} model"
+            )
+    else:
+        vocabularies = [file for file in source.contents.companions if file.suffix == ".model"]
+        if not vocabularies:
+            raise InputError(f"{source.directory} has no SentencePiece .model file to read --calibrate={given} with")
+        length = args.calibration_length
+        if family == "llama":
+            length = min(length, source.config.max_position)
+        spec = PrepareSpec(TASKS[family], args.calibrate, str(vocabularies[0]), length, None)
+        records = default_directory(spec)
+        manifest = prepare(spec, records)
+    if manifest.vocabulary_size > source.config.vocab_size:
+        raise InputError(
+            f"--calibrate={given}: its vocabulary has {manifest.vocabulary_size} pieces, the model's embedding "
+            f"{source.config.vocab_size}; use the model's own vocabulary"
+        )
+    return records
