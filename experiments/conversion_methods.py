@@ -1,0 +1,301 @@
+"""python -m experiments.conversion_methods --teacher=t5 [--alphas=0,0.01,0.05] [--seeds=3] [--workdir=runs/conversion_methods]
+
+What each conversion keeps: all methods at 2:1, 4:1 and MQA, without uptraining and after it, on a shipped teacher.
+Without uptraining a seed draws the calibration text; after it, also the order of the data. The learning rate of each
+method is the best on a split of its own (the first half of the held-out rows; losses are of the second), tried with one
+seed, and the unconverted teacher is uptrained the same way. Each finished run is one JSON file in the working folder:
+started again, the command goes on. Tables, a picture and all runs go to experiments/results/conversion_methods/.
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from gqa import command_line
+from gqa.errors import InputError
+
+RESULTS = Path(__file__).parent / "results" / "conversion_methods"
+TEACHERS = {
+    "t5": (Path("assets/teacher"), Path("configs/uptrain_t5_teacher.py"), ("decoder_self", "cross")),
+    "llama": (Path("assets/teacher_llama"), Path("configs/uptrain_llama_teacher.py"), ("decoder_self",)),
+}
+METHODS = (
+    "mean",
+    "first",
+    "random",
+    "mean+renorm",
+    "mean+refit",
+    "procrustes",
+    "procrustes+renorm",
+    "procrustes+renorm+refit",
+    "svd without text",
+    "svd",
+    "svd+refit",
+    "svd+group",
+    "svd+group+refit",
+)
+APART = ("mean", "mean+refit", "svd", "svd+group+refit")  # also at self- and at cross-attention alone
+UPTRAINED = ("mean", "mean+refit", "svd+group+refit")
+DETERMINISTIC = ("mean", "first", "svd without text")  # one run whatever the number of seeds
+RATES = (1.0, 0.3, 0.1)  # multiples of the schedule's learning rate
+CALIBRATION_ROWS, BATCH = 256, 32
+
+
+class Run(NamedTuple):
+    """One cell of the tables; `method` "teacher" is the control."""
+
+    sites: str  # decoder_self+cross …
+    method: str
+    kv_heads: int
+    alpha: float
+    seed: int
+    rate: float  # multiple of the learning rate; 0 without uptraining
+
+    @property
+    def name(self) -> str:
+        """Of its file."""
+        return f"{self.sites}-{self.method}-k{self.kv_heads}-a{self.alpha:g}-s{self.seed}-r{self.rate:g}".replace(
+            " ", "_"
+        )
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--teacher", required=True, choices=TEACHERS, help="which shipped teacher")
+    parser.add_argument("--alphas", default="0,0.01,0.05", help="shares of the pre-training (default: 0,0.01,0.05)")
+    parser.add_argument("--seeds", type=int, default=3, help="runs of each cell (default: 3)")
+    parser.add_argument("--rows", type=int, default=2048, help="held-out rows, half of them for tuning (default: 2048)")
+    parser.add_argument("--workdir", type=Path, default=Path("runs/conversion_methods"), help="folder of the runs")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of tables and pictures")
+    arguments = command_line.parse_arguments(parser)
+    alphas = sorted({_alpha(text) for text in arguments.alphas.split(",")})
+    if arguments.seeds < 1 or arguments.rows < 2:
+        raise InputError(f"--seeds={arguments.seeds} --rows={arguments.rows}; expected at least 1 and 2")
+    teacher, config, sites = TEACHERS[arguments.teacher]
+    for path in (teacher, config):
+        if not path.exists():
+            raise InputError(f"{path} is missing; run from the root of the repository")
+    from gqa.training.memory import keep_freed_memory
+
+    keep_freed_memory()
+    bench = Bench(teacher, config, sites, arguments.rows, arguments.workdir / arguments.teacher)
+    finished = bench.all(alphas, arguments.seeds)
+    from experiments.conversion_report import report
+    from experiments.measure import commit, machine, write_json
+
+    results = {
+        "command": " ".join(["python -m experiments.conversion_methods", *sys.argv[1:]]),
+        "machine": machine(),
+        "commit": commit(),
+        "teacher": bench.describe(),
+        "runs": finished,
+    }
+    write_json(arguments.results / f"{arguments.teacher}.json", results)
+    print(report(results, arguments.results, arguments.teacher))
+
+
+def _alpha(text: str) -> float:
+    try:
+        alpha = float(text)
+    except ValueError:
+        alpha = -1
+    if not 0 <= alpha <= 1:
+        raise InputError(f"--alphas: {text!r} is no share; expected numbers in 0..1, such as 0,0.05")
+    return alpha
+
+
+class Bench:
+    """The teacher, its data, and runs that are done once."""
+
+    def __init__(self, teacher: Path, config: Path, sites: tuple[str, ...], rows: int, workdir: Path):
+        import jax
+
+        from gqa import checkpoints, sharding
+        from gqa.data import loader
+        from gqa.training import config as run_config
+
+        self._sites, self._workdir, self._rows = sites, workdir, rows
+        raw = command_line.load_config(config, [f"--config.model.checkpoint={teacher}"])
+        self._raw, self._config = raw, run_config.parse(raw)
+        self._mesh = sharding.make_mesh(sharding.MeshConfig(1, 1, 1), jax.devices()[:1])
+        self._records = self._config.prepared_records()
+        self._heldout = loader.heldout_batches(self._records, BATCH, rows)
+        self._teacher = checkpoints.load(teacher, mesh=self._mesh, **self._config.model.run_choices())
+        self._num_heads = max(self._teacher.config.kv_heads(sites[0]))
+
+    def all(self, alphas: list[float], seeds: int) -> list[dict[str, Any]]:
+        """Every run, done now or found done."""
+        from tqdm import tqdm
+
+        finished = []
+        with tqdm(unit="run", desc="runs", dynamic_ncols=True) as bar:
+            for run in self._runs(alphas, seeds):
+                bar.set_postfix_str(run.name)
+                finished.append(self.once(run))
+                bar.update()
+        return finished
+
+    def _runs(self, alphas: list[float], seeds: int) -> Iterator[Run]:
+        together = "+".join(self._sites)
+        places = {together: METHODS} | ({site: APART for site in self._sites} if len(self._sites) > 1 else {})
+        kv_heads = (self._num_heads // 2, self._num_heads // 4, 1)
+        yield Run(together, "teacher", self._num_heads, 0.0, 0, 0.0)
+        for sites, methods in places.items():
+            for K in kv_heads:
+                for method in methods:
+                    for seed in range(1 if method in DETERMINISTIC else seeds):
+                        yield Run(sites, method, K, 0.0, seed, 0.0)
+        last = max(alphas)
+        if last == 0:
+            return
+        for method, K in [("teacher", self._num_heads), *((method, K) for K in kv_heads for method in UPTRAINED)]:
+            tried = [Run(together, method, K, last, 0, rate) for rate in RATES]
+            best = min(tried, key=lambda run: self.once(run)["tuning_loss"]).rate
+            for seed in range(seeds):
+                for alpha in alphas[alphas[0] == 0 :]:
+                    yield Run(together, method, K, alpha, seed, best)
+
+    def once(self, run: Run) -> dict[str, Any]:
+        """The result of a run; an uptraining leaves those of all shares that it passes."""
+        from experiments.measure import write_json
+
+        path = self._workdir / f"{run.name}.json"
+        if not path.exists():
+            write_json(path, run._asdict() | (self._converted(run) if run.alpha == 0 else self._uptrained(run)))
+        return json.loads(path.read_text())
+
+    @lru_cache(maxsize=4)  # noqa: B019 - one bench a process
+    def _calibration(self, seed: int) -> tuple[list[Mapping], Any]:
+        from gqa.convert import statistics, walk
+        from gqa.data import loader
+
+        batches = loader.train_batches(self._records, BATCH, seed=1000 + seed)
+        batches = [batches(step) for step in range(CALIBRATION_ROWS // BATCH)]
+        shell, load_layer = walk.shell_of(self._teacher), walk.layers_of(self._teacher)
+        return batches, statistics.collect(shell, load_layer, batches, self._sites)
+
+    def model(self, run: Run) -> tuple[Any, list]:
+        """The converted model, and what was kept."""
+        import jax
+
+        from gqa import convert
+
+        if run.method == "teacher":
+            return self._teacher, []
+        kv_heads = dict.fromkeys(run.sites.split("+"), run.kv_heads)
+        key = jax.random.key(run.seed)
+        if run.method in convert.METHODS:
+            return convert.convert(self._teacher, kv_heads, run.method, key), []
+        if run.method == "svd without text":
+            return convert.convert_calibrated(self._teacher, kv_heads, "svd", key)
+        batches, moments = self._calibration(run.seed)
+        return convert.convert_calibrated(self._teacher, kv_heads, run.method, key, batches=batches, statistics=moments)
+
+    def _converted(self, run: Run) -> dict[str, Any]:
+        model, kept = self.model(run)
+        return self.losses(model) | {"attention": kept}
+
+    def losses(self, model) -> dict[str, float]:
+        """Held-out losses of the two halves of the rows: for tuning, and to report."""
+        from gqa.training.loop import heldout_metrics
+
+        half = len(self._heldout) // 2
+        tuning, reported = _Part(self._heldout, 0, half), _Part(self._heldout, half, len(self._heldout))
+        scores = heldout_metrics(model, reported, self._mesh)
+        return {
+            "tuning_loss": heldout_metrics(model, tuning, self._mesh)["loss"],
+            "loss": scores["loss"],
+            "target_tokens": scores["target_tokens"],
+        }
+
+    def _uptrained(self, run: Run) -> dict[str, Any]:
+        """Uptrains to `run.alpha` in a process of its own, and scores it."""
+        import shutil
+        import subprocess
+
+        from gqa import checkpoints
+        from gqa.checkpoints import hf
+
+        folder = self._workdir / "uptraining" / run.name
+        start = folder / "converted"
+        if not start.exists():
+            model, _ = self.model(run)
+            hf.save(model, start, dtype="float32")
+        rate = self._config.optimizer.learning_rate * run.rate
+        config = TEACHERS["t5" if len(self._sites) > 1 else "llama"][1]
+        if not (folder / "run" / "finished.json").exists():
+            subprocess.run(
+                [
+                    *(sys.executable, "-m", "gqa.train", f"--config={config}", f"--workdir={folder / 'run'}"),
+                    *(f"--config.model.checkpoint={start}", f"--config.train.seed={run.seed + 1}"),
+                    *(f"--config.uptrain.alpha={run.alpha}", f"--config.optimizer.learning_rate={rate}"),
+                    "--config.train.eval_every=1000000",
+                ],
+                check=True,
+                env=os.environ,
+            )
+        model = checkpoints.load(folder / "run" / "model", mesh=self._mesh, **self._config.model.run_choices())
+        losses = self.losses(model)
+        shutil.rmtree(folder)
+        return losses
+
+    def describe(self) -> dict[str, Any]:
+        """What the results rest on: what removing each attention costs, and how many directions its keys take."""
+        import jax
+        import jax.numpy as jnp
+
+        from gqa import models
+        from gqa.convert.heads import read_heads
+        from gqa.convert.plan import is_rotary
+        from gqa.convert.walk import layers_of
+
+        _, moments = self._calibration(0)
+        load_layer, config = layers_of(self._teacher), self._teacher.config
+        cost, directions = {}, {}
+        teacher = self.losses(self._teacher)
+        for site in self._sites:
+            without = jax.tree.map(lambda leaf: leaf, self._teacher)
+            for attention in models.site_attention(without, site):
+                attention.out = attention.out.replace(jnp.zeros_like(attention.out[...]))
+            cost[site] = self.losses(without)["loss"] - teacher["loss"]
+            directions[site] = []
+            for number in range(len(config.kv_heads(site))):
+                name = "cross_attention" if site == "cross" else "self_attention"
+                heads = read_heads(getattr(load_layer("decoder", number), name))
+                sides = (
+                    moments.moments(models.site_path(site, number)).of_keys(heads, centred=not is_rotary(config)),
+                    moments.moments(models.site_path(site, number)).of_values(heads),
+                )
+                directions[site].append([_directions(sigma) for sigma in sides])
+        return {"heldout": teacher, "cost_without": cost, "directions_of_99_percent": directions, "rows": self._rows}
+
+
+def _directions(sigma: np.ndarray) -> int:
+    """Eigenvectors that hold 99 % of the trace."""
+    share = np.cumsum(np.linalg.eigvalsh(sigma)[::-1]) / np.trace(sigma)
+    return int(np.searchsorted(share, 0.99)) + 1
+
+
+class _Part:
+    """Some batches of held-out rows, as `heldout_metrics` takes them."""
+
+    def __init__(self, batches, start: int, stop: int):
+        self._batches, self._start, self._stop = batches, start, stop
+
+    def __len__(self) -> int:
+        return self._stop - self._start
+
+    def __call__(self, step: int):
+        return self._batches(self._start + step)
+
+
+if __name__ == "__main__":
+    command_line.run(main)

@@ -1,0 +1,98 @@
+"""Tables and a picture of the runs of `experiments.conversion_methods`."""
+
+import os
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+
+def report(results: dict[str, Any], folder: Path, name: str) -> str:
+    """Writes NAME.md and NAME.png into `folder`; gives the text."""
+    teacher = next(run["loss"] for run in results["runs"] if run["method"] == "teacher" and run["alpha"] == 0)
+    cells = defaultdict(list)
+    for run in results["runs"]:
+        cells[run["sites"], run["alpha"], run["kv_heads"], run["method"]].append(run["loss"])
+    description = results["teacher"]
+    lines = [
+        f"Teacher: {teacher:.4f} nats a token over {description['heldout']['target_tokens']:,} held-out tokens. Without",
+        "its "
+        + "; without its ".join(
+            f"{site} attention {cost:+.2f}, directions that hold 99 % of its keys / values, by layer: "
+            + ", ".join(f"{k} / {v}" for k, v in description["directions_of_99_percent"][site])
+            for site, cost in description["cost_without"].items()
+        )
+        + ".",
+    ]
+    for sites in dict.fromkeys(key[0] for key in cells):
+        for alpha in sorted({key[1] for key in cells if key[0] == sites}):
+            lines += ["", *_table(cells, teacher, sites, alpha)]
+    text = "\n".join(lines)
+    folder.mkdir(parents=True, exist_ok=True)
+    unfinished = folder / f".{name}.md.partial"
+    unfinished.write_text(text + f"\n\n`{results['command']}`, commit {results['commit']}.\n")
+    os.replace(unfinished, folder / f"{name}.md")
+    _draw(cells, teacher, next(iter(cells))[0], folder / f"{name}.png")
+    return text
+
+
+def _table(cells: dict, teacher: float, sites: str, alpha: float) -> list[str]:
+    kv_heads = sorted({key[2] for key in cells if key[:2] == (sites, alpha) and key[3] != "teacher"}, reverse=True)
+    methods = list(dict.fromkeys(key[3] for key in cells if key[:2] == (sites, alpha) and key[3] != "teacher"))
+    control = cells.get((sites, alpha, max((key[2] for key in cells), default=0), "teacher"))
+    reference = float(np.mean(control)) if control else teacher
+    heading = f"{sites.replace('+', ' and ')}, α = {alpha:.0%}" + (f" (control {reference:.4f})" if alpha else "")
+    lines = [f"**{heading}**", "", "| method | " + " | ".join(f"K = {K} | gap closed" for K in kv_heads) + " |"]
+    lines += ["|---|" + "--:|--:|" * len(kv_heads)]
+    for method in methods:
+        row = []
+        for K in kv_heads:
+            losses, mean = cells.get((sites, alpha, K, method)), np.mean(cells[sites, alpha, K, "mean"])
+            if not losses:
+                row += ["", ""]
+                continue
+            loss = np.mean(losses)
+            spread = f" ± {np.std(losses, ddof=1):.4f}" if len(losses) > 1 else ""
+            gap = mean - reference
+            closed = "" if method == "mean" or gap < 0.01 else f"{(mean - loss) / gap:.0%}"
+            row += [f"{loss:.4f}{spread}", closed]
+        lines.append(f"| {method} | " + " | ".join(row) + " |")
+    return lines
+
+
+def _draw(cells: dict, teacher: float, sites: str, path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    alphas = sorted({key[1] for key in cells if key[0] == sites})
+    figure, axes = plt.subplots(1, len(alphas), figsize=(1 + 4.5 * len(alphas), 4.5), sharey=True, squeeze=False)
+    styles = {"mean": "o-", "mean+refit": "s--", "procrustes+renorm": "^:", "svd": "v--", "svd+group+refit": "D-"}
+    shades = dict(zip(styles, ("0.0", "0.45", "0.6", "0.3", "0.15"), strict=True))
+    for axis, alpha in zip(axes[0], alphas, strict=True):
+        control = [loss for key, losses in cells.items() if key[1] == alpha and key[3] == "teacher" for loss in losses]
+        axis.axhline(np.mean(control) if control else teacher, color="0.5", linestyle="-.", label="teacher")
+        for method, style in styles.items():
+            points = sorted(
+                (key[2], np.mean(losses), np.std(losses))
+                for key, losses in cells.items()
+                if key[:2] == (sites, alpha) and key[3] == method
+            )
+            if points:
+                K, loss, spread = zip(*points, strict=True)
+                hollow = "white" if style.endswith("-") and "--" not in style and method != "mean" else shades[method]
+                axis.errorbar(
+                    K, loss, spread, fmt=style, color=shades[method], markerfacecolor=hollow, capsize=3, label=method
+                )
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(ticks := sorted({key[2] for key in cells if key[3] != "teacher"}), map(str, ticks))
+        axis.set_xlabel("key/value heads")
+        axis.set_title(f"α = {alpha:.0%}")
+        axis.grid(alpha=0.3)
+    axes[0][0].set_ylabel("held-out loss, nats a token")
+    axes[0][0].legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
