@@ -1,4 +1,4 @@
-"""python -m experiments.conversion_methods --teacher=t5 [--alphas=0,0.01,0.05] [--seeds=3] [--workdir=runs/conversion_methods]
+"""python -m experiments.conversion_methods --teacher=t5 [--alphas=0,0.01,0.05] [--seeds=3] [--workdir=DIR]
 
 What each conversion keeps: all methods at 2:1, 4:1 and MQA, without uptraining and after it, on a shipped teacher.
 Without uptraining a seed draws the calibration text; after it, also the order of the data. The learning rate of each

@@ -16,8 +16,8 @@ def report(results: dict[str, Any], folder: Path, name: str) -> str:
         cells[run["sites"], run["alpha"], run["kv_heads"], run["method"]].append(run["loss"])
     description = results["teacher"]
     lines = [
-        f"Teacher: {teacher:.4f} nats a token over {description['heldout']['target_tokens']:,} held-out tokens. Without",
-        "its "
+        f"Teacher: {teacher:.4f} nats a token over {description['heldout']['target_tokens']:,} held-out tokens.",
+        "Without its "
         + "; without its ".join(
             f"{site} attention {cost:+.2f}, directions that hold 99 % of its keys / values, by layer: "
             + ", ".join(f"{k} / {v}" for k, v in description["directions_of_99_percent"][site])
