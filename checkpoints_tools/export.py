@@ -50,7 +50,7 @@ def main() -> int | None:
     dtype = args.dtype or source.dtype
     source.write(output, config, read, dtype, {"format": args.format, "layout": args.layout})
     for site in describe.sites(config):
-        before, after = (describe.heads(each, site) for each in (source.config, config))
+        before, after = (describe.heads(each.kv_heads(site)) for each in (source.config, config))
         print(f"{site}: {before} key/value heads" + (f", written as {after}" if after != before else ""))
     print(f"wrote {output}")
 
