@@ -1,19 +1,11 @@
 """What `inspect` prints and writes of a checkpoint whose numbers are known."""
 
 import json
-from typing import NamedTuple
 
 import pytest
 
 from gqa import models
-from gqa.checkpoints import hf, hf_config
-from gqa.checkpoints.store import Store
-
-
-class State(NamedTuple):
-    """As training's."""
-
-    model: models.Model
+from gqa.checkpoints import hf
 
 
 @pytest.fixture
@@ -78,12 +70,10 @@ def test_a_converted_checkpoint(t5, tmp_path, call, capsys):
     assert (found["parameters"], found["parameters_by_dtype"]) == (parameters, {"bfloat16": parameters})
 
 
-def test_a_training_run(tmp_path, random_model, call, capsys):
+def test_a_training_run(tmp_path, random_model, save_run, call, capsys):
     config = models.replace(models.size("llama_mini"), tied_logits=True)
     workdir = tmp_path / "run"
-    with Store(workdir / "checkpoints", keep=1) as store:
-        store.save(7, State(random_model(config)))
-    (workdir / "architecture.json").write_text(json.dumps(hf_config.write(config, "float32", None)))
+    save_run(workdir, random_model(config))
     assert call("inspect", f"--checkpoint={workdir}") == 0
     lines = capsys.readouterr().out.splitlines()
     assert "format          training run" in lines
