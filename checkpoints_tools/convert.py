@@ -149,7 +149,7 @@ def _summary(before: models.Model, after: models.Model, dtype: str) -> str:
     rows = [("site", "key/value heads", "parameters", f"{dtype} cache, bytes per token")]
     both = (before, after)
     for site in describe.sites(before.config):
-        heads = " -> ".join(describe.heads(model.config, site) for model in both)
+        heads = " -> ".join(describe.heads(model.config.kv_heads(site)) for model in both)
         parameters = " -> ".join(f"{describe.site_parameters(model, site):,}" for model in both)
         cache = " -> ".join(f"{describe.cache_bytes(model.config, site, dtype):,}" for model in both)
         rows.append((site, heads, parameters, f"{cache} ({token})" if (token := describe.CACHED.get(site)) else "none"))

@@ -16,10 +16,9 @@ def sites(config: models.ModelConfig) -> tuple[str, ...]:
     return models.FAMILIES[models.family_of(config)].sites
 
 
-def heads(config: models.ModelConfig, site: str) -> str:
-    """Key/value heads at `site`: `8`, or `8,8,4` where layers differ."""
-    numbers = config.kv_heads(site)
-    return ",".join(map(str, numbers if len(set(numbers)) > 1 else numbers[:1]))
+def heads(per_layer: Sequence[int]) -> str:
+    """Key/value heads of a site's layers: `8`, or `8,8,4` where they differ."""
+    return ",".join(map(str, per_layer if len(set(per_layer)) > 1 else per_layer[:1]))
 
 
 def site_parameters(model: models.Model, site: str) -> int:

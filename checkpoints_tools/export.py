@@ -22,6 +22,8 @@ from gqa.models.heads import KVHeads
 
 FORMATS = ("hf",)
 LAYOUTS = ("stock", "compact")
+# Where transformers finds a tokenizer. Without any of them AutoTokenizer makes one that knows no text, without a word.
+TOKENIZERS = {"tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json"}
 
 
 def main() -> int | None:
@@ -50,8 +52,12 @@ def main() -> int | None:
     dtype = args.dtype or source.dtype
     source.write(output, config, read, dtype, {"format": args.format, "layout": args.layout})
     for site in describe.sites(config):
-        before, after = (describe.heads(each, site) for each in (source.config, config))
+        before, after = (describe.heads(each.kv_heads(site)) for each in (source.config, config))
         print(f"{site}: {before} key/value heads" + (f", written as {after}" if after != before else ""))
+    names = {file.name for file in source.contents.companions}
+    vocabularies = sorted(name for name in names if name.endswith(".model"))
+    if vocabularies and not names & TOKENIZERS:
+        print(f"note: no tokenizer of transformers reads {vocabularies[0]}; encode text with sentencepiece")
     print(f"wrote {output}")
 
 

@@ -17,7 +17,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     command_line.add_config_argument(parser)
     parser.add_argument(
-        "--checkpoint", type=Path, required=True, help="folder of a Hugging Face checkpoint, or WORKDIR/model"
+        "--checkpoint", type=Path, required=True, help="folder of a checkpoint of any format, or a run's WORKDIR"
     )
     parser.add_argument("--output", type=Path, help="file for the scores as JSON")
     parser.add_argument(

@@ -48,8 +48,12 @@ def main() -> None:
             return lambda: models.create(architecture, jax.random.key(config.train.seed))
         return checkpoints.load(config.model.checkpoint, mesh=mesh, **config.model.run_choices())
 
+    token_ids = None
+    if config.model.checkpoint is not None:
+        token_ids = checkpoints.read(config.model.checkpoint, **config.model.run_choices()).token_ids
+
     def export(model, directory):
-        hf.save(model, directory, dtype="float32", extra_files=[config.data.vocabulary])
+        hf.save(model, directory, dtype="float32", token_ids=token_ids, extra_files=[config.data.vocabulary])
 
     loop.train(
         config,
@@ -57,6 +61,7 @@ def main() -> None:
         mesh=mesh,
         architecture=architecture,
         initial_model=initial_model(),
+        token_ids=token_ids,
         records=records,
         export=export,
     )

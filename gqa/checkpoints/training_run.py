@@ -43,7 +43,8 @@ def read(directory: Path, run_choices: Mapping[str, Any]) -> Contents:
         raise InputError(f"{steps} holds no complete step yet; wait for the run's first checkpoint")
     workdir = step.absolute().parent.parent
     if not (workdir / ARCHITECTURE).is_file():
-        raise InputError(f"{workdir} has no {ARCHITECTURE}, which a run writes when it starts; start the run once more")
+        instead = f"use {workdir / MODEL}" if (workdir / MODEL).is_dir() else "start the run once more"
+        raise InputError(f"{workdir} has no {ARCHITECTURE}, which a run writes when it starts; {instead}")
     raw = hf_config.read_json(workdir / ARCHITECTURE)
     hf_config.family(raw, workdir / ARCHITECTURE)
     choices = {**run_choices, "tied_logits": hf_config.ties_logits(raw)}

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -61,8 +61,14 @@ def num_parameters(model: Model) -> int:
 
 def site_attention(model: Model, site: str) -> list:
     """For each stack, the attention of `site`: the modules that a conversion replaces."""
+    stacks, name = site_stacks(model, site)
+    return [getattr(stack, name) for stack in stacks]
+
+
+def site_stacks(model: Model, site: str) -> tuple[Sequence, str]:
+    """The stacks whose layers have an attention at `site`, and the attribute of theirs that holds it."""
     stacks = model.encoder if site == "encoder_self" else model.decoder
-    return [stack.cross_attention if site == "cross" else stack.self_attention for stack in stacks]
+    return stacks, "cross_attention" if site == "cross" else "self_attention"
 
 
 def site_path(site: str, layer: int) -> str:

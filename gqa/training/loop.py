@@ -77,6 +77,7 @@ def train(
     mesh: Mesh,
     architecture: models.ModelConfig,
     initial_model: models.Model | Callable[[], models.Model],
+    token_ids: Mapping[str, int | list[int]] | None,
     records: Path,
     export: Callable[[models.Model, Path], None],
 ) -> models.Model:
@@ -89,6 +90,7 @@ def train(
       mesh: the devices.
       architecture: the model's configuration.
       initial_model: the model of step 0, or a function that initialises one in place.
+      token_ids: of its padding, end and so on, written with the architecture; `None`: the family's usual ones.
       records: folder of prepared records.
       export: writes the final model into a folder.
 
@@ -109,7 +111,8 @@ def train(
     flops = train_step_flops(abstract_model, {name: array.shape for name, array in batches(0).items()})
     claim(workdir, config)
     # So that what is saved can be read as a checkpoint without the code and the files that the run was started with.
-    _write_json(workdir / training_run.ARCHITECTURE, hf_config.write(architecture, architecture.param_dtype, None))
+    written = hf_config.write(architecture, architecture.param_dtype, token_ids)
+    _write_json(workdir / training_run.ARCHITECTURE, written)
 
     with contextlib.ExitStack() as stack:
         store = stack.enter_context(Store(workdir / "checkpoints", config.train.keep))

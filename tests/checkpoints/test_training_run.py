@@ -106,9 +106,10 @@ def test_what_is_not_there(run):
     architecture.write_text(json.dumps(hf_config.write(other, "float32", None)))
     assert "down.value[0]" in error() and "expected [97, 64] by the model's sizes" in error()
     architecture.unlink()
-    assert error() == (
-        f"{workdir} has no architecture.json, which a run writes when it starts; start the run once more"
-    )
+    lacks = f"{workdir} has no architecture.json, which a run writes when it starts"
+    assert error() == f"{lacks}; start the run once more"
+    (workdir / "model").mkdir()
+    assert error() == f"{lacks}; use {workdir / 'model'}"
     shutil.rmtree(steps / "5")
     assert error() == f"{steps} holds no complete step yet; wait for the run's first checkpoint"
 

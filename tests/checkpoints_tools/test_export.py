@@ -128,3 +128,27 @@ def test_a_bias_table_per_layer_is_for_compact_only(folder, tmp_path, call, caps
     assert list(tmp_path.iterdir()) == []
     assert call("export", *arguments, "--layout=compact") == 0
     assert_equal(checkpoints.load(tmp_path / "out", **CHOICES), checkpoints.load(source, **CHOICES))
+
+
+def test_an_unfinished_run(tmp_path, random_model, save_run, call, capsys):
+    model = random_model(models.replace(models.size("t5_1_1_mini"), **COMPACT_T5))
+    (tmp_path / "pieces.model").write_bytes(b"pieces")
+    save_run(tmp_path / "run", model, tmp_path / "pieces.model")
+    hf.save(model, tmp_path / "saved", dtype="float32")
+    for source in ("run", "saved"):
+        assert call("export", f"--checkpoint={tmp_path / source}", f"--output={tmp_path / f'{source} out'}") == 0
+    note = "note: no tokenizer of transformers reads pieces.model; encode text with sentencepiece"
+    assert capsys.readouterr().out.splitlines().count(note) == 1
+    for name in ("model.safetensors", "config.json"):
+        assert (tmp_path / "run out" / name).read_bytes() == (tmp_path / "saved out" / name).read_bytes()
+    assert (tmp_path / "run out" / "pieces.model").read_bytes() == b"pieces"
+    sums = json.loads((tmp_path / "run out" / "provenance.json").read_text())["source"]["sha256"]
+    assert "checkpoints/7/default/manifest.ocdbt" in sums
+    for name, digest in sums.items():
+        assert hashlib.sha256((tmp_path / "run" / name).read_bytes()).hexdigest() == digest
+    # And it converts, as any other checkpoint.
+    arguments = (f"--source={tmp_path / 'run'}", f"--output={tmp_path / 'mqa'}", "--kv_heads=1", "--method=first")
+    assert call("convert", *arguments) == 0
+    assert checkpoints.load(tmp_path / "mqa", **CHOICES).config.cross_kv_heads == 1
+    capsys.readouterr()
+    assert call("verify", tmp_path / "run" / "checkpoints", tmp_path / "run out", "--length=8") == 0

@@ -91,7 +91,8 @@ def test_uptraining_goes_on_where_pre_training_ended(run, tiny_run, tmp_path):
     """alpha = 0.0006 of 10,000 steps: 6 steps at 1/sqrt(10,000), 1/sqrt(10,001), …, on moments from zero."""
     multi_head = models.create(tiny_run("t5").model.architecture(), jax.random.key(3))
     converted = convert(multi_head, {"decoder_self": 1, "cross": 1}, "mean", jax.random.key(0))
-    hf.save(converted, tmp_path / "converted", dtype="float32")
+    ids = {"pad_token_id": 0, "eos_token_id": [1, 7]}
+    hf.save(converted, tmp_path / "converted", dtype="float32", token_ids=ids)
     overrides = {
         "model.size": None,
         "model.changes": {},
@@ -115,6 +116,8 @@ def test_uptraining_goes_on_where_pre_training_ended(run, tiny_run, tmp_path):
     final = checkpoints.load(tmp_path / "run" / "model", **config.model.run_choices())
     assert final.config.decoder_self_kv_heads == final.config.cross_kv_heads == 1
     assert final.config.encoder_self_kv_heads == 8
+    for folder in (tmp_path / "run" / "model", tmp_path / "run" / "checkpoints"):
+        assert checkpoints.read(folder, **config.model.run_choices()).token_ids == ids
 
 
 @pytest.fixture
