@@ -14,6 +14,7 @@ CORE = [
     "safetensors>=0.7",
     "grain>=0.2.15",
     "array_record",
+    "tensorstore",
     "absl-py",
     "tqdm",
     "matplotlib",

@@ -21,7 +21,7 @@ from gqa import checkpoints, models
 from gqa.command_line import parse_arguments, run
 from gqa.data.vocabulary import Vocabulary
 from gqa.errors import InputError
-from gqa.evaluation.observe import attention_outputs
+from gqa.models.observe import attention_outputs
 
 CHOICES = dict(dtype="float32", param_dtype="float32", scan_layers=False, remat="none", dropout_rate=0.0)
 

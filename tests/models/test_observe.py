@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from gqa import models
-from gqa.evaluation.observe import attention_outputs
+from gqa.models.observe import attention_outputs
 
 B, T = 2, 6
 
