@@ -128,7 +128,7 @@ class _Reader:
         if code <= 0x8F:
             return self.map(code & 0x0F, depth)
         if code <= 0x9F:
-            return self.list(code & 0x0F, depth)
+            return self.items(code & 0x0F, depth)
         if code <= 0xBF:
             return self.text(code & 0x1F)
         if code in _CONSTANTS:
@@ -143,7 +143,9 @@ class _Reader:
         size = int.from_bytes(self.take(width), "big")
         if what in ("bytes", "extension"):
             return self.span(what == "extension", size)
-        return self.text(size) if what == "text" else getattr(self, what)(size, depth)
+        if what == "text":
+            return self.text(size)
+        return self.items(size, depth) if what == "list" else self.map(size, depth)
 
     def take(self, size: int) -> bytes:
         if size > self.end - self.file.tell():
@@ -167,7 +169,7 @@ class _Reader:
         except UnicodeDecodeError:
             raise self.damaged("a text that is not UTF-8") from None
 
-    def list(self, size: int, depth: int) -> list:
+    def items(self, size: int, depth: int) -> list:
         if depth >= MAX_DEPTH:
             raise self.damaged(f"more than {MAX_DEPTH} levels")
         return [self.value(depth + 1) for _ in range(size)]

@@ -10,11 +10,10 @@ attentions have one axis for all heads, or one for heads and one for their width
 `examples/scalable_t5/network.py`, Flaxformer `t5_architecture.py`.
 """
 
-import collections
-import dataclasses
+import math
 import re
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,7 +23,7 @@ import numpy as np
 from gqa.checkpoints.flax_msgpack import is_array, open_array, read_tree
 from gqa.checkpoints.source import Contents, match, some
 from gqa.checkpoints.table import LINEAR, SAME, Row, Transform
-from gqa.checkpoints.tensor import Tensor
+from gqa.checkpoints.tensor import Tensor, read_bytes
 from gqa.checkpoints.zarr import ZarrTensor, check_inside, open_zarr
 from gqa.errors import InputError
 from gqa.models.heads import KVHeads
@@ -34,8 +33,8 @@ CHECKPOINT = "checkpoint"
 MAX_LAYERS = 1000  # in a stack; a larger number is damage, and costs before it is noticed
 KEPT_BYTES = 1 << 30  # of scanned tensors, or more where two of them are larger
 
-IN_OUT = Transform("in_out", 1)  # Flax's linear maps
-FROM_HEADS = Transform("in_out", 2)  # attention's output
+KERNEL = Transform("in_out", 1)
+OUT_KERNEL = Transform("in_out", 2)  # of an attention, ours [H, d, D]
 TRANSPOSED = LINEAR  # tables of biases: theirs are [H, buckets]
 
 # Stack -> its attentions: their name, its norm's, our name, the field of its key/value heads.
@@ -63,32 +62,29 @@ def read(directory: Path, run_choices: Mapping[str, Any]) -> Contents:
     for stack in stacks.values():
         rows |= stack.rows(config.relative_bias_per_layer)
     if not config.tied_logits:
-        rows["decoder/logits_dense/kernel"] = Row("logits", IN_OUT)
+        rows["decoder/logits_dense/kernel"] = Row("logits", KERNEL)
     matched = match(directory, rows, tensors, lambda name: False)
     blocks = _Blocks(max(2 * max(tensor.nbytes for tensor in tensors.values()), KEPT_BYTES))
-    sources: dict[str, tuple[Tensor, Transform]] = {}
-    scanned: dict[tuple[str, str], list[str]] = {}
-    for path, (tensor, transform) in matched.items():
-        if "*" not in path:
-            sources[path] = (_flat(tensor, config), transform)
-        else:  # an attention's kernels are wanted together, layer by layer
-            side, rest = path.split(".*.")
-            scanned.setdefault((side, rest.rpartition(".")[0] if "attention." in rest else rest), []).append(path)
-    for (side, _), paths in scanned.items():
-        for number in range(stacks[side].num_layers):
-            for path in paths:
+    sources = {
+        path: (_flat(tensor, config), transform) for path, (tensor, transform) in matched.items() if "*" not in path
+    }
+    for group in _groups([path for path in matched if "*" in path]):
+        num_layers = stacks[group[0].split(".")[0]].num_layers
+        for number in range(num_layers):
+            for path in group:
                 tensor, transform = matched[path]
-                if tensor.shape[1:2] != (stacks[side].num_layers,):
-                    expected = f"{stacks[side].num_layers} layers on its second axis"
-                    raise InputError(
-                        f"{tensor.name} in {directory} has shape {list(tensor.shape)}; expected {expected}"
-                    )
-                layer = _flat(_layer(tensor, number, blocks), config)
-                sources[path.replace("*", str(number))] = (layer, transform)
-    files = {directory / CHECKPOINT}
-    for tensor in tensors.values():
-        files |= set(tensor.files) if isinstance(tensor, ZarrTensor) else set()
-    return Contents(config, sources, sorted(files), None)
+                layer = _layer(directory, tensor, number, num_layers, blocks)
+                sources[path.replace("*", str(number))] = (_flat(layer, config), transform)
+    files = [file for tensor in tensors.values() if isinstance(tensor, ZarrTensor) for file in tensor.files]
+    return Contents(config, sources, sorted({directory / CHECKPOINT, *files}), None)
+
+
+def _groups(paths: Sequence[str]) -> list[list[str]]:
+    """The paths of scanned tensors in the order to read them: a conversion wants an attention's kernels together."""
+    groups: dict[str, list[str]] = {}
+    for path in paths:
+        groups.setdefault(path.rpartition(".")[0] if "_attention." in path else path, []).append(path)
+    return list(groups.values())
 
 
 class _Stack(NamedTuple):
@@ -128,11 +124,11 @@ class _Stack(NamedTuple):
         for theirs, ours in self.prefixes():
             for attention, norm, our_name, _ in _ATTENTIONS[self.side]:
                 for kind in ("query", "key", "value", "out"):
-                    transform = FROM_HEADS if kind == "out" else IN_OUT
+                    transform = OUT_KERNEL if kind == "out" else KERNEL
                     found[f"{theirs}/{attention}/{kind}/kernel"] = Row(f"{ours}.{our_name}.{kind}", transform)
                 found[f"{theirs}/{norm}/scale"] = Row(f"{ours}.{our_name}_norm.scale", SAME)
             for their_name, our_name in (("wi_0", "gate"), ("wi_1", "up"), ("wo", "down")):
-                found[f"{theirs}/mlp/{their_name}/kernel"] = Row(f"{ours}.mlp.{our_name}", IN_OUT)
+                found[f"{theirs}/mlp/{their_name}/kernel"] = Row(f"{ours}.mlp.{our_name}", KERNEL)
             found[f"{theirs}/pre_mlp_layer_norm/scale"] = Row(f"{ours}.mlp_norm.scale", SAME)
             if bias_per_layer:
                 found[f"{theirs}/{_TABLE}"] = Row(f"{ours}.relative_bias.table", TRANSPOSED)
@@ -155,8 +151,8 @@ def _config(
     table = f"{first}/{_TABLE}" if bias_per_layer else f"encoder/{_TABLE}"
     num_heads, *_, buckets = _shape(directory, tensors, table, 2 + scanned * bias_per_layer)
     query = _shape(directory, tensors, f"{first}/attention/query/kernel", 2 + scanned, 3 + scanned)
-    heads_width = int(np.prod(query[1 + scanned :], dtype=object))
-    if not num_heads or heads_width % num_heads or not heads_width:
+    heads_width = math.prod(query[1 + scanned :])
+    if heads_width % num_heads:
         raise InputError(
             f"{directory}: queries of width {heads_width} do not divide into the {num_heads} heads of {table}"
         )
@@ -189,7 +185,7 @@ def _kv_heads(directory: Path, tensors: Mapping[str, Tensor], stack: _Stack, att
     for prefix, _ in stack.prefixes():
         name = f"{prefix}/{attention}/key/kernel"
         shape = _shape(directory, tensors, name, 2 + stack.scanned, 3 + stack.scanned)
-        width = int(np.prod(shape[1 + stack.scanned :], dtype=object))
+        width = math.prod(shape[1 + stack.scanned :])
         if width % head_dim:
             raise InputError(f"{name} in {directory} has width {width}, which is no number of heads of {head_dim}")
         found.append(width // head_dim)
@@ -201,8 +197,9 @@ def _shape(directory: Path, tensors: Mapping[str, Tensor], name: str, *ranks: in
     if name not in tensors:
         raise InputError(f"{directory} lacks the tensor {name}; found {some(sorted(tensors)) or 'none'}")
     shape = tensors[name].shape
-    if len(shape) not in ranks:
-        raise InputError(f"{name} in {directory} has shape {list(shape)}; expected {' or '.join(map(str, ranks))} axes")
+    if len(shape) not in ranks or 0 in shape:
+        axes = " or ".join(map(str, ranks))
+        raise InputError(f"{name} in {directory} has shape {list(shape)}; expected {axes} axes, none of them empty")
     return shape
 
 
@@ -210,9 +207,8 @@ def _open(directory: Path) -> dict[str, Tensor]:
     """Every array under `target` by its name, `encoder/layers_0/mlp/wo/kernel`."""
     path = directory / CHECKPOINT
     check_inside(path, directory)
-    with path.open("rb") as file:
-        if file.read(21) == b"model_checkpoint_path":
-            raise InputError(f"{path} is TensorFlow's; expected T5X's native format, which is msgpack")
+    if read_bytes(path, 0, min(path.stat().st_size, 21)).tobytes() == b"model_checkpoint_path":
+        raise InputError(f"{path} is TensorFlow's; expected T5X's native format, which is msgpack")
     tree = read_tree(path)
     version = tree.get("version", 3)
     if type(version) is not int or version < 2:
@@ -270,24 +266,27 @@ def _flat(tensor: Tensor, config: T5Config) -> Tensor:
     return Tensor(tensor.name, tensor.file, shape, tensor.dtype, read)
 
 
-def _layer(tensor: Tensor, number: int, blocks: "_Blocks") -> Tensor:
+def _layer(directory: Path, tensor: Tensor, number: int, num_layers: int, blocks: "_Blocks") -> Tensor:
     """One layer of a scanned tensor, as a tensor without the axis of layers."""
+    if tensor.shape[1:2] != (num_layers,):
+        expected = f"{num_layers} layers on its second axis"
+        raise InputError(f"{tensor.name} in {directory} has shape {list(tensor.shape)}; expected {expected}")
     shape = tensor.shape[:1] + tensor.shape[2:]
     return Tensor(tensor.name, tensor.file, shape, tensor.dtype, partial(blocks.layer, tensor, number))
 
 
-@dataclasses.dataclass
 class _Blocks:
     """Layers of scanned tensors by the run that a chunk holds together: read once, kept until the last was taken.
 
     What is kept is at most `capacity` bytes; whoever takes layers in another order makes blocks be read again.
     """
 
-    capacity: int
-    kept: "collections.OrderedDict[tuple[str, int], np.ndarray]" = dataclasses.field(
-        default_factory=collections.OrderedDict
-    )
-    lock: threading.Lock = dataclasses.field(default_factory=threading.Lock)
+    def __init__(self, capacity: int):
+        self.capacity = capacity
+        self.kept: dict[
+            tuple[str, int], np.ndarray
+        ] = {}  # by tensor and first layer, the one taken from last at the end
+        self.lock = threading.Lock()
 
     def layer(self, tensor: Tensor, number: int) -> np.ndarray:
         """A copy of one layer."""
@@ -300,7 +299,7 @@ class _Blocks:
             if block is None:
                 nbytes = tensor.nbytes // num_layers * (last - first)
                 while self.kept and nbytes + sum(other.nbytes for other in self.kept.values()) > self.capacity:
-                    self.kept.popitem(last=False)
+                    del self.kept[next(iter(self.kept))]
                 block = tensor.read_part(slice(first, last)) if isinstance(tensor, ZarrTensor) else tensor.read()
             if number < last - 1:
                 self.kept[tensor.name, first] = block

@@ -63,7 +63,7 @@ def open_zarr(name: str, folder: Path, root: Path, spec: Mapping[str, Any]) -> Z
     check_inside(folder, root)
     header = _header(folder / HEADER, root)
     shape, chunks = header["shape"], header["chunks"]
-    if not _sizes(shape, 0) or not _sizes(chunks, 1) or len(shape) != len(chunks):
+    if not _sizes(shape) or not _sizes(chunks) or len(shape) != len(chunks):
         raise InputError(f"{folder / HEADER}: shape and chunks are no lists of sizes for the same axes")
     if header.get("dtype") not in ZARR_DTYPES:
         raise InputError(f"{folder / HEADER}: {name} has type {header.get('dtype')}; expected {', '.join(ZARR_DTYPES)}")
@@ -146,8 +146,8 @@ def check_inside(path: Path, root: Path) -> None:
         raise InputError(f"{path} is a link out of the checkpoint's folder; copy what it points to there")
 
 
-def _sizes(value: Any, least: int) -> bool:
-    return isinstance(value, list) and all(type(size) is int and size >= least for size in value)
+def _sizes(value: Any) -> bool:
+    return isinstance(value, list) and all(type(size) is int and size > 0 for size in value)
 
 
 def _read(
@@ -166,11 +166,10 @@ def _read(
             raise ValueError(f"its shape has become {store.shape}")
         if columns is not None:
             store = store[:, columns.start : columns.stop].translate_to[0]
-        if not store.rank or not store.size:
+        if not store.rank:
             return store.read().result()
         array = np.empty(store.shape, store.dtype.numpy_dtype)
-        row_bytes = max(array[0].nbytes, 1)
-        step = max(STEP_BYTES // (row_bytes * chunks[0]), 1) * chunks[0]
+        step = max(STEP_BYTES // (array[0].nbytes * chunks[0]), 1) * chunks[0]
         for first in range(0, len(array), step):
             last = min(first + step, len(array))
             array[first:last] = store[first:last].read().result()

@@ -181,6 +181,7 @@ def test_uncompressed_chunks_have_their_size(copy):
     [
         ({"shape": [20]}, "shape and chunks are no lists of sizes for the same axes"),
         ({"shape": [20, -6]}, "shape and chunks are no lists of sizes for the same axes"),
+        ({"shape": [0, 6]}, "shape and chunks are no lists of sizes for the same axes"),
         ({"chunks": [0, 3]}, "shape and chunks are no lists of sizes for the same axes"),
         ({"chunks": [10, True]}, "shape and chunks are no lists of sizes for the same axes"),
         ({"shape": [20, 5]}, "token_embedder/embedding is [20, 5] of float32; the checkpoint says [20, 6] of float32"),
@@ -313,7 +314,8 @@ def test_sizes_that_contradict_each_other(copy):
         ([3, 32], "queries of width 16 do not divide into the 3 heads of encoder/relpos_bias/rel_embedding"),
         ([2, 32], "encoder/layers_0/attention/key/kernel in {} has width"),
         ([8, 32], "decoder/relpos_bias/rel_embedding in {} has shape [4, 32]; expected [8, 32] by the model's sizes"),
-        ([32], "encoder/relpos_bias/rel_embedding in {} has shape [32]; expected 2 axes"),
+        ([32], "encoder/relpos_bias/rel_embedding in {} has shape [32]; expected 2 axes, none of them"),
+        ([0, 32], "encoder/relpos_bias/rel_embedding in {} has shape [0, 32]; expected 2 axes, none of them empty"),
     ):
         damaged = copy()
         array = extension(table, "float32", bytes(4 * int(np.prod(table))))
