@@ -52,6 +52,12 @@ def main() -> None:
     if config.model.checkpoint is not None:
         token_ids = checkpoints.read(config.model.checkpoint, **config.model.run_choices()).token_ids
 
+    def teacher():
+        if config.distillation is None:
+            return None
+        choices = config.model.run_choices() | {"dropout_rate": 0.0}
+        return checkpoints.load(config.distillation.teacher, mesh=mesh, **choices)
+
     def export(model, directory):
         hf.save(model, directory, dtype="float32", token_ids=token_ids, extra_files=[config.data.vocabulary])
 
@@ -64,6 +70,7 @@ def main() -> None:
         token_ids=token_ids,
         records=records,
         export=export,
+        teacher=teacher(),
     )
 
 

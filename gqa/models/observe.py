@@ -28,14 +28,16 @@ class _Noting(nnx.Module):
         return out_BTD
 
 
-def attention_outputs(model: Model, batch: Mapping[str, jax.Array]) -> tuple[jax.Array, dict[str, list[jax.Array]]]:
+def attention_outputs(
+    model: Model, batch: Mapping[str, jax.Array], dropout_key: jax.Array | None = None
+) -> tuple[jax.Array, dict[str, list[jax.Array]]]:
     """Logits `[B, T, V]`, and for each attention site the output `[B, T, D]` of every layer, after its output kernel.
 
     A pure function, to be called under `jax.jit`. The layers are unrolled, since what a scan sees cannot leave it.
 
     Args:
       model: of any family, stacked or not.
-      batch: as of `gqa.models.apply`.
+      batch, dropout_key: as of `gqa.models.apply`.
     """
     model = model.unstacked()
     model.config = models.replace(model.config, scan_layers=False, remat="none")
@@ -45,4 +47,4 @@ def attention_outputs(model: Model, batch: Mapping[str, jax.Array]) -> tuple[jax
         stacks, name = models.site_stacks(model, site)
         for stack in stacks:
             setattr(stack, name, _Noting(getattr(stack, name), outputs[site].append))
-    return models.apply(model, batch), outputs
+    return models.apply(model, batch, dropout_key), outputs

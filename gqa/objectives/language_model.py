@@ -9,13 +9,15 @@ import jax.numpy as jnp
 class Sums(NamedTuple):
     """Sums over tokens, each times its weight, as float32 scalars; they add over micro-batches.
 
-    What is minimised is `(loss_sum + z_loss_sum) / weight_sum`; perplexity is `exp(loss_sum / weight_sum)`.
+    What is minimised is `(loss_sum + z_loss_sum + added_sum) / weight_sum`; perplexity is
+    `exp(loss_sum / weight_sum)`.
     """
 
     loss_sum: jax.Array  # -log p(target), nats
     z_loss_sum: jax.Array  # z_loss * log(Z)^2
     correct_sum: jax.Array  # 1 where no logit is higher than the target's
     weight_sum: jax.Array
+    added_sum: jax.Array  # what another objective adds, such as distillation
 
 
 def cross_entropy(logits_BTV: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array, z_loss: float) -> Sums:
@@ -38,4 +40,5 @@ def cross_entropy(logits_BTV: jax.Array, targets_BT: jax.Array, weights_BT: jax.
         z_loss_sum=jnp.sum(z_loss * jnp.square(log_z_BT) * weights_BT),
         correct_sum=jnp.sum(correct_BT * weights_BT),
         weight_sum=jnp.sum(weights_BT),
+        added_sum=jnp.zeros(()),
     )

@@ -110,6 +110,29 @@ class UptrainConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class DistillationConfig:
+    """A teacher's say in uptraining, beside the loss of the text."""
+
+    teacher: str  # folder of its checkpoint, usually the one that was converted
+    text_weight: float  # of the cross-entropy of the text; 1 keeps it as it is, 0 leaves the teacher alone
+    kl_weight: float  # of KL(teacher || student) at each target
+    attention_weight: float  # of the relative squared error of each decoder attention's output
+    top_k: int | None  # teacher's tokens that the divergence tells apart; None: all
+    cache: str | None  # folder where the teacher's top_k are kept by step, for runs on the same batches; None: live
+
+    def __post_init__(self):
+        for name in ("text_weight", "kl_weight", "attention_weight"):
+            if getattr(self, name) < 0:
+                raise InputError(f"distillation.{name}={getattr(self, name)}; expected at least 0")
+        if self.kl_weight == self.attention_weight == 0:
+            raise InputError("distillation.kl_weight and attention_weight are 0; expected one above 0, or None")
+        if self.top_k is not None and self.top_k < 1:
+            raise InputError(f"distillation.top_k={self.top_k}; expected at least 1, or None for all tokens")
+        if self.cache is not None and (self.top_k is None or self.attention_weight > 0):
+            raise InputError("distillation.cache keeps a top_k and no attention outputs; set top_k, attention_weight=0")
+
+
+@dataclasses.dataclass(frozen=True)
 class RunConfig:
     """A training run."""
 
@@ -120,6 +143,7 @@ class RunConfig:
     train: TrainConfig
     mesh: MeshConfig
     uptrain: UptrainConfig | None
+    distillation: DistillationConfig | None = None
 
     def __post_init__(self):
         self.optimizer.validate()
@@ -187,7 +211,7 @@ def check_task(manifest: Manifest, architecture: models.ModelConfig) -> None:
 
 # What may differ between two starts of the same run in one working folder.
 MAY_CHANGE = ("train.steps", "train.log_every", "train.eval_every", "train.save_every", "train.keep", "records")
-MAY_CHANGE += ("uptrain.alpha", "mesh.data", "mesh.fsdp", "mesh.tensor", "train.accumulation")
+MAY_CHANGE += ("distillation.cache", "uptrain.alpha", "mesh.data", "mesh.fsdp", "mesh.tensor", "train.accumulation")
 
 
 def parse(config: ml_collections.ConfigDict | Mapping) -> RunConfig:

@@ -28,6 +28,7 @@ from gqa.training.config import MAY_CHANGE, RunConfig, flatten, to_json
 from gqa.training.flops import train_step_flops
 from gqa.training.metrics import MetricsWriter
 from gqa.training.state import abstract_state, initial_state, jit_train_step, make_train_step, place_batch
+from gqa.training.teacher import Teacher, distillation_loss
 
 CONFIG = "config.json"
 FINISHED = "finished.json"
@@ -80,6 +81,7 @@ def train(
     token_ids: Mapping[str, int | list[int]] | None,
     records: Path,
     export: Callable[[models.Model, Path], None],
+    teacher: models.Model | None = None,
 ) -> models.Model:
     """Trains to the end, going on from the newest checkpoint in `workdir` if there is one.
 
@@ -93,14 +95,19 @@ def train(
       token_ids: of its padding, end and so on, written with the architecture; `None`: the family's usual ones.
       records: folder of prepared records.
       export: writes the final model into a folder.
+      teacher: where the run distils.
 
     Raises `InputError` when the folder holds another or a finished run, `Interrupted` after a signal.
     """
     abstract_model = models.abstract(architecture)
     learning_rate = optimizers.schedule(config.optimizer)
     optimizer = optimizers.optimizer(config.optimizer, config.schedule_offset, logical_axes(abstract_model))
+    dropout = config.model.dropout_rate > 0
+    loss_fn = language_model_loss(config.train.z_loss, dropout)
+    if teacher is not None:
+        loss_fn = distillation_loss(config.distillation, config.train.z_loss, dropout)
     train_step = make_train_step(
-        language_model_loss(config.train.z_loss, config.model.dropout_rate > 0),
+        loss_fn,
         optimizer,
         lambda step: learning_rate(step + config.schedule_offset),
         accumulation=config.train.accumulation,
@@ -108,7 +115,11 @@ def train(
     )
     batches = loader.train_batches(records, config.train.batch_size, config.train.seed)
     heldout = loader.heldout_batches(records, config.train.batch_size, config.train.eval_examples)
-    flops = train_step_flops(abstract_model, {name: array.shape for name, array in batches(0).items()})
+    shapes = {name: array.shape for name, array in batches(0).items()}
+    flops = train_step_flops(abstract_model, shapes)
+    if teacher is not None:
+        said = Teacher(config, teacher, architecture, batches.manifest.corpus_digests)
+        flops += train_step_flops(teacher, shapes) // 3  # forward only
     claim(workdir, config)
     # So that what is saved can be read as a checkpoint without the code and the files that the run was started with.
     written = hf_config.write(architecture, architecture.param_dtype, token_ids)
@@ -133,7 +144,10 @@ def train(
             writer.write(0, "heldout", heldout_metrics(state.model, heldout, mesh))
         progress = stack.enter_context(contextlib.closing(_Progress(start, config.steps, flops)))
         for step, batch in enumerate(batches.prefetch(start, config.steps, depth=2), start + 1):
-            state, metrics = train_step(state, place_batch(mesh, batch))
+            placed = place_batch(mesh, batch)
+            if teacher is not None:
+                placed = said(step - 1, placed)
+            state, metrics = train_step(state, placed)
             last = step == config.steps
             if last or step % config.train.log_every == 0:
                 # The one transfer from the devices in the loop; the step itself never waits for the host.

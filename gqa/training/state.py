@@ -74,7 +74,7 @@ def make_train_step(
 
     def total(model, batch, key):
         sums = loss_fn(model, batch, key)
-        return sums.loss_sum + sums.z_loss_sum, sums
+        return sums.loss_sum + sums.z_loss_sum + sums.added_sum, sums
 
     gradient_of_total = jax.grad(total, has_aux=True)
 
@@ -110,6 +110,7 @@ def make_train_step(
             "target_tokens": sums.weight_sum,
             "grad_norm": optax.tree.norm(gradients),
             "learning_rate": learning_rate(state.step),
+            "added_loss": sums.added_sum / sums.weight_sum,
         }
         return TrainState(state.step + 1, optax.apply_updates(state.model, updates), optimizer_state), metrics
 

@@ -121,6 +121,73 @@ def test_uptraining_goes_on_where_pre_training_ended(run, tiny_run, tmp_path):
 
 
 @pytest.fixture
+def distil(run, tiny_run, tmp_path):
+    """A function (name of the workdir, family, distillation settings) -> the history of training a pooled model."""
+
+    def distil(name, family, **settings):
+        teacher, student = tmp_path / f"{family}-teacher", tmp_path / f"{family}-student"
+        if not teacher.exists():
+            model = models.create(tiny_run(family).model.architecture(), jax.random.key(3))
+            hf.save(model, teacher, dtype="float32")
+            kv_heads = dict.fromkeys(models.FAMILIES[family].converted_sites, 1)
+            hf.save(convert(model, kv_heads, "mean", jax.random.key(0)), student, dtype="float32")
+        weights = dict(text_weight=0.0, kl_weight=1.0, attention_weight=0.0, top_k=None, cache=None) | settings
+        overrides = {
+            "model.size": None,
+            "model.changes": {},
+            "model.checkpoint": str(student),
+            "train.steps": 30,
+            "train.z_loss": 0.0,
+            "distillation": dict(teacher=str(teacher)) | weights,
+        }
+        return run(tmp_path / name, family, overrides)
+
+    return distil
+
+
+@pytest.mark.parametrize(("family", "attention_weight"), [("t5", 0.0), ("llama", 1.0)])
+def test_a_student_nears_its_teacher(distil, family, attention_weight):
+    """With the text's own weight 0: what is minimised is the divergence, and the error of attention outputs."""
+    history = distil("run", family, attention_weight=attention_weight)
+    missed = [line["added_loss"] + line["loss"] for line in history if line["split"] == "train"]
+    assert np.mean(missed[-5:]) < 0.5 * np.mean(missed[:3])
+
+
+def test_a_kept_teacher_says_what_a_live_one_says(distil, tmp_path):
+    live = distil("live", "llama", top_k=5)
+    cache = str(tmp_path / "cache")
+    assert distil("first", "llama", top_k=5, cache=cache) == live
+    assert len(list((tmp_path / "cache").glob("*.npz"))) == 30
+    assert distil("second", "llama", top_k=5, cache=cache) == live
+    with pytest.raises(InputError, match="is of another teacher, text, seed, batch_size or top_k"):
+        distil("third", "llama", top_k=6, cache=cache)
+    (tmp_path / "cache" / "00000003.npz").write_bytes(b"half")
+    with pytest.raises(InputError, match=r"00000003\.npz is damaged"):
+        distil("fourth", "llama", top_k=5, cache=cache)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (dict(kl_weight=0.0), "kl_weight and attention_weight are 0"),
+        (dict(kl_weight=-1.0), r"distillation\.kl_weight=-1\.0; expected at least 0"),
+        (dict(top_k=0), r"distillation\.top_k=0; expected at least 1"),
+        (dict(top_k=10**6), r"distillation\.top_k=1000000; expected at most the vocabulary's"),
+        (dict(cache="c"), "set top_k"),
+        (dict(teacher="t5-teacher"), "distillation.teacher has family t5, the model llama"),
+    ],
+)
+def test_distillation_that_cannot_be(distil, tmp_path, tiny_run, settings, message):
+    if "teacher" in settings:
+        settings = {"teacher": str(tmp_path / "other")}
+        hf.save(
+            models.create(tiny_run("t5").model.architecture(), jax.random.key(3)), settings["teacher"], dtype="float32"
+        )
+    with pytest.raises(InputError, match=message):
+        distil("run", "llama", **settings)
+
+
+@pytest.fixture
 def signal_at(monkeypatch):
     """A function (step, signals) that makes the loop receive them while it writes the metrics of that step."""
 

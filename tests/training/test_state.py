@@ -74,6 +74,7 @@ def test_an_update_is_that_of_the_whole_batch(setting, reference, accumulation):
             "target_tokens": float(batch["loss_weights"].sum()),
             "grad_norm": float(optax.tree.norm(gradient)),
             "learning_rate": 0.5,
+            "added_loss": 0.0,
         },
         rel=1e-5,
     )

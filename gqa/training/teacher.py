@@ -1,0 +1,160 @@
+"""Distillation in the loop: what the teacher says of each batch, live or kept by step, and the loss that uses it."""
+
+import hashlib
+import json
+import os
+import zipfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gqa import models
+from gqa.errors import InputError
+from gqa.models.observe import attention_outputs
+from gqa.objectives.distillation import TopK, attention_error, kl_to_teacher, top_k
+from gqa.objectives.language_model import Sums, cross_entropy
+from gqa.training.config import DistillationConfig, RunConfig
+
+IDS, LOG_PROBS, ATTENTION = "teacher_ids", "teacher_log_probs", "teacher_attention_"
+
+
+def distillation_loss(
+    config: DistillationConfig, z_loss: float, dropout: bool
+) -> Callable[[models.Model, Mapping, jax.Array], Sums]:
+    """Cross-entropy of the text, the divergence from the teacher and the error of attention outputs, each weighted.
+
+    The batch holds what `Teacher` added to it. `loss_sum` stays the text's, so that runs compare.
+    """
+
+    def loss_fn(model, batch, key):
+        dropout_key = key if dropout else None
+        teacher_attention = {name.removeprefix(ATTENTION): batch[name] for name in batch if name.startswith(ATTENTION)}
+        if teacher_attention:
+            logits_BTV, outputs = attention_outputs(model, batch, dropout_key)
+        else:
+            logits_BTV, outputs = models.apply(model, batch, dropout_key), {}
+        weights = batch["loss_weights"]
+        sums = cross_entropy(logits_BTV, batch["targets"], weights, z_loss)
+        added = (config.text_weight - 1.0) * sums.loss_sum
+        if config.kl_weight:
+            added += config.kl_weight * kl_to_teacher(logits_BTV, TopK(batch[IDS], batch[LOG_PROBS]), weights)
+        if teacher_attention:
+            added += config.attention_weight * attention_error(outputs, teacher_attention, weights)
+        return sums._replace(added_sum=added)
+
+    return loss_fn
+
+
+class Teacher:
+    """Adds to a batch on the devices what the teacher says of it; reads that from the cache where it is there."""
+
+    def __init__(
+        self, run: RunConfig, model: models.Model, architecture: models.ModelConfig, corpus: Mapping[str, str]
+    ):
+        """`architecture` is the student's, `corpus` the digests of the text; the teacher and the cache must fit."""
+        self._config, self._model = run.distillation, model
+        family = models.family_of(architecture)
+        for what, theirs, ours in (
+            ("family", models.family_of(model.config), family),
+            ("vocabulary size", model.config.vocab_size, architecture.vocab_size),
+        ):
+            if theirs != ours:
+                raise InputError(f"distillation.teacher has {what} {theirs}, the model {ours}; expected the same")
+        self._sites = [site for site in models.FAMILIES[family].sites if site != "encoder_self"]
+        sizes = [(each.d_model, len(each.kv_heads("decoder_self"))) for each in (model.config, architecture)]
+        if self._config.attention_weight > 0 and sizes[0] != sizes[1]:
+            raise InputError(
+                f"distillation.attention_weight={self._config.attention_weight} compares layer by layer: the teacher "
+                f"has width and layers {sizes[0]}, the model {sizes[1]}; set it to 0"
+            )
+        if self._config.top_k is not None and self._config.top_k > architecture.vocab_size:
+            raise InputError(
+                f"distillation.top_k={self._config.top_k}; expected at most the vocabulary's {architecture.vocab_size}"
+            )
+        self._k = self._config.top_k or architecture.vocab_size
+        self._say = jax.jit(self._said)
+        self._cache = None
+        if self._config.cache is not None:
+            if jax.process_count() > 1:
+                raise InputError("distillation.cache is for one process; leave it out")
+            identity = {
+                "teacher": _digest(model),
+                "corpus": dict(corpus),
+                "seed": run.train.seed,
+                "batch_size": run.train.batch_size,
+                "top_k": self._k,
+            }
+            self._cache = _Cache(Path(self._config.cache), identity)
+
+    def __call__(self, step: int, batch: Mapping) -> Mapping:
+        """The batch of `step` with the teacher's arrays."""
+        said = self._cache.read(step, batch["targets"].shape) if self._cache else None
+        if said is None:
+            said = self._say(self._model, batch)
+            if self._cache:
+                self._cache.write(step, jax.device_get(said))
+        else:
+            said = jax.device_put(said, batch["targets"].sharding)
+        return {**batch, **said}
+
+    def _said(self, model, batch) -> dict[str, jax.Array]:
+        said = {}
+        if self._config.attention_weight > 0:
+            logits_BTV, outputs = attention_outputs(model, batch)
+            said |= {ATTENTION + site: jnp.stack(outputs[site], axis=1) for site in self._sites}
+        else:
+            logits_BTV = models.apply(model, batch)
+        if self._config.kl_weight > 0:
+            said[IDS], said[LOG_PROBS] = top_k(logits_BTV, self._k)
+        return said
+
+
+class _Cache:
+    """A file of arrays for each step, complete or not there."""
+
+    def __init__(self, folder: Path, identity: Mapping):
+        self._folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+        description = folder / "identity.json"
+        text = json.dumps(identity, indent=2, sort_keys=True) + "\n"
+        if not description.exists():
+            _replace(description, text.encode())
+        elif description.read_text(encoding="utf-8", errors="replace") != text:
+            raise InputError(
+                f"distillation.cache={folder} is of another teacher, text, seed, batch_size or top_k; choose another"
+            )
+
+    def read(self, step: int, shape: tuple[int, ...]) -> dict[str, np.ndarray] | None:
+        path = self._folder / f"{step:08}.npz"
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                arrays = {name: file[name] for name in (IDS, LOG_PROBS)}
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            raise InputError(f"{path} is damaged ({error}); delete it") from error
+        if any(array.shape[:2] != shape for array in arrays.values()):
+            raise InputError(f"{path} is of a batch of another shape; delete the folder")
+        return arrays
+
+    def write(self, step: int, arrays: Mapping[str, np.ndarray]) -> None:
+        path = self._folder / f"{step:08}.npz"
+        unfinished = path.with_name(f".{path.name}.{os.getpid()}.npz")
+        np.savez(unfinished, **arrays)
+        os.replace(unfinished, path)
+
+
+def _replace(path: Path, content: bytes) -> None:
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    unfinished.write_bytes(content)
+    os.replace(unfinished, path)
+
+
+def _digest(model: models.Model) -> str:
+    digest = hashlib.sha256(repr(model.config).encode())
+    for leaf in jax.tree.leaves(model):
+        digest.update(np.asarray(jax.device_get(leaf)).tobytes())
+    return digest.hexdigest()
