@@ -116,4 +116,6 @@ def _companions(workdir: Path) -> list[Path]:
         return companions(workdir / MODEL)
     data = hf_config.read_json(workdir / CONFIG).get("data") if (workdir / CONFIG).is_file() else None
     named = data.get("vocabulary") if isinstance(data, dict) else None
-    return [Path(named)] if isinstance(named, str) and Path(named).is_file() else []
+    # Of a vocabulary's suffix only: a copy must not take the place of the new checkpoint's own files.
+    good = isinstance(named, str) and Path(named).suffix == ".model" and Path(named).is_file()
+    return [Path(named)] if good else []

@@ -79,6 +79,10 @@ def test_the_vocabulary_of_a_finished_run_and_of_an_unfinished_one(run, tmp_path
     vocabulary = tmp_path / "pieces.model"
     (workdir / "config.json").write_text(json.dumps({"data": {"vocabulary": str(vocabulary)}}))
     assert checkpoints.read(workdir, **CHOICES).companions == []  # it is gone
+    (tmp_path / "model.safetensors").write_bytes(b"no vocabulary")
+    (workdir / "config.json").write_text(json.dumps({"data": {"vocabulary": str(tmp_path / "model.safetensors")}}))
+    assert checkpoints.read(workdir, **CHOICES).companions == []
+    (workdir / "config.json").write_text(json.dumps({"data": {"vocabulary": str(vocabulary)}}))
     vocabulary.write_bytes(b"pieces")
     assert checkpoints.read(workdir / "checkpoints", **CHOICES).companions == [vocabulary]
     (workdir / "model").mkdir()

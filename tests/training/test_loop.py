@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from gqa import checkpoints, models, train
+from gqa import checkpoints, evaluate, models, train
 from gqa.checkpoints import hf
 from gqa.checkpoints.store import Store
 from gqa.convert import convert
@@ -205,7 +205,7 @@ def signal_at(monkeypatch):
     return arrange
 
 
-def test_a_signal_stops_the_run_after_the_step(run, tiny_run, signal_at, tmp_path):
+def test_a_signal_stops_the_run_after_the_step(run, tiny_run, config_file, signal_at, tmp_path, monkeypatch):
     handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     signal_at(3, [signal.SIGTERM])
     with pytest.raises(loop.Interrupted, match=r"^SIGTERM at step 3: saved; the same command goes on from there$"):
@@ -221,6 +221,13 @@ def test_a_signal_stops_the_run_after_the_step(run, tiny_run, signal_at, tmp_pat
     for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_array_equal(one, other)
     assert checkpoints.read(tmp_path / "run", **choices).companions == [Path(config.data.vocabulary)]
+    scores = tmp_path / "scores.json"
+    arguments = [f"--config={config_file('llama')}", f"--checkpoint={tmp_path / 'run'}", f"--output={scores}"]
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *arguments])
+    evaluate.main()
+    batches = loader.heldout_batches(config.records, 8, 8)
+    loss = loop.heldout_metrics(expected, batches, make_mesh(config.mesh))["loss"]
+    assert json.loads(scores.read_text())["loss"] == pytest.approx(loss, rel=1e-6)
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
 
 
