@@ -9,6 +9,7 @@ PYTHON ?= python3
 RUN := .venv/bin/python
 INSTALL := $(RUN) -m pip install --quiet --disable-pip-version-check --editable
 QUICKSTART := runs/quickstart
+BEST := --method=svd+group+refit --calibrate=embedded_large --calibration_length=128
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -21,6 +22,8 @@ quickstart: .venv/.core  ## convert the shipped model to GQA and MQA, uptrain it
 	rm -rf $(QUICKSTART)
 	$(RUN) -m checkpoints_tools.convert --source=assets/teacher --output=$(QUICKSTART)/gqa2 --kv_heads=2 --method=mean
 	$(RUN) -m checkpoints_tools.convert --source=assets/teacher --output=$(QUICKSTART)/mqa --kv_heads=1 --method=mean
+	$(RUN) -m checkpoints_tools.convert --source=assets/teacher --output=$(QUICKSTART)/gqa2_best --kv_heads=2 $(BEST)
+	$(RUN) -m checkpoints_tools.convert --source=assets/teacher --output=$(QUICKSTART)/mqa_best --kv_heads=1 $(BEST)
 	$(RUN) -m gqa.train --config=configs/quickstart.py --workdir=$(QUICKSTART)/uptrain --config.model.checkpoint=$(QUICKSTART)/gqa2
 	$(RUN) -m experiments.report --runs=$(QUICKSTART) --output=$(QUICKSTART)/report
 

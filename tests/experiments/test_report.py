@@ -41,6 +41,8 @@ def full_report(results):
         measured_row("GQA-2 converted", 2, 3.4, 6.0),
         measured_row("GQA-2 uptrained", 2, 3.2, 6.0),
         measured_row("MQA converted", 1, 4.0, 4.0),
+        measured_row("GQA-2 best conversion", 2, 3.05, 6.0),
+        measured_row("MQA best conversion", 1, 3.15, 4.0),
     ]
     measured = {
         "rows": rows,
@@ -70,6 +72,7 @@ def test_markdown_tells_measured_and_committed_apart(full_report):
     text = report.as_markdown(full_report)
     now, committed = text.split("## Committed: α = 5%, 2 seeds")
     assert "| GQA-2 uptrained | 2, 2 | 3.200 | +0.200 | 6.0 | 2.00x |" in now
+    assert "| MQA best conversion | 1, 1 | 3.150 | +0.150 | 4.0 | 3.00x |" in now
     assert "40 of 4000 steps, α = 1.0%" in now and "digest d1ge57" in now
     assert "| MQA | 5% | 3.5000 ± 0.1414 | +0.5000 | 50% (49% against the control) |" in committed
 
@@ -83,9 +86,9 @@ def test_picture_is_drawn(full_report, tmp_path):
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("missing", ["gqa2", "uptrain/model"])
+@pytest.mark.parametrize("missing", ["gqa2", "mqa_best", "uptrain/model"])
 def test_missing_folders_are_named(missing, tmp_path, monkeypatch, capsys):
-    for folder in {"gqa2", "mqa", "uptrain/model"} - {missing}:
+    for folder in {"gqa2", "mqa", "gqa2_best", "mqa_best", "uptrain/model"} - {missing}:
         (tmp_path / folder).mkdir(parents=True)
     (tmp_path / "teacher").mkdir()
     arguments = ["report", f"--runs={tmp_path}", f"--output={tmp_path / 'report'}", f"--teacher={tmp_path / 'teacher'}"]
