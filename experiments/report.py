@@ -1,8 +1,9 @@
 """python -m experiments.report --runs=runs/quickstart --output=runs/quickstart/report
 
 The quickstart's report: held-out loss and decoding time of the teacher, of its GQA-2 and MQA conversions (mean pooled,
-and by the best method) and of the uptrained GQA-2, measured now, beside the committed results of α = 5 % uptraining (`make uptrain-full`). Writes
-report.md, report.json and quality_vs_latency.png into the output folder and prints the table.
+and by the best method) and of the uptrained GQA-2, measured now, beside the committed results of α = 5 % uptraining
+(`make uptrain-full`). Writes report.md, report.json and quality_vs_latency.png into the output folder and prints the
+table.
 """
 
 import argparse
@@ -126,8 +127,8 @@ def as_markdown(report: dict) -> str:
         f"Loss over {base['target_tokens']:,} held-out target tokens of `{measured['source']}` "
         f"(digest {measured['corpus_digests']['heldout']}; the unigram model has {measured['unigram_loss']:.3f}). "
         f"Uptraining: {measured['uptraining_steps']} of {measured['original_steps']} steps, "
-        f"α = {measured['alpha']:.1%}; the best conversions are not uptrained (`docs/conversion.md`). Decoding: batch {timing['batch_size']}, input {timing['inputs_length']}, "
-        f"{timing['num_tokens']} tokens, float32, median of {timing['repetitions']}, on "
+        f"α = {measured['alpha']:.1%}; the best conversions are not uptrained (`docs/conversion.md`). "
+        f"Decoding: batch {timing['batch_size']}, input {timing['inputs_length']}, {timing['num_tokens']} tokens, float32, median of {timing['repetitions']}, on "
         f"{measured['machine']['cores']} cores ({measured['machine']['cpu']}).",
     ]
     if committed:
