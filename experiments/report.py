@@ -129,7 +129,8 @@ def as_markdown(report: dict) -> str:
         f"Uptraining: {measured['uptraining_steps']} of {measured['original_steps']} steps, "
         f"α = {measured['alpha']:.1%}; the best conversions are not uptrained (`docs/conversion.md`). "
         f"Decoding: batch {timing['batch_size']}, input {timing['inputs_length']}, {timing['num_tokens']} tokens, "
-        f"float32, median of {timing['repetitions']}, on {measured['machine']['cores']} cores ({measured['machine']['cpu']}).",
+        f"float32, median of {timing['repetitions']}, on {measured['machine']['cores']} cores "
+        f"({measured['machine']['cpu']}).",
     ]
     if committed:
         lines += ["", f"## Committed: α = {committed['alpha']:.0%}, {committed['num_seeds']} seeds", ""]

@@ -39,6 +39,11 @@ class Statistics:
         key_value = query if shared is None else shared.astype(np.float64)
         return Moments(query, key_value, self._tokens[path])
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes in memory."""
+        return sum(array.nbytes for array in self._arrays.values())
+
     def few(self) -> str | None:
         """A warning where there are too few tokens for the dimension, else None."""
         path = min(self._tokens, key=self._tokens.get)

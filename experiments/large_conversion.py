@@ -1,0 +1,99 @@
+"""python -m experiments.large_conversion --size=llama_2_7b --kv_heads=8 [--layers=32] [--output=FILE.json]
+
+What a calibrated conversion of a large model takes: random weights of the model's shapes, made one layer at a time,
+8 rows of 512 tokens, `svd+refit` by default. Prints seconds a layer and the peak of memory; with fewer `--layers` than
+the model has, the whole is what the measured layers make of it, and said to be so.
+"""
+
+import argparse
+import dataclasses
+import resource
+import sys
+import time
+from pathlib import Path
+
+from gqa import command_line
+from gqa.errors import InputError
+
+ROWS, LENGTH = 8, 512
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", required=True, help="a ready-made architecture, such as llama_2_7b, t5_1_1_xxl")
+    parser.add_argument("--kv_heads", required=True, type=int, help="key/value heads of each converted attention")
+    parser.add_argument("--method", default="svd+refit", help="how heads become one (default: svd+refit)")
+    parser.add_argument("--layers", type=int, help="layers of each side that are converted (default: all)")
+    parser.add_argument("--output", type=Path, help="file for the result as JSON")
+    arguments = command_line.parse_arguments(parser)
+    import jax
+    import numpy as np
+
+    from experiments.measure import commit, machine, write_json
+    from gqa import convert, models
+    from gqa.checkpoints.table import parameters
+    from gqa.convert import statistics, walk
+
+    whole = models.replace(models.size(arguments.size), dtype="float32", tied_logits=True)
+    family = models.family_of(whole)
+    names = ("num_encoder_layers", "num_decoder_layers") if family == "t5" else ("num_layers",)
+    layers = arguments.layers or max(getattr(whole, name) for name in names)
+    if not 1 <= layers <= min(getattr(whole, name) for name in names):
+        raise InputError(f"--layers={layers}; expected 1 to {min(getattr(whole, name) for name in names)}")
+    config = dataclasses.replace(whole, **dict.fromkeys(names, layers))
+    sites = models.FAMILIES[family].converted_sites
+
+    def read(path: str) -> np.ndarray:
+        shape = shapes[path]
+        if path.endswith("scale"):
+            return np.ones(shape, np.float32)
+        rng = np.random.default_rng([*path.encode()])
+        return rng.standard_normal(shape, np.float32) * np.float32(config.d_model**-0.5)
+
+    shapes = {path: each.layer_shape for each in parameters(models.abstract(config)) for path in each.paths}
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(3, config.vocab_size, (2, ROWS, LENGTH), np.int32)
+    real = np.ones((ROWS, LENGTH), np.int32)
+    batch = {"inputs": tokens[0], "inputs_segments": real, "decoder_inputs": tokens[1], "targets_segments": real}
+    start = time.perf_counter()
+    shell, load_layer = walk.read_lazily(config, read)
+    moments = statistics.collect(shell, load_layer, [batch], sites)
+    calibrated = time.perf_counter()
+    kv_heads = dict.fromkeys(sites, arguments.kv_heads)
+    new_config, read_new, report = convert.convert_lazily(
+        config, read, kv_heads, arguments.method, jax.random.key(0), batches=[batch], statistics=moments
+    )
+    paths = sorted(
+        (path for each in parameters(models.abstract(new_config)) for path in each.paths if path.count(".") > 2),
+        key=lambda path: (path.split(".")[0] == "decoder", int(path.split(".")[1])),
+    )
+    for path in paths:
+        read_new(path)
+    end = time.perf_counter()
+    share = layers / max(getattr(whole, name) for name in names)
+    result = {
+        "size": arguments.size,
+        "kv_heads": arguments.kv_heads,
+        "method": arguments.method,
+        "layers_measured": layers,
+        "calibration_seconds": calibrated - start,
+        "conversion_seconds": end - calibrated,
+        "whole_model_minutes": (end - start) / share / 60,
+        "extrapolated": share < 1,
+        "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+        "statistics_gib_of_the_whole": moments.nbytes / share / 2**30,
+        "output_error": [entry["output_error"] for entry in report],
+        "machine": machine(),
+        "commit": commit(),
+        "command": " ".join(["python -m experiments.large_conversion", *sys.argv[1:]]),
+    }
+    for name in list(result)[:10]:
+        value = result[name]
+        print(f"{name:30} {value:.2f}" if isinstance(value, float) else f"{name:30} {value}")
+    if arguments.output:
+        write_json(arguments.output, result)
+
+
+if __name__ == "__main__":
+    command_line.run(main)
