@@ -118,10 +118,12 @@ def convert_layers(
                     if wanted == config.kv_heads(site)[number]:
                         continue
                     moments = moments_of(shell, layer, site, name, number, statistics)
-                    layer_key = jax.random.fold_in(jax.random.fold_in(key, number), list(attentions).index(site))
+                    layer_key = pooling.layer_keys(config, site, key)[number]
                     layer, found = _convert(layer, name, wanted, method, moments, stream, layer_key, is_rotary(config))
                     order = plan.orders.get(path, np.arange(config.kv_heads(site)[number]))
                     groups = order.reshape(wanted, -1).tolist()
+                    if "dead_heads" in found:
+                        found["dead_heads"] = sorted(order[found["dead_heads"]].tolist())
                     report.append({"site": site, "layer": number, "kv_heads": wanted, "groups": groups} | found)
                 if stream:
                     stream.advance(layer)
