@@ -1,9 +1,14 @@
-"""References in float64 NumPy for what conversions do to one attention's heads."""
+"""References in float64 NumPy for what conversions do to one attention's heads; models and rows to convert on."""
 
+import jax
 import numpy as np
 import pytest
+from flax import nnx
 
-from gqa.convert.heads import Heads, Moments
+from gqa import models
+from gqa.convert import walk
+from gqa.convert.heads import Heads, Moments, read_heads, write_heads
+from gqa.convert.plan import with_attention
 
 
 def with_one(x):
@@ -137,3 +142,115 @@ def score_error():
         return np.einsum("AC,iHCB,BE,iHAE->", moments.query, difference, keys, difference.conj(), optimize=True).real
 
     return error
+
+
+GROUPED = dict(num_heads=8, head_dim=8)
+CASES = {  # 4 key/value heads everywhere: multi-head, and as grouped ones of two query heads
+    "t5": models.size("t5_1_1_mini"),
+    "t5, grouped": models.replace(
+        models.size("t5_1_1_mini"),
+        encoder_self_kv_heads=4,
+        decoder_self_kv_heads=4,
+        cross_kv_heads=4,
+        relative_bias_per_layer=True,
+        **GROUPED,
+    ),
+    "llama": models.size("llama_mini"),
+    "qwen2, grouped": models.replace(
+        models.size("llama_mini"), decoder_self_kv_heads=4, qkv_bias=True, sliding_window=6, **GROUPED
+    ),
+    "qwen3": models.replace(models.size("llama_mini"), qk_norm=True),
+}
+
+
+@pytest.fixture(scope="session")
+def teacher(random_model):
+    """A function (name of a case) -> a random model whose attention is far from uniform."""
+    return lambda case: jax.tree.map(np.asarray, random_model(CASES[case]))
+
+
+@pytest.fixture(scope="session")
+def rows():
+    """Two batches as the loader makes them, for either family: packed documents, and padding."""
+    rng = np.random.default_rng(0)
+
+    def segments(lengths, width):
+        return np.stack([np.repeat([1, 2, 0], [one, two, width - one - two]) for one, two in lengths]).astype(np.int32)
+
+    batches = []
+    for _ in range(2):
+        tokens = rng.integers(2, 256, (2, 4, 16)).astype(np.int32)
+        batch = {
+            "decoder_inputs": tokens[0, :, :12],
+            "targets_segments": segments([(6, 6), (5, 4), (12, 0), (9, 0)], 12),
+            "inputs": tokens[1],
+            "inputs_segments": segments([(8, 8), (9, 4), (16, 0), (13, 0)], 16),
+        }
+        batches.append(batch)
+    return batches
+
+
+def _layers(model, side):
+    """Layers of a side, whatever the stacks."""
+    return [
+        jax.tree.map(lambda leaf, i=i: np.asarray(leaf)[i], stack)
+        for stack in getattr(model, side)
+        for i in range(len(jax.tree.leaves(stack)[0]))
+    ]
+
+
+def _with_layers(model, change):
+    """The model with each layer changed, in one stack a side; `change(layer, side, number)`."""
+    model = jax.tree.map(lambda leaf: leaf, model)
+    for side in walk.sides(model.config):
+        layers = [change(layer, side, number) for number, layer in enumerate(_layers(model, side))]
+        setattr(model, side, nnx.List([jax.tree.map(lambda *leaves: np.stack(leaves), *layers)]))
+    return model
+
+
+@pytest.fixture(scope="session")
+def with_heads():
+    """A function (model, change) -> the model with `change(heads, site, number)` in each attention."""
+
+    def make(model, change):
+        def change_layer(layer, side, number):
+            for site, name in walk.sides(model.config)[side].items():
+                attention = getattr(layer, name)
+                heads = change(read_heads(attention), site, number)
+                layer = with_attention(layer, name, write_heads(attention, heads))
+            return layer
+
+        return _with_layers(model, change_layer)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def logits(rows):
+    """A function (model) -> logits of all targets of `rows`, [tokens, V].
+
+    Shared heads are written out for each query head: models of any number of them are one program.
+    """
+    apply = jax.jit(models.apply)
+
+    def make(model):
+        H = model.config.num_heads
+
+        def repeated(layer, side, number):
+            for name in walk.sides(model.config)[side].values():
+                attention = getattr(layer, name)
+                layer = with_attention(layer, name, jax.tree.map(lambda leaf: leaf, attention))
+                attention = getattr(layer, name)
+                for part in ("key", "value", "key_bias", "value_bias"):
+                    if hasattr(attention, part):
+                        array = getattr(attention, part)
+                        copies = H // array.shape[-2]
+                        setattr(attention, part, array.replace(np.repeat(np.asarray(array[...]), copies, axis=-2)))
+            return layer
+
+        full = _with_layers(model, repeated)
+        sites = models.FAMILIES[models.family_of(model.config)].sites
+        full.config = models.replace(model.config, **{f"{site}_kv_heads": H for site in sites})
+        return np.concatenate([np.asarray(apply(full, batch))[batch["targets_segments"] > 0] for batch in rows])
+
+    return make

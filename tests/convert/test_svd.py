@@ -39,6 +39,15 @@ def test_copies_in_other_bases_are_shared_without_loss(
     assert np.abs(outputs(mean, x_query, x_key_value, rotary) - expected).max() > 1e-2 * np.abs(expected).max()
 
 
+@pytest.mark.parametrize("rotary", [False, True])
+def test_a_head_that_shares_with_none_is_the_same_function_in_another_basis(rotary, attention_case, outputs):
+    heads, x_query, x_key_value, moments = attention_case(np.random.default_rng(0), 3, 2, 4, biases=rotary)
+    new, keys, values = shared(heads, moments, 3, rotary)
+    np.testing.assert_allclose([keys.kept, values.kept], [keys.total, values.total])
+    inputs = (x_query, x_key_value, rotary)
+    np.testing.assert_allclose(outputs(new, *inputs), outputs(heads, *inputs), atol=1e-8)
+
+
 @settings(max_examples=30, deadline=None)
 @given(shape=SHAPES, rotary=st.booleans(), seed=SEEDS)
 def test_the_basis_that_heads_are_written_in_does_not_matter(shape, rotary, seed, attention_case, rebased, outputs):
@@ -77,7 +86,8 @@ def test_what_is_lost_is_the_score_error_and_no_other_shared_head_loses_less(
     assert least < errors["procrustes"] < errors["mean"]
     for step in (1e-1, 1e-2, 1e-3) * 20:
         near = new._replace(
-            key=new.key + step * rng.normal(size=new.key.shape), query=new.query + step * rng.normal(size=new.query.shape)
+            key=new.key + step * rng.normal(size=new.key.shape),
+            query=new.query + step * rng.normal(size=new.query.shape),
         )
         assert score_error(heads, near, moments, rotary) > least
 
