@@ -93,7 +93,10 @@ def main() -> int | None:
     choice = {"method": args.method, "seed": args.seed}
     if calibration.description:
         choice["calibration"] = calibration.description
-    source.write(output, config, read, dtype, choice, by_layer=method.calibrated or args.calibrate is not None)
+    by_layer = method.calibrated or args.calibrate is not None
+    source.write(output, config, read, dtype, choice, by_layer=by_layer)
+    if by_layer:  # where all tensors of the last layers were there already, these are converted for the report alone
+        read(f"{models.site_path('decoder_self', len(config.kv_heads('decoder_self')) - 1)}.query")
     print(_summary(source.abstract, models.abstract(config), dtype))
     if report:
         print(_kept(report))

@@ -103,6 +103,8 @@ def convert_layers(
       key: random key of the base `random`.
     """
     config, new_shell = shell.config, permuted_shell(shell, plan)
+    # Rows pass the layers given, whatever the number of heads: so the programs that calibrated are used again.
+    new_shell.config = config
     encoded = None
     with tqdm(total=num_all_layers(config), desc="convert", unit="layer", delay=1) as bar:
         for side, attentions in sides(config).items():
