@@ -1,6 +1,8 @@
 """Calibration text of a conversion: its rows, the statistics they give, and held-out losses before and after."""
 
 import argparse
+import dataclasses
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +14,7 @@ from gqa import checkpoints, convert, models, sharding
 from gqa.convert import statistics, walk
 from gqa.convert.plan import plan_budget
 from gqa.data import loader
-from gqa.data.prepare import PrepareSpec, default_directory, prepare
+from gqa.data.prepare import PrepareSpec, default_directory, prepare, read_manifest
 from gqa.errors import InputError
 from gqa.models.heads import KVHeads
 from gqa.training.loop import heldout_metrics
@@ -35,7 +37,7 @@ class Calibration:
         if records is not None:
             batches = loader.train_batches(records, BATCH, seed=0)
             available = batches.manifest.num_records["train"]
-            size = min(BATCH, available)
+            size = min(BATCH, available, rows)
             if size < BATCH:
                 batches = loader.train_batches(records, size, seed=0)
             self.batches = [batches(step) for step in range(-(-min(rows, available) // size))]
@@ -67,10 +69,17 @@ class Calibration:
             return cls(source, None, None, 0)
         if args.calibration_rows < 1:
             raise InputError(f"--calibration_rows={args.calibration_rows}; expected at least 1")
+        if args.statistics and not Path(args.statistics).absolute().parent.is_dir():
+            raise InputError(f"--statistics={args.statistics}: its folder does not exist")
         records = _records(args, source)
-        self = cls(source, {"text": args.calibrate, "rows": args.calibration_rows}, records, args.calibration_rows)
+        manifest = dataclasses.asdict(read_manifest(records))
+        text = {name: manifest[name] for name in ("task", "inputs_length", "targets_length", "corpus_digests")}
+        description = {"text": args.calibrate, "rows": args.calibration_rows} | text
+        self = cls(source, description, records, args.calibration_rows)
         shell, load_layer = walk.read_lazily(source.config, source.read)
-        identity = json.dumps([statistics.fingerprint(shell), args.calibrate, args.calibration_rows, sites])
+        identity = json.dumps(
+            [statistics.fingerprint(shell, load_layer), manifest, args.calibration_rows, sorted(sites)]
+        )
         if args.statistics and Path(args.statistics).exists():
             self.statistics = statistics.Statistics.load(args.statistics, identity)
         else:
@@ -106,14 +115,19 @@ class Calibration:
 def _records(args: argparse.Namespace, source: Source) -> Path:
     family = models.family_of(source.config)
     given = Path(args.calibrate)
+    vocabularies = [file for file in source.contents.companions if file.suffix == ".model"]
     if (given / "manifest.json").is_file():
-        records, manifest = given, loader.train_batches(given, 1, seed=0).manifest
+        records, manifest = given, read_manifest(given)
         if manifest.task != TASKS[family] and not (family == "t5" and manifest.task == "prefix_lm"):
             raise InputError(
                 f"--calibrate={given} holds {manifest.task}; expected {TASKS[family]} for a {family} model"
             )
+        found = [hashlib.sha256(file.read_bytes()).hexdigest() for file in vocabularies]
+        if found and manifest.vocabulary_sha256 not in found:
+            raise InputError(
+                f"--calibrate={given} was prepared with another vocabulary; expected the model's, {vocabularies[0]}"
+            )
     else:
-        vocabularies = [file for file in source.contents.companions if file.suffix == ".model"]
         if not vocabularies:
             raise InputError(f"{source.directory} has no SentencePiece .model file to read --calibrate={given} with")
         length = args.calibration_length

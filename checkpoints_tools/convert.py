@@ -76,9 +76,10 @@ def main() -> int | None:
     kv_heads = None if args.kv_heads is None else _kv_heads(args.kv_heads, args.sites, sites)
     if kv_heads is not None:
         converted_config(source.config, kv_heads, args.method)  # refused before any work
+    budget = None if args.kv_budget is None else _budget(args.kv_budget, source.config, sites)
     calibration = Calibration.of(args, source, list(kv_heads or sites))
-    if kv_heads is None:
-        kv_heads = calibration.spend(_budget(args.kv_budget, source.config, sites), sites)
+    if budget is not None:
+        kv_heads = calibration.spend(budget, sites)
     dtype = args.dtype or source.dtype
     config, read, report = convert_lazily(
         source.config,
@@ -89,8 +90,13 @@ def main() -> int | None:
         batches=calibration.batches,
         statistics=calibration.statistics,
     )
-    choice = {"method": args.method, "seed": args.seed, "calibration": calibration.description}
-    source.write(output, config, read, dtype, choice, by_layer=method.calibrated)
+    choice = {"method": args.method, "seed": args.seed}
+    if calibration.description:
+        choice["calibration"] = calibration.description
+    by_layer = method.calibrated or args.calibrate is not None
+    source.write(output, config, read, dtype, choice, by_layer=by_layer)
+    if by_layer:  # where all tensors of the last layers were there already, these are converted for the report alone
+        read(f"{models.site_path('decoder_self', len(config.kv_heads('decoder_self')) - 1)}.query")
     print(_summary(source.abstract, models.abstract(config), dtype))
     if report:
         print(_kept(report))
@@ -98,7 +104,7 @@ def main() -> int | None:
         if scores:
             print(_scores(scores))
         (output / "conversion.json").write_text(
-            json.dumps({"method": args.method, **choice, "attention": report, "heldout": scores}, indent=2) + "\n"
+            json.dumps({**choice, "attention": report, "heldout": scores}, indent=2) + "\n"
         )
     print(f"wrote {output}")
 

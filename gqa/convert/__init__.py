@@ -20,6 +20,7 @@ from gqa import models
 from gqa.convert import walk
 from gqa.convert.calibrated import POOLED, Method, convert_layers
 from gqa.convert.plan import Plan, make_plan, permuted_shell
+from gqa.convert.pooling import layer_keys
 from gqa.convert.statistics import Statistics
 from gqa.errors import InputError
 from gqa.models.heads import KVHeads, nearest_divisors, per_layer_kv_heads
@@ -60,7 +61,7 @@ def convert(model: models.Model, kv_heads: Mapping[str, KVHeads], method: str, k
         if kv_heads.keys() & attention_names.keys():
             present = {attention: site for site, attention in attention_names.items() if site in sites}
             layer_kv_heads = {attention: config.kv_heads(site) for attention, site in present.items()}
-            keys = {attention: _layer_keys(config, site, key) for attention, site in present.items()}
+            keys = {attention: layer_keys(config, site, key) for attention, site in present.items()}
             setattr(model, stacks, _convert_stacks(getattr(model, stacks), layer_kv_heads, METHODS[method], keys))
     return model
 
@@ -139,7 +140,7 @@ def convert_lazily(
       ones are float32.
     """
     new_config = converted_config(config, kv_heads, method)
-    if not Method.parse(method).calibrated:
+    if not (Method.parse(method).calibrated or batches):
         return new_config, _read_pooled(config, new_config, read, kv_heads, method, key), []
     shell, load_layer = walk.read_lazily(config, read)
     plan, layers = _calibrated_layers(shell, load_layer, new_config, method, key, batches, statistics)
@@ -163,7 +164,7 @@ def convert_lazily(
 
 def _calibrated_layers(shell, load_layer, new_config, method: str, key, batches, statistics):
     parsed = Method.parse(method)
-    parsed.check(shell.config, has_text=batches is not None)
+    parsed.check(shell.config, has_text=bool(batches))
     plan = Plan(new_config, {})
     if parsed.group:
         plan = make_plan(shell, load_layer, new_config, statistics)
@@ -193,7 +194,7 @@ def _read_pooled(
         names = walk.parameter_names(modules[site])
         arrays = [read(f"{prefix}.{name}").astype(np.float32) for name in names]
         attention = jax.tree.unflatten(jax.tree.structure(modules[site]), arrays)
-        layer_key = _layer_keys(config, site, key)[layer]
+        layer_key = layer_keys(config, site, key)[layer]
         attention = METHODS[method](attention, None, new_config.kv_heads(site)[layer], layer_key)
         return dict(zip(names, map(np.asarray, jax.tree.leaves(attention)), strict=True))
 
@@ -202,11 +203,6 @@ def _read_pooled(
         return converted(prefix)[path.removeprefix(f"{prefix}.")] if prefix in numbers else read(path)
 
     return read_converted
-
-
-def _layer_keys(config: models.ModelConfig, site: str, key: jax.Array) -> jax.Array:
-    number = models.FAMILIES[models.family_of(config)].sites.index(site)
-    return jax.random.split(jax.random.fold_in(key, number), len(config.kv_heads(site)))
 
 
 def _check(site: str, *, present: Sequence[int], wanted: Sequence[int]) -> None:

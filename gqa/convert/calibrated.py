@@ -103,6 +103,8 @@ def convert_layers(
       key: random key of the base `random`.
     """
     config, new_shell = shell.config, permuted_shell(shell, plan)
+    # Rows pass the layers given, whatever the number of heads: so the programs that calibrated are used again.
+    new_shell.config = config
     encoded = None
     with tqdm(total=num_all_layers(config), desc="convert", unit="layer", delay=1) as bar:
         for side, attentions in sides(config).items():
@@ -118,10 +120,12 @@ def convert_layers(
                     if wanted == config.kv_heads(site)[number]:
                         continue
                     moments = moments_of(shell, layer, site, name, number, statistics)
-                    layer_key = jax.random.fold_in(jax.random.fold_in(key, number), list(attentions).index(site))
+                    layer_key = pooling.layer_keys(config, site, key)[number]
                     layer, found = _convert(layer, name, wanted, method, moments, stream, layer_key, is_rotary(config))
                     order = plan.orders.get(path, np.arange(config.kv_heads(site)[number]))
                     groups = order.reshape(wanted, -1).tolist()
+                    if "dead_heads" in found:
+                        found["dead_heads"] = sorted(order[found["dead_heads"]].tolist())
                     report.append({"site": site, "layer": number, "kv_heads": wanted, "groups": groups} | found)
                 if stream:
                     stream.advance(layer)

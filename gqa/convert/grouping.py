@@ -33,6 +33,17 @@ def group_energy(heads: Heads, moments: Moments, rotary: bool) -> Energy:
     return energy
 
 
+def scored_by_pairs(num_units: int, sizes: Sequence[int]) -> bool:
+    """Whether there are too many groups to score them whole: then a group is worth the mean of its pairs."""
+    return max(math.comb(num_units, size) for size in sizes) > MAX_GROUPS
+
+
+def pair_energies(energy: Energy, num_units: int) -> Energy:
+    """`energy` of single units and of pairs, computed now: what it is computed from can go."""
+    groups = [group for size in (1, 2) for group in itertools.combinations(range(num_units), size)]
+    return {group: energy(group) for group in groups}.__getitem__
+
+
 def best_order(energies: Sequence[Energy], sizes: Sequence[int], num_units: int) -> np.ndarray:
     """The order of units in which neighbours form the groups that keep the most.
 
@@ -44,7 +55,7 @@ def best_order(energies: Sequence[Energy], sizes: Sequence[int], num_units: int)
     All partitions are tried where there are at most `MAX_PARTITIONS`; else units are swapped while that helps, from
     `RESTARTS` starts.
     """
-    pairwise = max(math.comb(num_units, size) for size in sizes) > MAX_GROUPS
+    pairwise = scored_by_pairs(num_units, sizes)
 
     def value(order: Sequence[int]) -> float:
         total = 0.0

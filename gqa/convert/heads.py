@@ -86,7 +86,7 @@ class Moments:
 
     query: np.ndarray  # [D + 1, D + 1], of the inputs of queries
     key_value: np.ndarray  # [D + 1, D + 1], of the inputs of keys and values
-    tokens: int  # on the key side; 0: assumed, not measured
+    tokens: int  # on the side that has fewer; 0: assumed, not measured
 
     def of_queries(self, heads: Heads) -> np.ndarray:
         """`E[qᵀq]` of each query head, summed over the query heads of a unit: `[K, d, d]`."""

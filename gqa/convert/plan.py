@@ -8,10 +8,10 @@ import numpy as np
 
 from gqa import models
 from gqa.convert import budget
-from gqa.convert.grouping import best_order, group_energy
+from gqa.convert.grouping import best_order, group_energy, pair_energies, scored_by_pairs
 from gqa.convert.heads import Moments, read_heads, write_heads
 from gqa.convert.statistics import Statistics, assumed
-from gqa.convert.walk import LoadLayer, sides
+from gqa.convert.walk import LoadLayer, check_finite, sides
 from gqa.errors import InputError
 from gqa.models.heads import divisors
 
@@ -44,25 +44,28 @@ def make_plan(
             before, after = config.kv_heads(site), new_config.kv_heads(site)
             if before == after:
                 continue
-            energies, sizes = [], []
-            for number, (present, wanted) in enumerate(zip(before, after, strict=True)):
+            shared = _shares_bias(config, site)
+            if shared and len(set(before)) > 1:
+                raise InputError(
+                    f"group: the layers of {site} share a bias table but have {before} key/value heads; leave group out"
+                )
+            sizes = [present // wanted for present, wanted in zip(before, after, strict=True)]
+            energies = []
+            for number, (present, size) in enumerate(zip(before, sizes, strict=True)):
+                if size == 1 and not shared:
+                    continue
                 layer = load_layer(side, number)
                 moments = moments_of(shell, layer, site, name, number, statistics)
-                energies.append(group_energy(read_heads(getattr(layer, name)), moments, is_rotary(config)))
-                sizes.append(present // wanted)
-            paths = [models.site_path(site, number) for number in range(len(before))]
-            if _shares_bias(config, site):
-                if len(set(before)) > 1:
-                    raise InputError(
-                        f"group: the layers of {site} share a bias table but have {before} key/value heads; "
-                        "leave group out"
-                    )
-                order = best_order(energies, sizes, before[0])
-                orders |= dict.fromkeys(paths, order)
-            else:
-                for path, energy, size, present in zip(paths, energies, sizes, before, strict=True):
-                    if size > 1:
-                        orders[path] = best_order([energy], [size], present)
+                energy = group_energy(read_heads(getattr(layer, name)), moments, is_rotary(config))
+                if not shared:
+                    orders[models.site_path(site, number)] = best_order([energy], [size], present)
+                elif scored_by_pairs(present, sizes):  # of large layers numbers are kept, not matrices
+                    energies.append(pair_energies(energy, present))
+                else:
+                    energies.append(energy)
+            if shared:
+                paths = [models.site_path(site, number) for number in range(len(before))]
+                orders |= dict.fromkeys(paths, best_order(energies, sizes, before[0]))
     return Plan(new_config, orders)
 
 
@@ -118,10 +121,15 @@ def with_attention(layer, name: str, attention):
 
 
 def moments_of(shell, layer, site: str, name: str, number: int, statistics: Statistics | None) -> Moments:
-    """Measured moments of an attention, or assumed ones where there are no statistics."""
-    if statistics is None:
-        return assumed(shell, layer, site, name)
-    return statistics.moments(models.site_path(site, number))
+    """Measured moments of an attention, or assumed ones where there are no statistics.
+
+    Raises `InputError` for an attention whose weights are not finite.
+    """
+    path = models.site_path(site, number)
+    moments = assumed(shell, layer, site, name) if statistics is None else statistics.moments(path)
+    for array in (moments.query, moments.key_value, *jax.tree.leaves(getattr(layer, name))):
+        check_finite(np.asarray(array), f"weights of {path}")
+    return moments
 
 
 def _shares_bias(config: models.ModelConfig, site: str) -> bool:

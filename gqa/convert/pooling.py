@@ -11,7 +11,14 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from gqa import models
 from gqa.nn.attention import GroupedQueryAttention
+
+
+def layer_keys(config: models.ModelConfig, site: str, key: jax.Array) -> jax.Array:
+    """Each layer's random key, a function of `key` and of the site's and the layer's number alone."""
+    number = models.FAMILIES[models.family_of(config)].sites.index(site)
+    return jax.random.split(jax.random.fold_in(key, number), len(config.kv_heads(site)))
 
 
 def mean(

@@ -58,7 +58,8 @@ class Statistics:
     def save(self, path: str | os.PathLike, fingerprint: str) -> None:
         """Writes one safetensors file, which appears complete; `fingerprint` says whose statistics these are."""
         path = Path(path)
-        metadata = {"fingerprint": fingerprint, "tokens": json.dumps(self._tokens)}
+        digest = _digest(self._arrays, self._tokens)
+        metadata = {"fingerprint": fingerprint, "tokens": json.dumps(self._tokens), "digest": digest}
         unfinished = path.with_name(f".{path.name}.partial")
         save_file(self._arrays, unfinished, metadata)
         os.replace(unfinished, path)
@@ -74,15 +75,30 @@ class Statistics:
         except (SafetensorError, OSError, KeyError, ValueError) as error:
             raise InputError(f"{path} holds no statistics of calibration: {error}") from error
         if metadata.get("fingerprint") != fingerprint:
-            raise InputError(f"{path} holds the statistics of another checkpoint; delete it or name another file")
+            raise InputError(
+                f"{path} holds the statistics of another checkpoint, text or choice of sites; "
+                "delete it or name another file"
+            )
+        if metadata.get("digest") != _digest(arrays, tokens):
+            raise InputError(f"{path} is damaged; delete it, and the statistics are collected again")
         return cls(arrays, tokens)
 
 
-def fingerprint(shell: models.Model) -> str:
-    """A digest that tells checkpoints apart: of the architecture and of the parameters outside the layers."""
+def fingerprint(shell: models.Model, load_layer: LoadLayer) -> str:
+    """A digest that tells checkpoints apart: of the architecture, the parameters outside the layers and two layers."""
     digest = hashlib.sha256(repr(shell.config).encode())
-    for leaf in jax.tree.leaves(shell):
-        digest.update(np.ascontiguousarray(leaf).tobytes())
+    last = num_layers(shell.config, "decoder") - 1
+    for module in (shell, load_layer("decoder", 0), load_layer("decoder", last)):
+        for leaf in jax.tree.leaves(module):
+            digest.update(np.ascontiguousarray(leaf).tobytes())
+    return digest.hexdigest()
+
+
+def _digest(arrays: Mapping[str, np.ndarray], tokens: Mapping[str, int]) -> str:
+    digest = hashlib.sha256(json.dumps(tokens, sort_keys=True).encode())
+    for name in sorted(arrays):
+        digest.update(name.encode())
+        digest.update(np.ascontiguousarray(arrays[name]).tobytes())
     return digest.hexdigest()
 
 
@@ -95,8 +111,10 @@ def collect(shell: models.Model, load_layer: LoadLayer, batches: Sequence[Mappin
       batches: arrays by name, as `gqa.data.loader` makes them.
       sites: such as decoder_self, cross.
 
-    Raises `InputError`, naming the layer, where activations are not finite.
+    Raises `InputError` without a token, and, naming the layer, where activations are not finite.
     """
+    if not batches:
+        raise InputError("there is no calibration text; give one row of it or more")
     present = sides(shell.config)
     arrays: dict[str, np.ndarray] = {}
     tokens: dict[str, int] = {}
@@ -110,9 +128,11 @@ def collect(shell: models.Model, load_layer: LoadLayer, batches: Sequence[Mappin
                     if site in sites:
                         path = models.site_path(site, number)
                         query, key_value = stream.moment_sums(layer, name)
-                        check_finite(query, path)
-                        check_finite(key_value, path)
-                        tokens[path] = int(key_value[-1, -1])
+                        for sums in (query, key_value):
+                            check_finite(sums, f"what {path} reads: its activations on the calibration text")
+                        tokens[path] = int(min(query[-1, -1], key_value[-1, -1]))
+                        if not tokens[path]:
+                            raise InputError(f"{path} reads no token of the calibration text; give more text or rows")
                         arrays[f"{path}.query"] = (query / query[-1, -1]).astype(np.float32)
                         if site == "cross":
                             arrays.setdefault(ENCODED, (key_value / key_value[-1, -1]).astype(np.float32))

@@ -96,7 +96,8 @@ def rotary_basis(energy: np.ndarray, z: np.ndarray, num_kv_heads: int) -> Basis:
 def rotary_energy(heads: Heads, moments: Moments) -> np.ndarray:
     """`E|q|²` of each unit's queries at each frequency, both components, `[K, d/2]`."""
     K, d = heads.num_kv_heads, heads.key.shape[-1]
-    return np.diagonal(moments.of_queries(heads), axis1=1, axis2=2).reshape(K, 2, d // 2).sum(1)
+    energy = np.diagonal(moments.of_queries(heads), axis1=1, axis2=2).reshape(K, 2, d // 2).sum(1)
+    return np.maximum(energy, 0)  # rounding leaves directions that the inputs never take below zero
 
 
 def complex_moments(heads: Heads, moments: Moments) -> np.ndarray:
@@ -153,11 +154,13 @@ def kept_energy(seen: np.ndarray, group: Sequence[int], d: int) -> float:
     """Share of all energy in `seen` that the units of `group` keep if they share one head of width d."""
     if seen.ndim == 3:
         part, rank = seen[:, group][:, :, group], 1
+        units = seen.shape[1]
     else:
+        units = len(seen) // d
         rows = (np.asarray(group)[:, None] * d + np.arange(d)).reshape(-1)
         part, rank = seen[np.ix_(rows, rows)], d
     total = np.trace(seen, axis1=-2, axis2=-1).real.sum()
-    return float(np.linalg.eigvalsh(part)[..., -rank:].sum() / total) if total > 0 else 1.0 / len(group)
+    return float(np.linalg.eigvalsh(part)[..., -rank:].sum() / total) if total > 0 else len(group) / units
 
 
 def _roots(weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

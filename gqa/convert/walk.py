@@ -130,10 +130,10 @@ class Stream:
             yield [np.asarray(part, np.float64) for part in function(*arguments, side=self._side, name=name)]
 
 
-def check_finite(array: np.ndarray, where: str) -> None:
-    """Raises `InputError` unless the sums of calibration are finite."""
+def check_finite(array: np.ndarray, what: str) -> None:
+    """Raises `InputError` unless all of `array` is finite."""
     if not np.isfinite(array).all():
-        raise InputError(f"{where} has activations that are NaN or infinite on the calibration text; check the weights")
+        raise InputError(f"{what} are NaN or infinite; check the checkpoint's weights")
 
 
 class _Recorder:

@@ -134,7 +134,11 @@ def test_llama_keeps_its_dtype_unless_told_otherwise(llama, tmp_path, monkeypatc
     [
         ({"kv_heads": 3}, "decoder_self_kv_heads=3 does not divide the 4 key/value heads of layer 0; nearest: 2, 4"),
         ({"kv_heads": 8}, "decoder_self_kv_heads=8 does not divide the 4 key/value heads of layer 0; nearest: 4"),
-        ({"method": "median"}, "method='median' is unknown; expected one of mean, first, random"),
+        (
+            {"method": "median"},
+            "method='median' is unknown; expected one of mean, first, random, "
+            "procrustes, svd, svd_values, with +group, +renorm, +refit",
+        ),
         ({"sites": "self"}, "attention site 'self' is unknown; expected one of encoder_self, decoder_self, cross"),
         ({"dtype": "float8"}, "--dtype=float8 is unknown; expected one of float32, bfloat16"),
         ({"souce": "x"}, "unknown option --souce; nearest: --source"),
