@@ -5,7 +5,6 @@ Case N is a function of N alone: the format, what is done to it and where. A cas
 """
 
 import json
-import os
 import random
 import shutil
 import signal
@@ -15,7 +14,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import flax.serialization
-import jax
 import ml_dtypes
 import msgpack
 import numpy as np
@@ -26,7 +24,6 @@ from safetensors.numpy import load_file, save_file
 from checkpoints_tools import convert  # noqa: F401  imported before memory is measured
 from gqa import checkpoints, models
 from gqa.checkpoints import hf, writer
-from gqa.errors import InputError
 
 torch = pytest.importorskip("torch")
 
@@ -36,7 +33,7 @@ SMALL = dict(vocab_size=24, d_model=16, num_heads=4, head_dim=4, d_ff=56)
 LLAMA = models.replace(models.size("llama_mini"), **SMALL, num_layers=2, decoder_self_kv_heads=4)
 T5 = models.replace(models.size("t5_1_1_mini"), **SMALL, num_encoder_layers=2, num_decoder_layers=2)
 T5_PER_LAYER = models.replace(T5, relative_bias_per_layer=True)
-SLACK_BYTES = 1 << 24  # Python's objects, whatever the checkpoint
+SLACK_BYTES = 1 << 23  # Python's objects, whatever the checkpoint
 DEADLINE = 120  # seconds, of cases that take less than one
 
 # What a key or a size may become.
@@ -403,7 +400,9 @@ def assert_same_tensors(folder: Path, theirs: dict[str, np.ndarray], output: Pat
         name, written_transform = names[path]
         ours = transform.to_ours(expected, shapes_of(contents.config)[path])
         result = written[name]
-        assert result.tobytes() == np.ascontiguousarray(written_transform.to_theirs(ours).astype(result.dtype)).tobytes()
+        assert (
+            result.tobytes() == np.ascontiguousarray(written_transform.to_theirs(ours).astype(result.dtype)).tobytes()
+        )
 
 
 def shapes_of(config) -> dict[str, tuple[int, ...]]:
@@ -432,11 +431,10 @@ def test_refused_or_read_as_the_formats_own_reader_does(number, sources, tmp_pat
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    if os.environ.get("SHOW"):
-        with open("/tmp/cases.txt", "a") as f: print(number, what, code, theirs is not None, peak>>10, sum(map(len, before.values()))>>10, capsys.readouterr().err[-300:], file=f)
+    errors = capsys.readouterr().err
     assert contents_of(folder) == before, what
     assert peak < 2 * sum(map(len, before.values())) + SLACK_BYTES, what
-    lines = capsys.readouterr().err.splitlines()
+    lines = errors.splitlines()
     if code == 2:
         assert [line for line in lines if not line.startswith("warning: ")] == lines[-1:], what
         assert lines[-1].startswith("error: "), what
