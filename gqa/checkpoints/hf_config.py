@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from gqa.errors import InputError
 from gqa.models import ModelConfig, family_of
-from gqa.models.heads import KVHeads
+from gqa.models.heads import MAX_HEADS, MAX_LAYERS, KVHeads
 from gqa.models.llama import LlamaConfig
 from gqa.models.t5 import SITES, T5Config
 from gqa.nn.position import RopeScaling
@@ -110,7 +110,7 @@ class Fields:
     def __init__(self, raw: Mapping[str, Any], path: Path):
         self.raw, self.path = raw, path
 
-    def take(self, name: str, kind: type, default=_REQUIRED):
+    def take(self, name: str, kind: type, default=_REQUIRED, at_most: float = math.inf):
         """The entry `name`, positive and finite if `kind` is int or float; raises `InputError` when it is not."""
         value = self.raw.get(name)
         if value is None:
@@ -121,6 +121,8 @@ class Fields:
             value = float(value) if value < 2**1023 else math.inf
         if type(value) is not kind or (kind in (int, float) and not 0 < value < math.inf):
             raise InputError(f"{self.path}: {name}={value!r}; expected {_KINDS[kind]}")
+        if kind in (int, float) and value > at_most:
+            raise InputError(f"{self.path}: {name}={value!r}; expected at most {at_most:,}")
         return value
 
     def choose(self, name: str, choices: Mapping[str, str], default: str) -> str:
@@ -149,7 +151,8 @@ _KINDS = {
 
 
 def _read_t5(fields: Fields, choices: Mapping[str, Any]) -> T5Config:
-    num_heads, num_layers = fields.take("num_heads", int), fields.take("num_layers", int)
+    num_heads = fields.take("num_heads", int, at_most=MAX_HEADS)
+    num_layers = fields.take("num_layers", int, at_most=MAX_LAYERS)
     sites = Fields(fields.take("num_key_value_heads", dict, {}), fields.path)
     for site in sites.raw:
         if site not in SITES:
@@ -163,7 +166,7 @@ def _read_t5(fields: Fields, choices: Mapping[str, Any]) -> T5Config:
         head_dim=fields.take("d_kv", int),
         d_ff=fields.take("d_ff", int),
         num_encoder_layers=num_layers,
-        num_decoder_layers=fields.take("num_decoder_layers", int, num_layers),
+        num_decoder_layers=fields.take("num_decoder_layers", int, num_layers, at_most=MAX_LAYERS),
         **{f"{site}_kv_heads": sites.kv_heads(site, num_heads) for site in SITES},
         relative_buckets=fields.take("relative_attention_num_buckets", int, 32),
         relative_max_distance=fields.take("relative_attention_max_distance", int, 128),
@@ -213,8 +216,8 @@ def _read_llama(fields: Fields, choices: Mapping[str, Any]) -> LlamaConfig:
     for key in theirs.bias_keys:
         if fields.take(key, bool, False):
             raise InputError(f"{fields.path}: {key}=true is not supported; expected false")
-    d_model, num_heads = fields.take("hidden_size", int), fields.take("num_attention_heads", int)
-    num_layers = fields.take("num_hidden_layers", int)
+    d_model, num_heads = fields.take("hidden_size", int), fields.take("num_attention_heads", int, at_most=MAX_HEADS)
+    num_layers = fields.take("num_hidden_layers", int, at_most=MAX_LAYERS)
     # null is as many as query heads whatever the model_type, left out is not.
     num_kv_heads = num_heads if "num_key_value_heads" in fields.raw else theirs.num_kv_heads or num_heads
     # transformers 5 puts everything in rope_parameters; before, theta stood alone beside rope_scaling.

@@ -26,11 +26,10 @@ from gqa.checkpoints.table import LINEAR, SAME, Row, Transform
 from gqa.checkpoints.tensor import Tensor, read_bytes
 from gqa.checkpoints.zarr import ZarrTensor, check_inside, open_zarr
 from gqa.errors import InputError
-from gqa.models.heads import KVHeads
+from gqa.models.heads import MAX_LAYERS, KVHeads
 from gqa.models.t5 import T5Config
 
 CHECKPOINT = "checkpoint"
-MAX_LAYERS = 1000  # in a stack; a larger number is damage, and costs before it is noticed
 KEPT_BYTES = 1 << 30  # of scanned tensors, or more where two of them are larger
 
 KERNEL = Transform("in_out", 1)

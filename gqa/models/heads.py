@@ -4,6 +4,10 @@ from gqa.errors import InputError
 
 KVHeads = int | tuple[int, ...]
 
+# What a file may say of a model; larger numbers are damage, and cost time and memory before anything else shows it.
+MAX_LAYERS = 1000  # in a stack
+MAX_HEADS = 100_000
+
 
 def divisors(number: int) -> list[int]:
     """All divisors in increasing order."""
