@@ -27,7 +27,7 @@ def mean(
     """The mean of each group's kernels and biases, computed in float32 or wider and kept in their dtype."""
 
     def pool(projection_Kd):
-        heads = _groups(projection_Kd, num_kv_heads).astype(jnp.promote_types(projection_Kd.dtype, jnp.float32))
+        heads = grouped(projection_Kd, num_kv_heads).astype(jnp.promote_types(projection_Kd.dtype, jnp.float32))
         # Around the first head, so that equal heads give back exactly themselves (3 x / 3 need not be x).
         first = heads[..., :1, :]
         pooled = first + jnp.mean(heads - first, axis=-2, keepdims=True)
@@ -42,7 +42,7 @@ def first(
     """The first head of each group."""
 
     def pick(projection_Kd):
-        return _groups(projection_Kd, num_kv_heads)[..., 0, :]
+        return grouped(projection_Kd, num_kv_heads)[..., 0, :]
 
     return _map_key_value(attention, kernels=pick, biases=pick)
 
@@ -64,7 +64,7 @@ def random(
     return _map_key_value(attention, kernels=initialise, biases=zero)
 
 
-def _groups(projection_Kd: jax.Array, num_groups: int) -> jax.Array:
+def grouped(projection_Kd: jax.Array, num_groups: int) -> jax.Array:
     """A kernel or bias `[..., K, d]` as `[..., num_groups, heads per group, d]`."""
     *leading, K, d = projection_Kd.shape
     assert K % num_groups == 0, (K, num_groups)

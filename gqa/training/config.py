@@ -96,11 +96,24 @@ class TrainConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class MergeConfig:
+    """Gradual merging: the checkpoint is the unconverted one, its heads move to their group's mean while it trains."""
+
+    kv_heads: Mapping[str, int]  # attention site -> key/value heads to end with
+    steps: int  # until the heads of a group are one
+
+    def __post_init__(self):
+        if self.steps < 1:
+            raise InputError(f"uptrain.merge.steps={self.steps}; expected at least 1")
+
+
+@dataclasses.dataclass(frozen=True)
 class UptrainConfig:
     """Uptraining: the original pre-training goes on for a share of its steps (GQA §2.1)."""
 
     original_steps: int  # steps of the original pre-training; its schedule goes on from there
     alpha: float  # share of them to uptrain for; the paper's headline is 0.05
+    merge: MergeConfig | None = None  # None: the checkpoint is converted already
 
     def __post_init__(self):
         if self.original_steps < 1:

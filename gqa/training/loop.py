@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
@@ -19,6 +20,8 @@ from gqa import models
 from gqa.checkpoints import hf_config, training_run
 from gqa.checkpoints.hf_config import read_json
 from gqa.checkpoints.store import Store
+from gqa.convert import convert, converted_config
+from gqa.convert.merging import merge_gradually
 from gqa.data import loader
 from gqa.errors import InputError
 from gqa.objectives.language_model import Sums, cross_entropy
@@ -40,10 +43,10 @@ class Interrupted(KeyboardInterrupt):
     """A run that a signal stopped, its state saved."""
 
 
-def language_model_loss(z_loss: float, dropout: bool) -> Callable[[models.Model, Mapping, jax.Array], Sums]:
+def language_model_loss(z_loss: float, dropout: bool) -> Callable[[models.Model, Mapping, jax.Array, jax.Array], Sums]:
     """The objective of pre-training and uptraining: cross-entropy of the targets, summed over tokens."""
 
-    def loss_fn(model, batch, key):
+    def loss_fn(model, batch, key, step):
         logits_BTV = models.apply(model, batch, key if dropout else None)
         return cross_entropy(logits_BTV, batch["targets"], batch["loss_weights"], z_loss)
 
@@ -100,6 +103,7 @@ def train(
     Raises `InputError` when the folder holds another or a finished run, `Interrupted` after a signal.
     """
     abstract_model = models.abstract(architecture)
+    merged, finish = _merging(config, architecture)
     learning_rate = optimizers.schedule(config.optimizer)
     optimizer = optimizers.optimizer(config.optimizer, config.schedule_offset, logical_axes(abstract_model))
     dropout = config.model.dropout_rate > 0
@@ -107,7 +111,7 @@ def train(
     if teacher is not None:
         loss_fn = distillation_loss(config.distillation, config.train.z_loss, dropout)
     train_step = make_train_step(
-        loss_fn,
+        lambda model, batch, key, step: loss_fn(merged(model, step), batch, key, step),
         optimizer,
         lambda step: learning_rate(step + config.schedule_offset),
         accumulation=config.train.accumulation,
@@ -141,7 +145,7 @@ def train(
         writer = stack.enter_context(contextlib.closing(MetricsWriter(workdir, start)))
         if start is None:
             start = 0
-            writer.write(0, "heldout", heldout_metrics(state.model, heldout, mesh))
+            writer.write(0, "heldout", heldout_metrics(merged(state.model, state.step), heldout, mesh))
         progress = stack.enter_context(contextlib.closing(_Progress(start, config.steps, flops)))
         for step, batch in enumerate(batches.prefetch(start, config.steps, depth=2), start + 1):
             placed = place_batch(mesh, batch)
@@ -153,7 +157,7 @@ def train(
                 # The one transfer from the devices in the loop; the step itself never waits for the host.
                 writer.write(step, "train", progress.report(step, batch, jax.device_get(metrics)))
             if last or step % config.train.eval_every == 0:
-                scores = heldout_metrics(state.model, heldout, mesh)
+                scores = heldout_metrics(merged(state.model, state.step), heldout, mesh)
                 writer.write(step, "heldout", scores)
                 progress.heldout(step, scores["loss"])
             if last or signals.received or step % config.train.save_every == 0:
@@ -162,9 +166,27 @@ def train(
                 store.wait()
                 raise Interrupted(f"{signals.received} at step {step}: saved; the same command goes on from there")
         store.wait()
-        _replace_model(workdir, lambda folder: export(state.model, folder))
+        model = finish(state.model)
+        _replace_model(workdir, lambda folder: export(model, folder))
         _write_json(workdir / FINISHED, {"step": config.steps})
-        return state.model
+        return model
+
+
+def _merging(config: RunConfig, architecture: models.ModelConfig) -> tuple[Callable, Callable]:
+    """`(model, step) -> ` the model that a step trains, and `model -> ` the final one; both are the model itself
+    unless heads are merged."""
+    if config.uptrain is None or config.uptrain.merge is None:
+        return (lambda model, step: model), (lambda model: model)
+    kv_heads, steps = dict(config.uptrain.merge.kv_heads), config.uptrain.merge.steps
+    converted_config(architecture, kv_heads, "mean")  # refuses what cannot be
+    if steps > config.steps:
+        raise InputError(f"uptrain.merge.steps={steps}; expected at most the run's {config.steps}")
+
+    @jax.jit
+    def merged(model, step):
+        return merge_gradually(model, kv_heads, jnp.minimum(step / steps, 1.0))
+
+    return merged, lambda model: convert(model, kv_heads, "mean", jax.random.key(0))
 
 
 def claim(workdir: Path, config: RunConfig) -> None:

@@ -59,7 +59,7 @@ def _initial(model: Model, optimizer: optax.GradientTransformation) -> TrainStat
 
 
 def make_train_step(
-    loss_fn: Callable[[Model, Batch, jax.Array], Sums],
+    loss_fn: Callable[[Model, Batch, jax.Array, jax.Array], Sums],
     optimizer: optax.GradientTransformation,
     learning_rate: Callable[[jax.Array], jax.Array],
     *,
@@ -68,19 +68,19 @@ def make_train_step(
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
     """One optimizer step as a pure function, to be jitted with a donated state.
 
-    `loss_fn(model, batch, key)` returns sums over tokens; gradients are normalised by the weight of the whole batch,
-    over all devices and micro-batches, so that `accumulation` changes memory and nothing else.
+    `loss_fn(model, batch, key, step)` returns sums over tokens; gradients are normalised by the weight of the whole
+    batch, over all devices and micro-batches, so that `accumulation` changes memory and nothing else.
     """
 
-    def total(model, batch, key):
-        sums = loss_fn(model, batch, key)
+    def total(model, batch, key, step):
+        sums = loss_fn(model, batch, key, step)
         return sums.loss_sum + sums.z_loss_sum + sums.added_sum, sums
 
     gradient_of_total = jax.grad(total, has_aux=True)
 
-    def accumulated(model, batch, key):
+    def accumulated(model, batch, key, step):
         if accumulation == 1:
-            return gradient_of_total(model, batch, key)
+            return gradient_of_total(model, batch, key, step)
 
         def split(x):  # strided, so that every device keeps the rows it has
             x = x.reshape(x.shape[0] // accumulation, accumulation, *x.shape[1:]).swapaxes(0, 1)
@@ -88,19 +88,19 @@ def make_train_step(
 
         def body(carry, micro_batch_and_number):
             micro_batch, number = micro_batch_and_number
-            new = gradient_of_total(model, micro_batch, jax.random.fold_in(key, number))
+            new = gradient_of_total(model, micro_batch, jax.random.fold_in(key, number), step)
             return jax.tree.map(jnp.add, carry, new), None
 
         micro_batches = jax.tree.map(split, batch)
         zeros = jax.tree.map(
             lambda leaf: jnp.zeros(leaf.shape, leaf.dtype),
-            jax.eval_shape(gradient_of_total, model, jax.tree.map(lambda x: x[0], micro_batches), key),
+            jax.eval_shape(gradient_of_total, model, jax.tree.map(lambda x: x[0], micro_batches), key, step),
         )
         return jax.lax.scan(body, zeros, (micro_batches, jnp.arange(accumulation)))[0]
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
-        gradients, sums = accumulated(state.model, batch, key)
+        gradients, sums = accumulated(state.model, batch, key, state.step)
         gradients = jax.tree.map(lambda gradient: gradient / sums.weight_sum, gradients)
         updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.model)
         metrics = {

@@ -23,13 +23,13 @@ IDS, LOG_PROBS, ATTENTION = "teacher_ids", "teacher_log_probs", "teacher_attenti
 
 def distillation_loss(
     config: DistillationConfig, z_loss: float, dropout: bool
-) -> Callable[[models.Model, Mapping, jax.Array], Sums]:
+) -> Callable[[models.Model, Mapping, jax.Array, jax.Array], Sums]:
     """Cross-entropy of the text, the divergence from the teacher and the error of attention outputs, each weighted.
 
     The batch holds what `Teacher` added to it. `loss_sum` stays the text's, so that runs compare.
     """
 
-    def loss_fn(model, batch, key):
+    def loss_fn(model, batch, key, step):
         dropout_key = key if dropout else None
         teacher_attention = {name.removeprefix(ATTENTION): batch[name] for name in batch if name.startswith(ATTENTION)}
         if teacher_attention:

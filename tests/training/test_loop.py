@@ -120,6 +120,31 @@ def test_uptraining_goes_on_where_pre_training_ended(run, tiny_run, tmp_path):
         assert checkpoints.read(folder, **config.model.run_choices()).token_ids == ids
 
 
+def test_heads_merge_while_they_train(run, tiny_run, tmp_path):
+    """The run starts as the multi-head model, and ends as what mean pooling makes of its heads then."""
+    config = tiny_run("llama")
+    multi_head = models.create(models.replace(config.model.architecture(), decoder_self_kv_heads=8), jax.random.key(3))
+    hf.save(multi_head, tmp_path / "multi_head", dtype="float32")
+    overrides = {
+        "model.size": None,
+        "model.changes": {},
+        "model.checkpoint": str(tmp_path / "multi_head"),
+        "train.steps": None,
+        "uptrain": {"original_steps": 1000, "alpha": 0.01, "merge": {"kv_heads": {"decoder_self": 2}, "steps": 6}},
+    }
+    history = run(tmp_path / "run", "llama", overrides)
+    batches, mesh = loader.heldout_batches(config.records, 8, 8), make_mesh(config.mesh)
+    assert history[0]["loss"] == pytest.approx(loop.heldout_metrics(multi_head, batches, mesh)["loss"], rel=1e-6)
+    final = checkpoints.load(tmp_path / "run" / "model", **config.model.run_choices())
+    assert final.config.decoder_self_kv_heads == 2
+    assert history[-1]["loss"] == pytest.approx(loop.heldout_metrics(final, batches, mesh)["loss"], rel=1e-5)
+    with pytest.raises(InputError, match=r"uptrain\.merge\.steps=6; expected at most the run's 5"):
+        run(tmp_path / "short", "llama", overrides | {"uptrain": overrides["uptrain"] | {"alpha": 0.005}})
+    with pytest.raises(InputError, match="decoder_self_kv_heads=3 does not divide"):
+        merge = {"kv_heads": {"decoder_self": 3}, "steps": 6}
+        run(tmp_path / "wrong", "llama", overrides | {"uptrain": overrides["uptrain"] | {"merge": merge}})
+
+
 @pytest.fixture
 def distil(run, tiny_run, tmp_path):
     """A function (name of the workdir, family, distillation settings) -> the history of training a pooled model."""
