@@ -1,4 +1,7 @@
-"""Calibration text of a conversion: its rows, the statistics they give, and held-out losses before and after."""
+"""Calibration text of a conversion: its rows, the statistics they give, and held-out losses before and after.
+
+Loaders and training are imported where text is given: they would be a third of the start of a conversion without.
+"""
 
 import argparse
 import json
@@ -11,11 +14,8 @@ from checkpoints_tools.rewriting import Source
 from gqa import checkpoints, convert, models, sharding
 from gqa.convert import statistics, walk
 from gqa.convert.plan import plan_budget
-from gqa.data import loader
-from gqa.data.prepare import PrepareSpec, default_directory, prepare
 from gqa.errors import InputError
 from gqa.models.heads import KVHeads
-from gqa.training.loop import heldout_metrics
 
 TASKS = {"t5": "span_corruption", "llama": "causal_lm"}
 BATCH = 8  # rows that pass a layer together
@@ -33,6 +33,8 @@ class Calibration:
         self.batches: list[Mapping] | None = None
         self.statistics: statistics.Statistics | None = None
         if records is not None:
+            from gqa.data import loader
+
             batches = loader.train_batches(records, BATCH, seed=0)
             available = batches.manifest.num_records["train"]
             size = min(BATCH, available)
@@ -90,6 +92,9 @@ class Calibration:
         """Held-out losses of the teacher, of mean pooling and of the new model, where they fit in memory."""
         if self._records is None or 4 * models.num_parameters(self._source.abstract) > SCORED_BYTES:
             return None
+        from gqa.data import loader
+        from gqa.training.loop import heldout_metrics
+
         mesh = sharding.make_mesh(sharding.MeshConfig(1, 1, 1), jax.devices()[:1])
         heldout = loader.heldout_batches(self._records, BATCH, HELDOUT_ROWS)
 
@@ -104,6 +109,9 @@ class Calibration:
 
 
 def _records(args: argparse.Namespace, source: Source) -> Path:
+    from gqa.data import loader
+    from gqa.data.prepare import PrepareSpec, default_directory, prepare
+
     family = models.family_of(source.config)
     given = Path(args.calibrate)
     if (given / "manifest.json").is_file():
