@@ -1,4 +1,7 @@
-"""Calibration text of a conversion: its rows, the statistics they give, and held-out losses before and after."""
+"""Calibration text of a conversion: its rows, the statistics they give, and held-out losses before and after.
+
+Loaders and training are imported where text is given: they would be a third of the start of a conversion without.
+"""
 
 import argparse
 import dataclasses
@@ -13,11 +16,8 @@ from checkpoints_tools.rewriting import Source
 from gqa import checkpoints, convert, models, sharding
 from gqa.convert import statistics, walk
 from gqa.convert.plan import plan_budget
-from gqa.data import loader
-from gqa.data.prepare import PrepareSpec, default_directory, prepare, read_manifest
 from gqa.errors import InputError
 from gqa.models.heads import KVHeads
-from gqa.training.loop import heldout_metrics
 
 TASKS = {"t5": "span_corruption", "llama": "causal_lm"}
 BATCH = 8  # rows that pass a layer together
@@ -35,6 +35,8 @@ class Calibration:
         self.batches: list[Mapping] | None = None
         self.statistics: statistics.Statistics | None = None
         if records is not None:
+            from gqa.data import loader
+
             batches = loader.train_batches(records, BATCH, seed=0)
             available = batches.manifest.num_records["train"]
             size = min(BATCH, available, rows)
@@ -72,6 +74,8 @@ class Calibration:
         if args.statistics and not Path(args.statistics).absolute().parent.is_dir():
             raise InputError(f"--statistics={args.statistics}: its folder does not exist")
         records = _records(args, source)
+        from gqa.data.prepare import read_manifest
+
         manifest = dataclasses.asdict(read_manifest(records))
         text = {name: manifest[name] for name in ("task", "inputs_length", "targets_length", "corpus_digests")}
         description = {"text": args.calibrate, "rows": args.calibration_rows} | text
@@ -99,6 +103,9 @@ class Calibration:
         """Held-out losses of the teacher, of mean pooling and of the new model, where they fit in memory."""
         if self._records is None or 4 * models.num_parameters(self._source.abstract) > SCORED_BYTES:
             return None
+        from gqa.data import loader
+        from gqa.training.loop import heldout_metrics
+
         mesh = sharding.make_mesh(sharding.MeshConfig(1, 1, 1), jax.devices()[:1])
         heldout = loader.heldout_batches(self._records, BATCH, HELDOUT_ROWS)
 
@@ -113,6 +120,8 @@ class Calibration:
 
 
 def _records(args: argparse.Namespace, source: Source) -> Path:
+    from gqa.data.prepare import PrepareSpec, default_directory, prepare, read_manifest
+
     family = models.family_of(source.config)
     given = Path(args.calibrate)
     vocabularies = [file for file in source.contents.companions if file.suffix == ".model"]

@@ -89,7 +89,7 @@ def _open_piece(path: Path, name: str, span: Any) -> Tensor:
     if not at_end or not isinstance(content, list) or len(content) != 3 or not _is_shape(content[0]):
         raise InputError(f"{path}: {name} is no array of Flax: expected its shape, type and values")
     shape, dtype, values = content
-    if dtype not in {known.name for known in DTYPES}:
+    if str(dtype) not in {known.name for known in DTYPES}:
         names = ", ".join(sorted(known.name for known in DTYPES))
         raise InputError(f"{path}: {name} has type {dtype}; expected one of {names}")
     dtype = np.dtype(dtype)

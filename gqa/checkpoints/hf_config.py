@@ -72,7 +72,7 @@ def token_ids_of(raw: Mapping[str, Any]) -> dict[str, int | list[int]]:
 def family(raw: Mapping[str, Any], path: Path) -> str:
     """The family of a `config.json`."""
     model_type = raw.get("model_type")
-    if model_type not in MODEL_TYPES:
+    if str(model_type) not in MODEL_TYPES:
         raise InputError(
             f"{path}: model_type={model_type!r} is not supported; expected one of {', '.join(MODEL_TYPES)}"
         )

@@ -126,7 +126,7 @@ def _checked(path: Path, name: str, entry) -> tuple[np.dtype, tuple[int, ...], t
         raise InputError(f"{path}: the header's entry of {name} has no shape")
     if not integers(entry.get("data_offsets"), 2):
         raise InputError(f"{path}: the header's entry of {name} has no pair of data_offsets")
-    if entry.get("dtype") not in SAFETENSORS_DTYPES:
+    if str(entry.get("dtype")) not in SAFETENSORS_DTYPES:  # JSON's lists have no hash
         expected = ", ".join(SAFETENSORS_DTYPES)
         raise InputError(f"{path}: {name} has type {entry.get('dtype')}; expected one of {expected}")
     return np.dtype(SAFETENSORS_DTYPES[entry["dtype"]]), tuple(entry["shape"]), tuple(entry["data_offsets"])

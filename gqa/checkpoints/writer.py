@@ -146,10 +146,10 @@ def _write_weights(
     sums = {}
     with (
         tqdm(total=total, desc="write", unit="B", unit_scale=True, delay=1) as bar,
-        concurrent.futures.ThreadPoolExecutor(1) as reader,
+        concurrent.futures.ThreadPoolExecutor(2) as threads,  # one reads, one hashes
     ):
         for name, shard in zip(names, shards, strict=True):
-            sums[name] = _write_shard(directory / name, shard, dtype, journal, written, reader, bar)
+            sums[name] = _write_shard(directory / name, shard, dtype, journal, written, threads, bar)
     if len(shards) > 1:
         weight_map = {entry.name: name for name, shard in zip(names, shards, strict=True) for entry in shard}
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
@@ -177,7 +177,7 @@ def _write_shard(
     dtype: np.dtype,
     journal: int,
     written: Mapping[tuple[str, str], dict],
-    reader: concurrent.futures.Executor,
+    threads: concurrent.futures.Executor,
     bar: tqdm,
 ) -> str:
     """One file of weights, gone on with where it is good already; its SHA-256."""
@@ -200,14 +200,15 @@ def _write_shard(
             following = waiting[number + 1] if number + 1 < len(waiting) else None
             ahead = None
             if following is not None and (entry.size + following.size) * 4 <= AHEAD_BYTES:
-                ahead = reader.submit(values, following)
+                ahead = threads.submit(values, following)
             raw = memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+            hashed = threads.submit(digest.update, raw)
             for start in range(0, len(raw), _CHUNK_BYTES):
                 chunk = raw[start : start + _CHUNK_BYTES]
-                digest.update(chunk)
                 file.write(chunk)
                 bar.update(len(chunk))
             file.flush()
+            hashed.result()
             line = {"file": path.name, "tensor": entry.name, "size": file.tell(), "sha256": digest.hexdigest()}
             os.write(journal, json.dumps(line).encode() + b"\n")
             del array, raw

@@ -10,6 +10,7 @@ import itertools
 import json
 import math
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -65,7 +66,7 @@ def open_zarr(name: str, folder: Path, root: Path, spec: Mapping[str, Any]) -> Z
     shape, chunks = header["shape"], header["chunks"]
     if not _sizes(shape) or not _sizes(chunks) or len(shape) != len(chunks):
         raise InputError(f"{folder / HEADER}: shape and chunks are no lists of sizes for the same axes")
-    if header.get("dtype") not in ZARR_DTYPES:
+    if str(header.get("dtype")) not in ZARR_DTYPES:  # structured types are lists
         raise InputError(f"{folder / HEADER}: {name} has type {header.get('dtype')}; expected {', '.join(ZARR_DTYPES)}")
     dtype = ZARR_DTYPES[header["dtype"]]
     metadata = spec.get("metadata")
@@ -175,7 +176,7 @@ def _read(
             array[first:last] = store[first:last].read().result()
         return array
     except (ValueError, LookupError, RuntimeError, OSError) as error:  # by TensorStore's status codes
-        what = " ".join(str(error).partition(" [source locations")[0].split())
+        what = " ".join(re.split(r" \[(?:tensorstore_spec|source locations)=", str(error))[0].split())
         raise InputError(f"{name} cannot be read from {folder}: {what}") from error
 
 

@@ -310,6 +310,12 @@ def test_missing_unknown_and_misshapen_tensors(saved):
     assert "lacks the tensor shared.weight" in saved.refused()
 
 
+def test_a_type_that_is_no_name(saved):
+    path = saved.directory / "model.safetensors"
+    path.write_bytes(path.read_bytes().replace(b'"F32"', b'["F"]'))
+    assert "has type ['F']; expected one of F64, F32, F16, BF16" in saved.refused()
+
+
 def test_indexes(saved):
     name, *others = sorted(saved.tensors)
     rest = {other: saved.tensors[other] for other in others}
@@ -336,6 +342,10 @@ def test_indexes(saved):
     ("changes", "message"),
     [
         ({"model_type": "bert"}, "model_type='bert' is not supported; expected one of t5, mt5, llama"),
+        ({"model_type": ["t5"]}, "model_type=['t5'] is not supported; expected one of t5, mt5, llama"),
+        ({"num_layers": 10**12}, "num_layers=1000000000000; expected at most 1,000"),
+        ({"num_decoder_layers": 1001}, "num_decoder_layers=1001; expected at most 1,000"),
+        ({"num_heads": 10**12}, "num_heads=1000000000000; expected at most 100,000"),
         ({"feed_forward_proj": "relu"}, "feed_forward_proj='relu' is not supported; expected one of gated-gelu"),
         ({"feed_forward_proj": None}, "feed_forward_proj='relu' is not supported"),
         ({"num_heads": 0}, "num_heads=0; expected a positive integer"),
@@ -357,6 +367,9 @@ def test_t5_configs_that_are_refused(saved, changes, message):
     ("changes", "message"),
     [
         ({"attention_bias": True}, "attention_bias=true is not supported; expected false"),
+        ({"num_hidden_layers": 10**12}, "num_hidden_layers=1000000000000; expected at most 1,000"),
+        ({"model_type": "mistral", "num_hidden_layers": 10**12}, "num_hidden_layers=1000000000000; expected at most"),
+        ({"num_attention_heads": 10**12}, "num_attention_heads=1000000000000; expected at most 100,000"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu' is not supported; expected one of silu, relu"),
         ({"rope_parameters": {"rope_type": "yarn"}}, "rope_type='yarn' is not supported"),
         ({"rope_parameters": {"rope_type": "llama3"}}, "has no factor; expected a positive number"),

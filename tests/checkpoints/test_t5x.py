@@ -187,6 +187,10 @@ def test_uncompressed_chunks_have_their_size(copy):
         ({"shape": [20, 5]}, "token_embedder/embedding is [20, 5] of float32; the checkpoint says [20, 6] of float32"),
         ({"dtype": "<f2"}, "token_embedder/embedding is [20, 6] of float16; the checkpoint says [20, 6] of float32"),
         ({"dtype": "<i4"}, "token_embedder/embedding has type <i4; expected <f8, <f4, <f2, bfloat16"),
+        (
+            {"dtype": [["x", "<f4"]]},
+            "token_embedder/embedding has type [['x', '<f4']]; expected <f8, <f4, <f2, bfloat16",
+        ),
         ({"compressor": {"id": "blosc"}}, "compressor='blosc' is not supported; expected None or gzip or zlib or zstd"),
         ({"filters": [{"id": "delta"}]}, "filters=[{'id': 'delta'}] is not supported; expected None"),
         ({"zarr_format": 3}, "zarr_format=3 is not supported; expected 2"),
@@ -267,6 +271,7 @@ def pieces(shape, chunks) -> dict:
         (extension([2**40, 2**40], "float32", bytes(24)), "does not have the 4,835,703,278,458,516,698,824,704 bytes"),
         (extension([-6], "float32", bytes(24)), "is no array of Flax"),
         (extension([6], "object", bytes(48)), "has type object; expected one of bfloat16, float16, float32, float64"),
+        (extension([6], ["float32"], bytes(24)), "has type ['float32']; expected one of bfloat16, float16, float32"),
         (extension([7], "float32", bytes(28)), "decoder/decoder_norm/scale in {copy} has shape [7]; expected [6] by"),
         (pieces({"0": 6}, {"0": 1}), "a chunk of decoder/decoder_norm/scale is no array"),
         (pieces({"0": 7}, {"0": extension([6], "float32", bytes(24))}), "do not make an array of shape [7]"),

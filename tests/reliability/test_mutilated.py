@@ -283,7 +283,7 @@ def change_header(rng: random.Random, folder: Path) -> str:
         return entry | {"shape": rng.choice(shapes)}
 
     def dtype(rng, entry):
-        return entry | {"dtype": rng.choice(["F16", "BF16", "F32", "F64", "I32", "X", 3, None])}
+        return entry | {"dtype": rng.choice(["F16", "BF16", "F32", "F64", "I32", "X", 3, None, ["F32"]])}
 
     def offsets(rng, entry):
         begin, end = entry["data_offsets"]
@@ -341,7 +341,7 @@ def change_msgpack(rng: random.Random, folder: Path) -> str:
     def array(rng, leaf):
         shape = rng.choice([[16], [10**12], [-1], [4, 4], []])
         values = rng.randbytes(rng.choice([64, 0, 4]))
-        dtype = rng.choice(["float32", "bfloat16", "object", "int8"])
+        dtype = rng.choice(["float32", "bfloat16", "object", "int8", ["float32"]])
         return msgpack.ExtType(1, msgpack.packb((shape, dtype, values)))
 
     what = change_tree(rng, where, [spec, array])
