@@ -18,7 +18,6 @@ from gqa.nn.attention import (
     AttentionShape,
     GroupedQueryAttention,
     causal_mask,
-    padding_mask,
     prefix_mask,
     segment_mask,
     sliding_window_mask,
@@ -76,7 +75,7 @@ class DecoderCache(NamedTuple):
     """What decoding keeps between steps; the list holds one entry per stack of layers."""
 
     self_attention: list[KVCache]  # [L, B, K, S, d]
-    index: jax.Array  # int32 scalar, tokens seen so far
+    index: jax.Array  # int32, tokens seen so far: a scalar, or [B] where rows differ
 
 
 class DecoderLayer(nnx.Module):
@@ -201,18 +200,17 @@ class Llama(nnx.Module):
         ]
         return DecoderCache(caches, jnp.zeros((), jnp.int32))
 
-    def decode_step(self, tokens_BT: jax.Array, cache: DecoderCache, segments_BS: jax.Array | None = None):
+    def decode_step(self, tokens_BT: jax.Array, cache: DecoderCache) -> tuple[jax.Array, DecoderCache]:
         """Logits `[B, T, V]` of `T` further tokens (a whole prompt is a prefill), and the cache with them in it.
 
-        `segments_BS`, as long as the cache, is 0 on padding: prompts of unequal length are padded on the left.
+        Prompts of unequal length are padded on the right; set each row's `index` to its own length afterwards: a row
+        never sees what lies behind its index, and overwrites it.
         """
         config = self.config
         T, S = tokens_BT.shape[1], cache.self_attention[0].key.shape[-2]
-        positions = cache.index + jnp.arange(T)
+        positions = cache.index[..., None] + jnp.arange(T)
         mask = self._causal_mask(positions, jnp.arange(S))
-        if segments_BS is not None:
-            mask = mask & padding_mask(segments_BS)
-        angles = self._angles(positions[None])
+        angles = self._angles(jnp.atleast_2d(positions))
 
         def layer_fn(layer, x, self_cache, number):
             return layer(x, self_cache, index=cache.index, angles=angles, mask_BTS=mask, dropout=None)

@@ -177,11 +177,13 @@ class DecoderLayer(nnx.Module):
             query, key, value, bias_HTS=bias_HTS, mask_BTS=mask_BTS, dropout=dropout, site=0
         )
         x_BTD = x_BTD + dropped(hidden, dropout, 1)
-        query = self.cross_attention.project_query(self.cross_attention_norm(x_BTD))
+        # Rows that share an input (its beams) are further queries of it: its keys and values are not repeated.
+        hidden = self.cross_attention_norm(x_BTD).reshape(cross.key.shape[0], -1, x_BTD.shape[-1])
+        query = self.cross_attention.project_query(hidden)
         hidden = self.cross_attention.attend(
             query, *cross, bias_HTS=None, mask_BTS=cross_mask_BTS, dropout=dropout, site=2
         )
-        x_BTD = x_BTD + dropped(hidden, dropout, 3)
+        x_BTD = x_BTD + dropped(hidden.reshape(x_BTD.shape), dropout, 3)
         x_BTD = x_BTD + dropped(self.mlp(self.mlp_norm(x_BTD), dropout, 4), dropout, 5)
         return constrain(x_BTD, "batch", "length", "activation"), cache
 
@@ -298,7 +300,10 @@ class T5(nnx.Module):
         return DecoderCache(self_caches, cross_caches, mask, jnp.zeros((), jnp.int32))
 
     def decode_step(self, tokens_BT: jax.Array, cache: DecoderCache) -> tuple[jax.Array, DecoderCache]:
-        """Logits `[B, T, V]` of `T` further decoder inputs, and the cache with them in it."""
+        """Logits `[B, T, V]` of `T` further decoder inputs, and the cache with them in it.
+
+        Self-attention may have a multiple of the rows that cross-attention has: those that share an input, in turn.
+        """
         config = self.config
         T, S = tokens_BT.shape[1], cache.self_attention[0].key.shape[-2]
         mask_1TS = causal_mask(cache.index + jnp.arange(T), jnp.arange(S))

@@ -199,14 +199,14 @@ _attention_on_cpu.defvjp(_attention_on_cpu_forward, _attention_on_cpu_backward)
 # Masks: bool [B, T, S] (B or T may be 1), True where a query may attend; combine them with `&`.
 
 
-def causal_mask(query_positions_T: jax.Array, key_positions_S: jax.Array) -> jax.Array:
-    """A query sees keys at its own and earlier positions. `[1, T, S]`."""
-    return (key_positions_S[None, :] <= query_positions_T[:, None])[None]
+def causal_mask(query_positions: jax.Array, key_positions_S: jax.Array) -> jax.Array:
+    """A query sees keys at its own and earlier positions: `[1, T, S]`, or `[B, T, S]` of `[B, T]`."""
+    return key_positions_S <= jnp.atleast_2d(query_positions)[:, :, None]
 
 
-def sliding_window_mask(query_positions_T: jax.Array, key_positions_S: jax.Array, window: int) -> jax.Array:
-    """A query sees keys fewer than `window` positions behind it (Mistral §2). `[1, T, S]`."""
-    return (query_positions_T[:, None] - key_positions_S[None, :] < window)[None]
+def sliding_window_mask(query_positions: jax.Array, key_positions_S: jax.Array, window: int) -> jax.Array:
+    """A query sees keys fewer than `window` positions behind it (Mistral §2). Shapes as of `causal_mask`."""
+    return jnp.atleast_2d(query_positions)[:, :, None] - key_positions_S < window
 
 
 def segment_mask(query_segments_BT: jax.Array, key_segments_BS: jax.Array) -> jax.Array:

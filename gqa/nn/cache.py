@@ -18,9 +18,13 @@ class KVCache(NamedTuple):
         return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 
     def append(self, key_BKTd: jax.Array, value_BKTd: jax.Array, index: jax.Array) -> "KVCache":
-        """Writes `T` new positions from `index` (scalar int32) on."""
-        start = (0, 0, index, 0)
-        return KVCache(
-            jax.lax.dynamic_update_slice(self.key, key_BKTd.astype(self.key.dtype), start),
-            jax.lax.dynamic_update_slice(self.value, value_BKTd.astype(self.value.dtype), start),
-        )
+        """Writes `T` new positions from `index` on: an int32 scalar, or `[B]` where each row has its own."""
+        return KVCache(_write(self.key, key_BKTd, index), _write(self.value, value_BKTd, index))
+
+
+def _write(cache_BKSd, new_BKTd, index) -> jax.Array:
+    # Row by row even where all rows have one index: inside a loop XLA:CPU writes this in place, and takes several copies
+    # of the cache a step for a single slice of all rows.
+    index_B = jnp.broadcast_to(index, cache_BKSd.shape[:1])
+    write_row = lambda cache, new, index: jax.lax.dynamic_update_slice(cache, new, (0, index, 0))  # noqa: E731
+    return jax.vmap(write_row)(cache_BKSd, new_BKTd.astype(cache_BKSd.dtype), index_B)
