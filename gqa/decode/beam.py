@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gqa.decode.generate import PAD_ID, State, prefill
+from gqa.decode.generate import PAD_ID, State, eos_array, prefill
 from gqa.errors import InputError
 from gqa.models import Model, llama
 
@@ -67,8 +67,7 @@ def beam_search(
     if candidates > num_beams * V:
         raise InputError(f"num_beams={num_beams} with {len(eos_ids)} EOS tokens is too many for a vocabulary of {V}")
     state = prefill(model, inputs_BS, lengths_B, max_new_tokens)
-    eos_E = np.asarray(eos_ids, np.int32)
-    return _beam_search(model, state, eos_E, np.float32(length_penalty), num_beams, candidates)
+    return _beam_search(model, state, eos_array(eos_ids), np.float32(length_penalty), num_beams, candidates)
 
 
 @functools.partial(jax.jit, static_argnames=("num_beams", "num_candidates"))

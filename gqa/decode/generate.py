@@ -93,7 +93,7 @@ def check_lengths(config: ModelConfig, length: int, max_new_tokens: int) -> None
         )
 
 
-@functools.partial(jax.jit, static_argnames="max_new_tokens")
+@functools.partial(jax.jit, static_argnums=4)
 def _prefill(model: Model, inputs_BS, lengths_B, rows_B, max_new_tokens: int) -> State:
     B, S = inputs_BS.shape
     if isinstance(model, t5.T5):
@@ -139,8 +139,21 @@ def decode(
 
     Ends earlier when fewer than `min_running` rows are left to go on. Other arguments as of `generate`.
     """
-    eos_E = np.asarray(eos_ids, np.int32)
+    eos_E = eos_array(eos_ids)
     return _decode(model, state, np.int32(steps), np.int32(min_running), eos_E, sampling, jax.random.key(seed))
+
+
+def eos_array(eos_ids: Sequence[int]) -> np.ndarray:
+    """The ids for a program, with others that no token has: up to four are one shape."""
+    return np.array([*eos_ids, *[-1] * (-len(eos_ids) % 4 if eos_ids else 4)], np.int32)
+
+
+def state_bytes(model: Model, batch_size: int, length: int, max_new_tokens: int) -> int:
+    """Bytes of the `State` that `prefill` makes of inputs of `length` tokens, nearly all of them the cache's."""
+    inputs_BS = jax.ShapeDtypeStruct((batch_size, length), jnp.int32)
+    of_rows_B = jax.ShapeDtypeStruct((batch_size,), jnp.int32)
+    state = jax.eval_shape(_prefill, model, inputs_BS, of_rows_B, of_rows_B, max_new_tokens)
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
 
 
 @functools.partial(jax.jit, donate_argnames="state")

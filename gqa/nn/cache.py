@@ -23,8 +23,8 @@ class KVCache(NamedTuple):
 
 
 def _write(cache_BKSd, new_BKTd, index) -> jax.Array:
-    # Row by row even where all rows have one index: inside a loop XLA:CPU writes this in place, and takes several copies
-    # of the cache a step for a single slice of all rows.
+    # Row by row even where all rows have one index: XLA:CPU writes this in place inside a loop, but copies the cache
+    # several times a step for a single slice of all rows.
     index_B = jnp.broadcast_to(index, cache_BKSd.shape[:1])
     write_row = lambda cache, new, index: jax.lax.dynamic_update_slice(cache, new, (0, index, 0))  # noqa: E731
     return jax.vmap(write_row)(cache_BKSd, new_BKTd.astype(cache_BKSd.dtype), index_B)

@@ -202,9 +202,9 @@ def test_calls_with_equal_shapes_compile_once(name, monkeypatch):
 def test_the_cache_is_donated_and_written_in_place(name):
     network = model(name).unstacked()
     state = generate.prefill(network, sequences(2, 5), None, N)
-    lowered = jax.jit(
-        lambda model, state: generate.decode(model, state, N, eos_ids=()), donate_argnames="state"
-    ).lower(network, state)
+    lowered = jax.jit(lambda model, state: generate.decode(model, state, N, eos_ids=()), donate_argnames="state").lower(
+        network, state
+    )
     copied = re.findall(r"= f32\[([\d,]+)\]\S* copy\(", lowered.compile().as_text())
     cache = state.cache.self_attention[0].key.shape
     assert not {",".join(map(str, shape)) for shape in (cache, cache[1:])} & set(copied)
