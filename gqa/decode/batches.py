@@ -87,6 +87,7 @@ def generate_all(
         check_prompt(model.config, tokens, settings.max_new_tokens)
     if not prompts:
         return
+    settings = dataclasses.replace(settings, batch_size=min(settings.batch_size, len(prompts)))
     longest = max(map(len, prompts.values()))
     check_memory(model, settings, longest)
     if isinstance(model, llama.Llama) and settings.num_beams == 1:
