@@ -138,10 +138,13 @@ class _Generator:
 
     def text(self, prompt: list[int], new: list[int]) -> str:
         """The text of new tokens: after a decoder's prompt, whose end decides about a space between."""
-        known = [token for token in new if token < self.vocabulary.size]
         if not self.is_decoder:
-            return self.vocabulary.decode(known)
-        return self.vocabulary.decode([*prompt, *known])[len(self.vocabulary.decode(prompt)) :]
+            return self._decoded(new)
+        return self._decoded([*prompt, *new])[len(self._decoded(prompt)) :]
+
+    def _decoded(self, tokens: list[int]) -> str:
+        # Embeddings are often larger than the vocabulary: a model may name ids that mean nothing.
+        return self.vocabulary.decode([token for token in tokens if token < self.vocabulary.size])
 
     def print_stream(self, prompt: list[int]) -> list[int]:
         """Prints the output as it comes, and how fast; returns its tokens."""
@@ -316,9 +319,7 @@ def _open_journal(journal, path: Path, identity: dict[str, Any]) -> dict[int, li
     if header != identity:
         if done:
             wrong = next(name for name in identity if header.get(name) != identity[name])
-            raise InputError(
-                f"{path} holds an unfinished run with another {wrong}; delete it or choose another --output"
-            )
+            raise InputError(f"{path} holds an unfinished run with another {wrong}; delete it or name another --output")
         journal.truncate(0)
         journal.write(json.dumps(identity).encode() + b"\n")
         journal.flush()

@@ -73,9 +73,7 @@ def test_prompt_file_and_terminal_agree(name, checkpoints, call, tmp_path):
     assert code == 2
     assert f"wrote {tmp_path / 'out.jsonl'}: 6 prompts, {sum(count for _, count in expected)} tokens, " in out
     last = err.splitlines()[-1]
-    assert last.startswith(
-        f"error: 4 of 10 lines of {tmp_path / 'in.jsonl'} are bad, the rest is done; first: line 2: "
-    )
+    assert last.startswith(f"error: 4 of 10 lines of {tmp_path / 'in.jsonl'} are bad, the rest is done; first: line 2")
     found = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert [entry for entry in found if "error" not in entry] == [
         {"prompt": prompt, "id": i, "output": text, "num_tokens": count}
@@ -97,8 +95,8 @@ def test_prompt_file_and_terminal_agree(name, checkpoints, call, tmp_path):
     if name == "t5":
         assert out == 3 * (expected[1][0] + "\n")
     else:
-        (first, _), (again, _) = (expected_outputs(checkpoints, name, [text])[0] for text in ("x\n", "x\n"))
-        assert out.startswith(first + "\n" + again + "\n")
+        [(first, _)] = expected_outputs(checkpoints, name, ["x\n"])
+        assert out.startswith(2 * (first + "\n"))
         assert out != 3 * (first + "\n")
 
 
@@ -128,7 +126,7 @@ def test_a_killed_run_goes_on(checkpoints, call, tmp_path, run_python):
     assert len(journal.read_bytes().splitlines()) == 12  # the header, ten results and the torn one
 
     code, _, err = call(*common, f"--output={tmp_path / 'out.jsonl'}", "--top_k=3")
-    expected = f"error: {journal} holds an unfinished run with another settings; delete it or choose another --output\n"
+    expected = f"error: {journal} holds an unfinished run with another settings; delete it or name another --output\n"
     assert (code, err) == (2, expected)
     code, out, _ = call(*common, f"--output={tmp_path / 'out.jsonl'}", "--batch_size=5")
     assert code == 0 and "out.jsonl: 30 prompts" in out

@@ -67,17 +67,18 @@ def prefill(
     lengths_B: Sequence[int] | None,
     max_new_tokens: int,
     rows_B: Sequence[int] | None = None,
+    spare: int = 0,
 ) -> State:
     """Reads the inputs into a cache with room for `max_new_tokens`; arguments as of `generate`.
 
-    `rows_B` numbers the rows for the random draws, `None`: 0, 1, …. Raises `InputError` for `max_new_tokens` below 1
-    and for more tokens than a Llama has positions.
+    `rows_B` numbers the rows for the random draws, `None`: 0, 1, …; `spare` is further room in the cache. Raises
+    `InputError` for `max_new_tokens` below 1 and for more tokens than a Llama has positions.
     """
     B, S = inputs_BS.shape
     lengths_B = np.full(B, S, np.int32) if lengths_B is None else np.asarray(lengths_B, np.int32)
     check_lengths(model.config, int(lengths_B.max()), max_new_tokens)
     rows_B = np.arange(B, dtype=np.int32) if rows_B is None else np.asarray(rows_B, np.int32)
-    return _prefill(model, jnp.asarray(inputs_BS), lengths_B, rows_B, max_new_tokens)
+    return _prefill(model, jnp.asarray(inputs_BS), lengths_B, rows_B, max_new_tokens, spare)
 
 
 def check_lengths(config: ModelConfig, length: int, max_new_tokens: int) -> None:
@@ -93,16 +94,16 @@ def check_lengths(config: ModelConfig, length: int, max_new_tokens: int) -> None
         )
 
 
-@functools.partial(jax.jit, static_argnums=4)
-def _prefill(model: Model, inputs_BS, lengths_B, rows_B, max_new_tokens: int) -> State:
+@functools.partial(jax.jit, static_argnums=(4, 5))
+def _prefill(model: Model, inputs_BS, lengths_B, rows_B, max_new_tokens: int, spare: int) -> State:
     B, S = inputs_BS.shape
     if isinstance(model, t5.T5):
         segments_BS = (jnp.arange(S) < lengths_B[:, None]).astype(jnp.int32)
         first_B1 = jnp.full((B, 1), PAD_ID, jnp.int32)
-        cache = model.init_cache(inputs_BS, segments_BS, max_new_tokens)
+        cache = model.init_cache(inputs_BS, segments_BS, max_new_tokens + spare)
     else:
         # The last new token is never read.
-        first_B1, cache = _read_prompts(model, inputs_BS, lengths_B, S + max_new_tokens - 1)
+        first_B1, cache = _read_prompts(model, inputs_BS, lengths_B, S + max_new_tokens - 1 + spare)
     return State(
         first_B1,
         cache,
@@ -152,7 +153,7 @@ def state_bytes(model: Model, batch_size: int, length: int, max_new_tokens: int)
     """Bytes of the `State` that `prefill` makes of inputs of `length` tokens, nearly all of them the cache's."""
     inputs_BS = jax.ShapeDtypeStruct((batch_size, length), jnp.int32)
     of_rows_B = jax.ShapeDtypeStruct((batch_size,), jnp.int32)
-    state = jax.eval_shape(_prefill, model, inputs_BS, of_rows_B, of_rows_B, max_new_tokens)
+    state = jax.eval_shape(_prefill, model, inputs_BS, of_rows_B, of_rows_B, max_new_tokens, 0)
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
 
 

@@ -76,7 +76,7 @@ class DecoderCache(NamedTuple):
     self_attention: list[KVCache]  # [L, B, K, S, d], S the most targets
     cross_attention: list[KVCache]  # [L, B, K, S, d], S the inputs' length; computed once
     cross_mask_B1S: jax.Array | None  # True on inputs that are not padding
-    index: jax.Array  # int32 scalar, targets decoded so far
+    index: jax.Array  # int32, targets decoded so far: a scalar, or [B] where rows differ
 
 
 def _attention(config: T5Config, num_kv_heads: int, key) -> GroupedQueryAttention:
@@ -306,13 +306,13 @@ class T5(nnx.Module):
         """
         config = self.config
         T, S = tokens_BT.shape[1], cache.self_attention[0].key.shape[-2]
-        mask_1TS = causal_mask(cache.index + jnp.arange(T), jnp.arange(S))
+        mask_BTS = causal_mask(cache.index[..., None] + jnp.arange(T), jnp.arange(S))
         x_BTD = self._embed(tokens_BT, None)
         bias = self._layer_bias("decoder_bias", T, S, cache.index)
 
         def layer_fn(layer, x, caches, number):
             self_cache, cross = caches
-            masks = dict(bias_HTS=bias(layer), mask_BTS=mask_1TS, cross_mask_BTS=cache.cross_mask_B1S)
+            masks = dict(bias_HTS=bias(layer), mask_BTS=mask_BTS, cross_mask_BTS=cache.cross_mask_B1S)
             return layer(x, cross, self_cache, index=cache.index, dropout=None, **masks)
 
         caches = list(zip(cache.self_attention, cache.cross_attention, strict=True))

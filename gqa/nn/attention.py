@@ -114,7 +114,7 @@ def grouped_query_attention(
       query_BTHd: queries, scaled already.
       key_BKSd: keys; never repeated in memory.
       value_BKSd: values.
-      bias_HTS: added to the scores, float32.
+      bias_HTS: added to the scores, float32; `[B, H, T, S]` where rows differ.
       mask_BTS: bool, True where a query may attend; B and T may be 1.
       dropout: applied to the attention weights.
       site: the dropout site's number.
@@ -125,7 +125,10 @@ def grouped_query_attention(
     B, T, H, d = query_BTHd.shape
     K = key_BKSd.shape[1]
     query_BTKGd = query_BTHd.reshape(B, T, K, H // K, d)
-    bias_KGTS = None if bias_HTS is None else bias_HTS.reshape(K, H // K, *bias_HTS.shape[1:])
+    bias_KGTS = bias_HTS
+    if bias_HTS is not None:
+        *rows, _, _, S = bias_HTS.shape
+        bias_KGTS = bias_HTS.reshape(*rows, K, H // K, T, S)
     if dropout is None and jax.default_backend() == "cpu":
         return _attention_on_cpu(query_BTKGd, key_BKSd, value_BKSd, bias_KGTS, mask_BTS).reshape(B, T, H, d)
     scores_BKGTS = jnp.einsum("BTKGd,BKSd->BKGTS", query_BTKGd, key_BKSd, preferred_element_type=jnp.float32)
