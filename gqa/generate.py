@@ -46,6 +46,7 @@ def main() -> int | None:
     parser.add_argument("--length_penalty", type=float, help="of --beams: above 0 favours long outputs (default: 1)")
     parser.add_argument("--seed", type=int, default=0, help="of the draws (default: 0)")
     parser.add_argument("--batch_size", type=int, default=8, help="prompts of --input decoded at a time (default: 8)")
+    parser.add_argument("--cache", metavar="TYPE", help="int8: keys and values in int8 (default: the compute type)")
     args = command_line.parse_arguments(parser)
     _check_arguments(args)
     from gqa.decode import batches
@@ -62,6 +63,7 @@ def main() -> int | None:
         num_beams=args.beams,
         length_penalty=1.0 if args.length_penalty is None else args.length_penalty,
         batch_size=args.batch_size,
+        cache_dtype=args.cache,
     )
     generator = _Generator(args.checkpoint, settings)
     if args.prompt is not None:

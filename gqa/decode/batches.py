@@ -34,6 +34,7 @@ class Settings:
     num_beams: int  # beams of the search; 1: none
     length_penalty: float  # of the search: above 0 favours long sequences
     batch_size: int  # rows decoded at a time
+    cache_dtype: str | None = None  # int8 quantises the keys and values; None: the model's
 
     def __post_init__(self):
         check_beams(self.num_beams, self.length_penalty)
@@ -41,6 +42,8 @@ class Settings:
             raise InputError(f"beams={self.num_beams} with sampling; expected beams=1 or no temperature, top_k, top_p")
         if self.batch_size < 1:
             raise InputError(f"batch_size={self.batch_size} is below 1; expected 1 or more")
+        if self.cache_dtype not in (None, "int8"):
+            raise InputError(f"cache_dtype={self.cache_dtype!r} is unknown; expected int8, or none for the model's own")
 
 
 def check_prompt(config: ModelConfig, tokens: Sequence[int], max_new_tokens: int) -> None:
@@ -62,7 +65,7 @@ def check_memory(model: Model, settings: Settings, length: int) -> None:
         free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     # Beams have a cache each, and a second while they are reordered.
     rows = settings.num_beams * (2 if settings.num_beams > 1 else 1)
-    row = rows * generate.state_bytes(model, 1, bucket(length), settings.max_new_tokens)
+    row = rows * generate.state_bytes(model, 1, bucket(length), settings.max_new_tokens, settings.cache_dtype)
     if settings.batch_size * row > free:
         raise InputError(
             f"batch_size={settings.batch_size} needs {settings.batch_size * row / 1e9:.1f} GB of cache for "
@@ -101,7 +104,7 @@ def stream(model: Model, prompt: Sequence[int], settings: Settings, chunk: int) 
     check_prompt(model.config, prompt, settings.max_new_tokens)
     check_memory(model, dataclasses.replace(settings, batch_size=1), len(prompt))
     inputs, lengths = padded([prompt], 1, bucket(len(prompt)))
-    state = generate.prefill(model, inputs, lengths, settings.max_new_tokens)
+    state = generate.prefill(model, inputs, lengths, settings.max_new_tokens, cache_dtype=settings.cache_dtype)
     seen, finished = 0, False
     while not finished:
         state = _advance(model, state, settings, steps=chunk if seen else 1)
@@ -124,7 +127,8 @@ def _advance(model: Model, state: generate.State, settings: Settings, steps: int
 
 def _continuous(model, prompts, settings, longest: int) -> Iterator[tuple[int, list[int]]]:
     B = settings.batch_size
-    state = generate.empty(model, B, longest + settings.max_new_tokens - 1, settings.max_new_tokens)
+    length = longest + settings.max_new_tokens - 1
+    state = generate.empty(model, B, length, settings.max_new_tokens, settings.cache_dtype)
     waiting, running = deque(prompts.items()), {}  # the number of the prompt in each place
     while waiting or running:
         for place in range(B):
@@ -154,11 +158,14 @@ def _by_length(model, prompts, settings) -> Iterator[tuple[int, list[int]]]:
                 eos_ids=settings.eos_ids,
                 num_beams=settings.num_beams,
                 length_penalty=settings.length_penalty,
+                cache_dtype=settings.cache_dtype,
             )
             tokens_BN, counts_B = jax.device_get((beams.tokens_BWN[:, 0], beams.counts_BW[:, 0]))
         else:
             rows = np.pad(np.array(batch, np.int32), (0, B - len(batch)))
-            state = generate.prefill(model, inputs, lengths, settings.max_new_tokens, rows)
+            state = generate.prefill(
+                model, inputs, lengths, settings.max_new_tokens, rows, cache_dtype=settings.cache_dtype
+            )
             state = _advance(model, state, settings, settings.max_new_tokens)
             tokens_BN, counts_B = jax.device_get((state.tokens_BN, state.counts_B))
         for place, number in enumerate(batch):

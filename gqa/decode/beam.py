@@ -55,8 +55,9 @@ def beam_search(
     eos_ids: Sequence[int],
     num_beams: int,
     length_penalty: float,
+    cache_dtype: str | None = None,
 ) -> Beams:
-    """The `num_beams` best sequences of each row; other arguments and errors as of `gqa.decode.generate.generate`.
+    """The `num_beams` best sequences of each row; other arguments and errors as of `gqa.decode.generate.prefill`.
 
     A row's search ends when its best running beam, at its present length, cannot beat its worst finished one.
     `length_penalty` above 0 favours long sequences, below 0 short ones.
@@ -66,7 +67,7 @@ def beam_search(
     candidates = max(2, 1 + len(eos_ids)) * num_beams  # so that num_beams of them go on whatever ends
     if candidates > num_beams * V:
         raise InputError(f"num_beams={num_beams} with {len(eos_ids)} EOS tokens is too many for a vocabulary of {V}")
-    state = prefill(model, inputs_BS, lengths_B, max_new_tokens)
+    state = prefill(model, inputs_BS, lengths_B, max_new_tokens, cache_dtype=cache_dtype)
     return _beam_search(model, state, eos_array(eos_ids), np.float32(length_penalty), num_beams, candidates)
 
 

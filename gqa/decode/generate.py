@@ -17,7 +17,7 @@ import numpy as np
 from gqa.decode.sampling import Sampling, next_tokens
 from gqa.errors import InputError
 from gqa.models import Model, ModelConfig, llama, t5
-from gqa.nn.cache import KVCache
+from gqa.nn.cache import Cache
 
 PAD_ID = 0  # fills rows after their EOS; T5's decoder starts from it (Raffel et al. 2020)
 
@@ -68,17 +68,19 @@ def prefill(
     max_new_tokens: int,
     rows_B: Sequence[int] | None = None,
     spare: int = 0,
+    cache_dtype: str | None = None,
 ) -> State:
     """Reads the inputs into a cache with room for `max_new_tokens`; arguments as of `generate`.
 
-    `rows_B` numbers the rows for the random draws, `None`: 0, 1, …; `spare` is further room in the cache. Raises
-    `InputError` for `max_new_tokens` below 1 and for more tokens than a Llama has positions.
+    `rows_B` numbers the rows for the random draws, `None`: 0, 1, …; `spare` is further room in the cache;
+    `cache_dtype` int8 quantises it, `None`: the model's. Raises `InputError` for `max_new_tokens` below 1 and for more
+    tokens than a Llama has positions.
     """
     B, S = inputs_BS.shape
     lengths_B = np.full(B, S, np.int32) if lengths_B is None else np.asarray(lengths_B, np.int32)
     check_lengths(model.config, int(lengths_B.max()), max_new_tokens)
     rows_B = np.arange(B, dtype=np.int32) if rows_B is None else np.asarray(rows_B, np.int32)
-    return _prefill(model, jnp.asarray(inputs_BS), lengths_B, rows_B, max_new_tokens, spare)
+    return _prefill(model, jnp.asarray(inputs_BS), lengths_B, rows_B, max_new_tokens, spare, cache_dtype)
 
 
 def check_lengths(config: ModelConfig, length: int, max_new_tokens: int) -> None:
@@ -94,16 +96,16 @@ def check_lengths(config: ModelConfig, length: int, max_new_tokens: int) -> None
         )
 
 
-@functools.partial(jax.jit, static_argnums=(4, 5))
-def _prefill(model: Model, inputs_BS, lengths_B, rows_B, max_new_tokens: int, spare: int) -> State:
+@functools.partial(jax.jit, static_argnums=(4, 5, 6))
+def _prefill(model: Model, inputs_BS, lengths_B, rows_B, max_new_tokens: int, spare: int, cache_dtype) -> State:
     B, S = inputs_BS.shape
     if isinstance(model, t5.T5):
         segments_BS = (jnp.arange(S) < lengths_B[:, None]).astype(jnp.int32)
         first_B1 = jnp.full((B, 1), PAD_ID, jnp.int32)
-        cache = model.init_cache(inputs_BS, segments_BS, max_new_tokens + spare)
+        cache = model.init_cache(inputs_BS, segments_BS, max_new_tokens + spare, cache_dtype)
     else:
         # The last new token is never read.
-        first_B1, cache = _read_prompts(model, inputs_BS, lengths_B, S + max_new_tokens - 1 + spare)
+        first_B1, cache = _read_prompts(model, inputs_BS, lengths_B, S + max_new_tokens - 1 + spare, cache_dtype)
     return State(
         first_B1,
         cache,
@@ -115,11 +117,11 @@ def _prefill(model: Model, inputs_BS, lengths_B, rows_B, max_new_tokens: int, sp
     )
 
 
-def _read_prompts(model: llama.Llama, prompts_BS, lengths_B, length: int):
+def _read_prompts(model: llama.Llama, prompts_BS, lengths_B, length: int, cache_dtype):
     """Each prompt's last token, left to the first step of the loop, and a cache `length` long of those before it."""
     B, S = prompts_BS.shape
     last_B = jnp.maximum(lengths_B - 1, 0)
-    _, cache = model.decode_step(prompts_BS, model.init_cache(B, S))
+    _, cache = model.decode_step(prompts_BS, model.init_cache(B, S, cache_dtype))
     longer = ((0, 0),) * 3 + ((0, length - S), (0, 0))
     caches = jax.tree.map(lambda leaf: jnp.pad(leaf, longer), cache.self_attention)
     first_B1 = jnp.take_along_axis(prompts_BS, last_B[:, None], axis=1).astype(jnp.int32)
@@ -149,11 +151,11 @@ def eos_array(eos_ids: Sequence[int]) -> np.ndarray:
     return np.array([*eos_ids, *[-1] * (-len(eos_ids) % 4 if eos_ids else 4)], np.int32)
 
 
-def state_bytes(model: Model, batch_size: int, length: int, max_new_tokens: int) -> int:
+def state_bytes(model: Model, batch_size: int, length: int, max_new_tokens: int, cache_dtype: str | None = None) -> int:
     """Bytes of the `State` that `prefill` makes of inputs of `length` tokens, nearly all of them the cache's."""
     inputs_BS = jax.ShapeDtypeStruct((batch_size, length), jnp.int32)
     of_rows_B = jax.ShapeDtypeStruct((batch_size,), jnp.int32)
-    state = jax.eval_shape(_prefill, model, inputs_BS, of_rows_B, of_rows_B, max_new_tokens, 0)
+    state = jax.eval_shape(_prefill, model, inputs_BS, of_rows_B, of_rows_B, max_new_tokens, 0, cache_dtype)
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
 
 
@@ -187,14 +189,16 @@ def _decode(model: Model, state: State, steps, min_running, eos_E, sampling: Sam
     return jax.lax.while_loop(unfinished, decode_tokens, (jnp.int32(0), state))[1]
 
 
-@functools.partial(jax.jit, static_argnames=("batch_size", "length", "max_new_tokens"))
-def empty(model: llama.Llama, batch_size: int, length: int, max_new_tokens: int) -> State:
-    """A state of rows that are not there, for `admit`, its cache `length` long."""
+@functools.partial(jax.jit, static_argnames=("batch_size", "length", "max_new_tokens", "cache_dtype"))
+def empty(
+    model: llama.Llama, batch_size: int, length: int, max_new_tokens: int, cache_dtype: str | None = None
+) -> State:
+    """A state of rows that are not there, for `admit`, its cache `length` long; `cache_dtype` as of `prefill`."""
     B = batch_size
     zeros_B = jnp.zeros(B, jnp.int32)
     return State(
         inputs_B1=jnp.full((B, 1), PAD_ID, jnp.int32),
-        cache=model.init_cache(B, length)._replace(index=zeros_B),
+        cache=model.init_cache(B, length, cache_dtype)._replace(index=zeros_B),
         tokens_BN=jnp.full((B, max_new_tokens), PAD_ID, jnp.int32),
         counts_B=zeros_B,
         limits_B=zeros_B,
@@ -216,9 +220,10 @@ def admit(model: llama.Llama, state: State, prompt_1S, length, place, limit, row
       limit: most new tokens.
       row: the new row's number for the random draws.
     """
-    first_11, cache = _read_prompts(model, prompt_1S, jnp.reshape(length, 1), prompt_1S.shape[1])
+    cache_dtype = str(state.cache.self_attention[0].key.dtype)
+    first_11, cache = _read_prompts(model, prompt_1S, jnp.reshape(length, 1), prompt_1S.shape[1], cache_dtype)
 
-    def insert(all_rows: KVCache, new: KVCache) -> KVCache:
+    def insert(all_rows: Cache, new: Cache) -> Cache:
         return jax.tree.map(lambda old, new: jax.lax.dynamic_update_slice(old, new, (0, place, 0, 0, 0)), all_rows, new)
 
     caches = [insert(*pair) for pair in zip(state.cache.self_attention, cache.self_attention, strict=True)]

@@ -22,7 +22,7 @@ from gqa.nn.attention import (
     segment_mask,
     sliding_window_mask,
 )
-from gqa.nn.cache import KVCache
+from gqa.nn.cache import Cache, empty_cache
 from gqa.nn.layers import ACTIVATIONS, Dropout, GatedMLP, RMSNorm, dropped, embed, linear, parameter
 from gqa.nn.position import RopeScaling, rotary_angles, rotary_frequencies, rotate
 from gqa.sharding import constrain
@@ -74,7 +74,7 @@ class LlamaConfig:
 class DecoderCache(NamedTuple):
     """What decoding keeps between steps; the list holds one entry per stack of layers."""
 
-    self_attention: list[KVCache]  # [L, B, K, S, d]
+    self_attention: list[Cache]  # [L, B, K, S, d]
     index: jax.Array  # int32, tokens seen so far: a scalar, or [B] where rows differ
 
 
@@ -109,7 +109,7 @@ class DecoderLayer(nnx.Module):
             key=mlp_key,
         )
 
-    def __call__(self, x_BTD, cache: KVCache | None, *, index, angles, mask_BTS, dropout: Dropout | None):
+    def __call__(self, x_BTD, cache: Cache | None, *, index, angles, mask_BTS, dropout: Dropout | None):
         """One layer; with a `cache`, new keys and values are written at `index` and all of it is attended to."""
         cos_BTd, sin_BTd = angles
         hidden = self.self_attention_norm(x_BTD)
@@ -118,7 +118,7 @@ class DecoderLayer(nnx.Module):
         key = rotate(key, cos_BTd[:, None], sin_BTd[:, None])
         if cache is not None:
             cache = cache.append(key, value, index)
-            key, value = cache
+            key, value = cache.read(x_BTD.dtype)
         hidden = self.self_attention.attend(
             query, key, value, bias_HTS=None, mask_BTS=mask_BTS, dropout=dropout, site=0
         )
@@ -184,17 +184,20 @@ class Llama(nnx.Module):
         x_BTD, _ = apply_stacks(layer_fn, self.decoder, x_BTD, None, scan=config.scan_layers, remat=config.remat)
         return self._logits(x_BTD)
 
-    def init_cache(self, batch_size: int, max_length: int) -> DecoderCache:
-        """An empty cache for `max_length` tokens of `batch_size` rows."""
+    def init_cache(self, batch_size: int, max_length: int, dtype: str | None = None) -> DecoderCache:
+        """An empty cache for `max_length` tokens of `batch_size` rows.
+
+        `dtype` is the cache's: int8 quantises it, `None`: `config.dtype`.
+        """
         config = self.config
         caches = [
-            KVCache.zeros(
+            empty_cache(
                 num_layers(stack),
                 batch_size,
                 stack.self_attention.key.shape[-2],
                 max_length,
                 config.head_dim,
-                dtype=config.dtype,
+                dtype=dtype or config.dtype,
             )
             for stack in self.decoder
         ]

@@ -103,3 +103,23 @@ def test_a_batch_that_cannot_fit_says_the_largest_that_does():
     batches.check_memory(llama, dataclasses.replace(settings, batch_size=largest), 20)
     with pytest.raises(InputError, match=f"largest that fits: {largest}$"):
         batches.check_memory(llama, dataclasses.replace(settings, batch_size=largest + 1), 20)
+
+
+@pytest.mark.parametrize("name", ["t5_1_1_mini", "llama_mini"])
+def test_an_int8_cache_moves_the_logits_by_little(name):
+    network = model(name)
+    inputs, lengths = padded(list(PROMPTS.values()), 8, 24)
+    step = jax.jit(lambda model, tokens, cache: model.decode_step(tokens, cache))
+    logits = []
+    for dtype in (None, "int8"):
+        state = generate.prefill(network, inputs, lengths, 6, cache_dtype=dtype)
+        # The same four tokens after each prompt.
+        for tokens in np.full((4, 8, 1), [[9]], np.int32):
+            found, cache = step(network, tokens, state.cache)
+            state = state._replace(cache=cache)
+        logits.append(np.asarray(found))
+    error = np.linalg.norm(logits[0] - logits[1]) / np.linalg.norm(logits[0])
+    assert 0 < error < 0.01
+    settings = dataclasses.replace(GREEDY, cache_dtype="int8")
+    found = dict(generate_all(network, PROMPTS, settings))
+    assert dict(generate_all(network, {3: PROMPTS[3]}, settings)) == {3: found[3]}
