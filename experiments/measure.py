@@ -72,7 +72,7 @@ def decode_times(
         for name, model in ready.items():
             prefilled = jax.block_until_ready(jax.tree.map(jnp.copy, encoded[name]))  # decoding uses it up
             start = time.perf_counter()
-            jax.block_until_ready(generate.decode(model, prefilled, num_tokens, None))
+            jax.block_until_ready(generate.decode(model, prefilled, num_tokens, eos_ids=()))
             if repetition:
                 seconds[name].append(time.perf_counter() - start)
     return {

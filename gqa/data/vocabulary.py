@@ -36,6 +36,8 @@ class Vocabulary:
     them: one file and one numbering for all three. Trap: transformers 5 rebuilds the tokenizer with T5's own treatment
     of spaces whatever the file says, so there the ids of indented text differ.
 
+    A file with other special ids, such as Llama's, is accepted with `foreign`: its ids stand and no sentinels follow.
+
     Raises `InputError` for a file that is missing, is no whole SentencePiece model, or has other special ids.
     """
 
@@ -43,7 +45,7 @@ class Vocabulary:
     eos_id = 1
     unk_id = 2
 
-    def __init__(self, path: str | Path):
+    def __init__(self, path: str | Path, *, foreign: bool = False):
         self.path = Path(path)
         if not self.path.is_file():
             raise InputError(f"vocabulary {path} not found; expected a SentencePiece .model file")
@@ -56,9 +58,14 @@ class Vocabulary:
         if num_pieces == 0:
             raise InputError(f"vocabulary {path} is no whole SentencePiece model: it has no pieces")
         found = (self._model.pad_id(), self._model.eos_id(), self._model.unk_id())
-        if found != (self.pad_id, self.eos_id, self.unk_id):
+        is_t5 = found == (self.pad_id, self.eos_id, self.unk_id)
+        if foreign:
+            self.pad_id, self.eos_id, self.unk_id = found
+        elif not is_t5:
             raise InputError(f"vocabulary {path} has pad, eos, unk = {found}; expected T5's (0, 1, 2)")
+        self.bos_id = self._model.bos_id() if self._model.bos_id() >= 0 else None
         self._num_pieces = num_pieces
+        self._num_sentinels = NUM_SENTINELS if is_t5 else 0
         # SentencePiece writes a space as U+2581, so it reads back a U+2581 of the text as a space: where the model
         # has byte pieces, that character is spelled in bytes instead.
         byte_ids = [self._model.PieceToId(f"<0x{byte:02X}>") for byte in _SPACE.encode()]
@@ -67,12 +74,12 @@ class Vocabulary:
     @property
     def size(self) -> int:
         """Number of ids, sentinels included: the least that a model's embedding must have."""
-        return self._num_pieces + NUM_SENTINELS
+        return self._num_pieces + self._num_sentinels
 
     def sentinel_id(self, index: int) -> int:
         """Id of `<extra_id_{index}>`."""
-        if not 0 <= index < NUM_SENTINELS:
-            raise ValueError(f"sentinel index={index} is not in 0..{NUM_SENTINELS - 1}")
+        if not 0 <= index < self._num_sentinels:
+            raise ValueError(f"sentinel index={index} is not in 0..{self._num_sentinels - 1}")
         return self.size - 1 - index
 
     def encode(self, text: str) -> list[int]:

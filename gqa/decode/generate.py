@@ -1,112 +1,238 @@
-"""Greedy decoding on the device: a prefill, then a loop over single tokens with a donated cache.
+"""Decoding on the device: inputs are read into a cache (prefill), then a loop makes one token a row and step.
 
-Both parts compile once per shape and may be called apart, to be timed apart. A model decodes fastest in its
-`unstacked()` form.
+The loop is one program with a donated cache, which it updates in place; it ends as soon as no row is left to go on. A
+`State` is what stands between its calls: stream by asking for a few steps at a time, fill finished rows with `admit`.
+Rows of unequal length are padded on the right and each gives what it gives alone. Programs are compiled for shapes:
+`gqa.decode.buckets` keeps their number small. A model decodes fastest in its `unstacked()` form.
 """
 
 import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gqa.decode.sampling import Sampling, next_tokens
 from gqa.errors import InputError
-from gqa.models import Model, llama, t5
+from gqa.models import Model, ModelConfig, llama, t5
+from gqa.nn.cache import Cache
 
 PAD_ID = 0  # fills rows after their EOS; T5's decoder starts from it (Raffel et al. 2020)
 
 
-class Prefilled(NamedTuple):
-    """What decoding starts from."""
+class State(NamedTuple):
+    """Rows in the middle of decoding."""
 
-    tokens_B1: jax.Array  # the next decoder input of each row
+    inputs_B1: jax.Array  # the next decoder input of each row
     cache: t5.DecoderCache | llama.DecoderCache
-    segments_BS: jax.Array | None  # Llama: 0 on the prompts' padding, as long as the cache
+    tokens_BN: jax.Array  # new tokens, `PAD_ID` where there is none
+    counts_B: jax.Array  # how many new tokens each row has
+    limits_B: jax.Array  # how many it may have, at most N
+    finished_B: jax.Array  # True after an EOS, at the limit, and for rows that are not there
+    rows_B: jax.Array  # each row's number for the random draws, whatever batch it is in
 
 
-def greedy(
-    model: Model, inputs_BS: jax.Array, inputs_segments_BS: jax.Array | None, max_tokens: int, eos_id: int | None
-) -> jax.Array:
-    """The most likely token at every step.
+def generate(
+    model: Model,
+    inputs_BS: jax.Array,
+    lengths_B: Sequence[int] | None,
+    *,
+    max_new_tokens: int,
+    eos_ids: Sequence[int],
+    sampling: Sampling | None = None,
+    seed: int = 0,
+) -> State:
+    """Decodes all rows to their end: `tokens_BN` up to and with each row's EOS, `counts_B` of them.
 
     Args:
       model: T5, which reads the inputs with its encoder, or Llama, which continues them.
-      inputs_BS: inputs or prompts; Llama's prompts are padded on the left.
-      inputs_segments_BS: 0 on padding, 1 elsewhere; `None`: no padding.
-      max_tokens: most new tokens.
-      eos_id: token that ends a row; the loop ends when all rows have. `None`: exactly `max_tokens` steps.
+      inputs_BS: inputs or prompts, padded on the right.
+      lengths_B: their lengths, 0 for a row that is not there; `None`: no padding.
+      max_new_tokens: most new tokens of a row.
+      eos_ids: tokens that end a row; none: every row gets `max_new_tokens`.
+      sampling: how tokens are drawn; `None`: the most likely one.
+      seed: of the draws.
 
-    Returns:
-      New tokens `[B, max_tokens]` int32: up to and with the row's EOS, then `PAD_ID`.
-
-    Raises:
-      InputError: for prompts padded on the right and for `max_tokens` below 1.
+    Raises `InputError` as `prefill` does.
     """
-    return decode(model, prefill(model, inputs_BS, inputs_segments_BS, max_tokens), max_tokens, eos_id)
+    state = prefill(model, inputs_BS, lengths_B, max_new_tokens)
+    return decode(model, state, max_new_tokens, eos_ids=eos_ids, sampling=sampling, seed=seed)
 
 
-def prefill(model: Model, inputs_BS: jax.Array, inputs_segments_BS: jax.Array | None, max_tokens: int) -> Prefilled:
-    """Reads the inputs into a cache with room for `max_tokens` new tokens; arguments and errors as of `greedy`."""
-    if max_tokens < 1:
-        raise InputError(f"max_tokens={max_tokens} must be at least 1")
+def prefill(
+    model: Model,
+    inputs_BS: jax.Array,
+    lengths_B: Sequence[int] | None,
+    max_new_tokens: int,
+    rows_B: Sequence[int] | None = None,
+    spare: int = 0,
+    cache_dtype: str | None = None,
+) -> State:
+    """Reads the inputs into a cache with room for `max_new_tokens`; arguments as of `generate`.
+
+    `rows_B` numbers the rows for the random draws, `None`: 0, 1, …; `spare` is further room in the cache;
+    `cache_dtype` int8 quantises it, `None`: the model's. Raises `InputError` for `max_new_tokens` below 1 and for more
+    tokens than a Llama has positions.
+    """
+    B, S = inputs_BS.shape
+    lengths_B = np.full(B, S, np.int32) if lengths_B is None else np.asarray(lengths_B, np.int32)
+    check_lengths(model.config, int(lengths_B.max()), max_new_tokens)
+    rows_B = np.arange(B, dtype=np.int32) if rows_B is None else np.asarray(rows_B, np.int32)
+    return _prefill(model, jnp.asarray(inputs_BS), lengths_B, rows_B, max_new_tokens, spare, cache_dtype)
+
+
+def check_lengths(config: ModelConfig, length: int, max_new_tokens: int) -> None:
+    """Raises `InputError` unless a prompt of `length` tokens and `max_new_tokens` fit the model's positions."""
+    if max_new_tokens < 1:
+        raise InputError(f"max_new_tokens={max_new_tokens} is below 1; expected 1 or more")
+    if isinstance(config, llama.LlamaConfig) and length + max_new_tokens > config.max_position:
+        room = config.max_position - max_new_tokens
+        expected = f"at most {room} tokens" if room > 0 else f"max_new_tokens below {config.max_position}"
+        raise InputError(
+            f"a prompt of {length} tokens and max_new_tokens={max_new_tokens} exceed the model's "
+            f"{config.max_position} positions; expected {expected}"
+        )
+
+
+@functools.partial(jax.jit, static_argnums=(4, 5, 6))
+def _prefill(model: Model, inputs_BS, lengths_B, rows_B, max_new_tokens: int, spare: int, cache_dtype) -> State:
+    B, S = inputs_BS.shape
     if isinstance(model, t5.T5):
-        return _prefill_t5(model, inputs_BS, inputs_segments_BS, max_tokens)
-    if inputs_segments_BS is not None:
-        ends_in_padding = np.asarray(inputs_segments_BS)[:, -1] == 0
-        if ends_in_padding.any():
-            raise InputError(f"prompt {ends_in_padding.argmax()} ends in padding; pad prompts on the left")
-    return _prefill_llama(model, inputs_BS, inputs_segments_BS, max_tokens)
+        segments_BS = (jnp.arange(S) < lengths_B[:, None]).astype(jnp.int32)
+        first_B1 = jnp.full((B, 1), PAD_ID, jnp.int32)
+        cache = model.init_cache(inputs_BS, segments_BS, max_new_tokens + spare, cache_dtype)
+    else:
+        # The last new token is never read.
+        first_B1, cache = _read_prompts(model, inputs_BS, lengths_B, S + max_new_tokens - 1 + spare, cache_dtype)
+    return State(
+        first_B1,
+        cache,
+        tokens_BN=jnp.full((B, max_new_tokens), PAD_ID, jnp.int32),
+        counts_B=jnp.zeros(B, jnp.int32),
+        limits_B=jnp.full(B, max_new_tokens, jnp.int32),
+        finished_B=lengths_B == 0,
+        rows_B=rows_B,
+    )
 
 
-@functools.partial(jax.jit, static_argnames=("max_tokens", "eos_id"), donate_argnames="prefilled")
-def _decode(model: Model, prefilled: Prefilled, max_tokens: int, eos_id: int | None) -> tuple[jax.Array, Prefilled]:
-    B = prefilled.tokens_B1.shape[0]
-
-    def unfinished(state):
-        step, _, _, finished_B = state
-        return (step < max_tokens) & ~jnp.all(finished_B)
-
-    def decode_token(state):
-        step, tokens_BN, prefilled, finished_B = state
-        if isinstance(model, t5.T5):
-            logits_B1V, cache = model.decode_step(prefilled.tokens_B1, prefilled.cache)
-        else:
-            logits_B1V, cache = model.decode_step(prefilled.tokens_B1, prefilled.cache, prefilled.segments_BS)
-        next_B1 = jnp.argmax(logits_B1V, axis=-1).astype(jnp.int32)
-        next_B1 = jnp.where(finished_B[:, None], PAD_ID, next_B1)
-        if eos_id is not None:
-            finished_B |= next_B1[:, 0] == eos_id
-        tokens_BN = jax.lax.dynamic_update_slice(tokens_BN, next_B1, (0, step))
-        return step + 1, tokens_BN, prefilled._replace(tokens_B1=next_B1, cache=cache), finished_B
-
-    tokens_BN = jnp.full((B, max_tokens), PAD_ID, jnp.int32)
-    state = jnp.zeros((), jnp.int32), tokens_BN, prefilled, jnp.zeros(B, bool)
-    _, tokens_BN, prefilled, _ = jax.lax.while_loop(unfinished, decode_token, state)
-    # The cache goes back out so that the donated buffers are used in place.
-    return tokens_BN, prefilled
-
-
-def decode(model: Model, prefilled: Prefilled, max_tokens: int, eos_id: int | None) -> jax.Array:
-    """New tokens `[B, max_tokens]` as of `greedy`; `prefilled`, made for as many tokens, is used up."""
-    return _decode(model, prefilled, max_tokens, eos_id)[0]
-
-
-@functools.partial(jax.jit, static_argnames="max_tokens")
-def _prefill_t5(model: t5.T5, inputs_BS, inputs_segments_BS, max_tokens: int) -> Prefilled:
-    start_B1 = jnp.full((inputs_BS.shape[0], 1), PAD_ID, jnp.int32)
-    return Prefilled(start_B1, model.init_cache(inputs_BS, inputs_segments_BS, max_tokens), None)
-
-
-@functools.partial(jax.jit, static_argnames="max_tokens")
-def _prefill_llama(model: llama.Llama, prompts_BS, prompts_segments_BS, max_tokens: int) -> Prefilled:
+def _read_prompts(model: llama.Llama, prompts_BS, lengths_B, length: int, cache_dtype):
+    """Each prompt's last token, left to the first step of the loop, and a cache `length` long of those before it."""
     B, S = prompts_BS.shape
-    # The last prompt token is left to the first step of the loop, and the last new token is never read.
-    length = S + max_tokens - 1
-    segments_BS = None
-    if prompts_segments_BS is not None:
-        segments_BS = jnp.pad(prompts_segments_BS, ((0, 0), (0, length - S)), constant_values=1)
-    cache = model.init_cache(B, length)
-    if S > 1:
-        _, cache = model.decode_step(prompts_BS[:, :-1], cache, segments_BS)
-    return Prefilled(prompts_BS[:, -1:].astype(jnp.int32), cache, segments_BS)
+    last_B = jnp.maximum(lengths_B - 1, 0)
+    _, cache = model.decode_step(prompts_BS, model.init_cache(B, S, cache_dtype))
+    longer = ((0, 0),) * 3 + ((0, length - S), (0, 0))
+    caches = jax.tree.map(lambda leaf: jnp.pad(leaf, longer), cache.self_attention)
+    first_B1 = jnp.take_along_axis(prompts_BS, last_B[:, None], axis=1).astype(jnp.int32)
+    return first_B1, llama.DecoderCache(caches, last_B)
+
+
+def decode(
+    model: Model,
+    state: State,
+    steps: int,
+    *,
+    eos_ids: Sequence[int],
+    sampling: Sampling | None = None,
+    seed: int = 0,
+    min_running: int = 1,
+) -> State:
+    """Up to `steps` further tokens of every row that is not finished; `state` is used up.
+
+    Ends earlier when fewer than `min_running` rows are left to go on. Other arguments as of `generate`.
+    """
+    eos_E = eos_array(eos_ids)
+    return _decode(model, state, np.int32(steps), np.int32(min_running), eos_E, sampling, jax.random.key(seed))
+
+
+def eos_array(eos_ids: Sequence[int]) -> np.ndarray:
+    """The ids for a program, with others that no token has: up to four are one shape."""
+    return np.array([*eos_ids, *[-1] * (-len(eos_ids) % 4 if eos_ids else 4)], np.int32)
+
+
+def state_bytes(model: Model, batch_size: int, length: int, max_new_tokens: int, cache_dtype: str | None = None) -> int:
+    """Bytes of the `State` that `prefill` makes of inputs of `length` tokens, nearly all of them the cache's."""
+    inputs_BS = jax.ShapeDtypeStruct((batch_size, length), jnp.int32)
+    of_rows_B = jax.ShapeDtypeStruct((batch_size,), jnp.int32)
+    state = jax.eval_shape(_prefill, model, inputs_BS, of_rows_B, of_rows_B, max_new_tokens, 0, cache_dtype)
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+
+
+@functools.partial(jax.jit, donate_argnames="state")
+def _decode(model: Model, state: State, steps, min_running, eos_E, sampling: Sampling | None, key) -> State:
+    B = state.finished_B.shape[0]
+
+    def unfinished(step_and_state):
+        step, state = step_and_state
+        return (step < steps) & (jnp.sum(~state.finished_B) >= min_running)
+
+    def decode_tokens(step_and_state):
+        step, state = step_and_state
+        logits_B1V, cache = model.decode_step(state.inputs_B1, state.cache)
+        next_B = next_tokens(logits_B1V[:, 0], sampling, key, state.rows_B, state.counts_B)
+        next_B = jnp.where(state.finished_B, PAD_ID, next_B)
+        if cache.index.ndim:  # a row that is finished stays where it is
+            cache = cache._replace(index=jnp.where(state.finished_B, state.cache.index, cache.index))
+        # A finished row writes behind the end: nowhere.
+        places_B = jnp.where(state.finished_B, state.tokens_BN.shape[1], state.counts_B)
+        tokens_BN = state.tokens_BN.at[jnp.arange(B), places_B].set(next_B, mode="drop")
+        counts_B = state.counts_B + ~state.finished_B
+        return step + 1, state._replace(
+            inputs_B1=next_B[:, None],
+            cache=cache,
+            tokens_BN=tokens_BN,
+            counts_B=counts_B,
+            finished_B=state.finished_B | (counts_B >= state.limits_B) | jnp.isin(next_B, eos_E),
+        )
+
+    return jax.lax.while_loop(unfinished, decode_tokens, (jnp.int32(0), state))[1]
+
+
+@functools.partial(jax.jit, static_argnames=("batch_size", "length", "max_new_tokens", "cache_dtype"))
+def empty(
+    model: llama.Llama, batch_size: int, length: int, max_new_tokens: int, cache_dtype: str | None = None
+) -> State:
+    """A state of rows that are not there, for `admit`, its cache `length` long; `cache_dtype` as of `prefill`."""
+    B = batch_size
+    zeros_B = jnp.zeros(B, jnp.int32)
+    return State(
+        inputs_B1=jnp.full((B, 1), PAD_ID, jnp.int32),
+        cache=model.init_cache(B, length, cache_dtype)._replace(index=zeros_B),
+        tokens_BN=jnp.full((B, max_new_tokens), PAD_ID, jnp.int32),
+        counts_B=zeros_B,
+        limits_B=zeros_B,
+        finished_B=jnp.ones(B, bool),
+        rows_B=zeros_B,
+    )
+
+
+@functools.partial(jax.jit, donate_argnames="state")
+def admit(model: llama.Llama, state: State, prompt_1S, length, place, limit, row) -> State:
+    """Reads a prompt into the place of a finished row while the others stay as they are; `state` is used up.
+
+    Args:
+      model: a decoder; an encoder-decoder's rows start together.
+      state: with a cache at least as long as the prompt and its new tokens.
+      prompt_1S: the prompt, padded on the right.
+      length: its length.
+      place: the finished row's index in the batch.
+      limit: most new tokens.
+      row: the new row's number for the random draws.
+    """
+    cache_dtype = str(state.cache.self_attention[0].key.dtype)
+    first_11, cache = _read_prompts(model, prompt_1S, jnp.reshape(length, 1), prompt_1S.shape[1], cache_dtype)
+
+    def insert(all_rows: Cache, new: Cache) -> Cache:
+        return jax.tree.map(lambda old, new: jax.lax.dynamic_update_slice(old, new, (0, place, 0, 0, 0)), all_rows, new)
+
+    caches = [insert(*pair) for pair in zip(state.cache.self_attention, cache.self_attention, strict=True)]
+    return State(
+        inputs_B1=state.inputs_B1.at[place].set(first_11[0]),
+        cache=llama.DecoderCache(caches, state.cache.index.at[place].set(cache.index[0])),
+        tokens_BN=state.tokens_BN.at[place].set(PAD_ID),
+        counts_B=state.counts_B.at[place].set(0),
+        limits_B=state.limits_B.at[place].set(limit),
+        finished_B=state.finished_B.at[place].set(False),
+        rows_B=state.rows_B.at[place].set(row),
+    )

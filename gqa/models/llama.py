@@ -19,12 +19,11 @@ from gqa.nn.attention import (
     AttentionShape,
     GroupedQueryAttention,
     causal_mask,
-    padding_mask,
     prefix_mask,
     segment_mask,
     sliding_window_mask,
 )
-from gqa.nn.cache import KVCache
+from gqa.nn.cache import Cache, empty_cache
 from gqa.nn.layers import ACTIVATIONS, Dropout, GatedMLP, RMSNorm, dropped, embed, linear, parameter
 from gqa.nn.position import RopeScaling, rotary_angles, rotary_frequencies, rotate
 from gqa.sharding import constrain
@@ -76,8 +75,8 @@ class LlamaConfig:
 class DecoderCache(NamedTuple):
     """What decoding keeps between steps; the list holds one entry per stack of layers."""
 
-    self_attention: list[KVCache]  # [L, B, K, S, d]
-    index: jax.Array  # int32 scalar, tokens seen so far
+    self_attention: list[Cache]  # [L, B, K, S, d]
+    index: jax.Array  # int32, tokens seen so far: a scalar, or [B] where rows differ
 
 
 class DecoderLayer(nnx.Module):
@@ -111,7 +110,7 @@ class DecoderLayer(nnx.Module):
             key=mlp_key,
         )
 
-    def __call__(self, x_BTD, cache: KVCache | None, *, index, angles, mask_BTS, dropout: Dropout | None):
+    def __call__(self, x_BTD, cache: Cache | None, *, index, angles, mask_BTS, dropout: Dropout | None):
         """One layer; with a `cache`, new keys and values are written at `index` and all of it is attended to."""
         cos_BTd, sin_BTd = angles
         hidden = self.self_attention_norm(x_BTD)
@@ -120,7 +119,7 @@ class DecoderLayer(nnx.Module):
         key = rotate(key, cos_BTd[:, None], sin_BTd[:, None])
         if cache is not None:
             cache = cache.append(key, value, index)
-            key, value = cache
+            key, value = cache.read(x_BTD.dtype)
         hidden = self.self_attention.attend(
             query, key, value, bias_HTS=None, mask_BTS=mask_BTS, dropout=dropout, site=0
         )
@@ -191,34 +190,36 @@ class Llama(nnx.Module):
 
         return layer_fn
 
-    def init_cache(self, batch_size: int, max_length: int) -> DecoderCache:
-        """An empty cache for `max_length` tokens of `batch_size` rows."""
+    def init_cache(self, batch_size: int, max_length: int, dtype: str | None = None) -> DecoderCache:
+        """An empty cache for `max_length` tokens of `batch_size` rows.
+
+        `dtype` is the cache's: int8 quantises it, `None`: `config.dtype`.
+        """
         config = self.config
         caches = [
-            KVCache.zeros(
+            empty_cache(
                 num_layers(stack),
                 batch_size,
                 stack.self_attention.key.shape[-2],
                 max_length,
                 config.head_dim,
-                dtype=config.dtype,
+                dtype=dtype or config.dtype,
             )
             for stack in self.decoder
         ]
         return DecoderCache(caches, jnp.zeros((), jnp.int32))
 
-    def decode_step(self, tokens_BT: jax.Array, cache: DecoderCache, segments_BS: jax.Array | None = None):
+    def decode_step(self, tokens_BT: jax.Array, cache: DecoderCache) -> tuple[jax.Array, DecoderCache]:
         """Logits `[B, T, V]` of `T` further tokens (a whole prompt is a prefill), and the cache with them in it.
 
-        `segments_BS`, as long as the cache, is 0 on padding: prompts of unequal length are padded on the left.
+        Prompts of unequal length are padded on the right; set each row's `index` to its own length afterwards: a row
+        never sees what lies behind its index, and overwrites it.
         """
         config = self.config
         T, S = tokens_BT.shape[1], cache.self_attention[0].key.shape[-2]
-        positions = cache.index + jnp.arange(T)
+        positions = cache.index[..., None] + jnp.arange(T)
         mask = self._causal_mask(positions, jnp.arange(S))
-        if segments_BS is not None:
-            mask = mask & padding_mask(segments_BS)
-        angles = self._angles(positions[None])
+        angles = self._angles(jnp.atleast_2d(positions))
 
         def layer_fn(layer, x, self_cache, number):
             return layer(x, self_cache, index=cache.index, angles=angles, mask_BTS=mask, dropout=None)

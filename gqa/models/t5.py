@@ -19,7 +19,7 @@ from gqa.nn.attention import (
     padding_mask,
     segment_mask,
 )
-from gqa.nn.cache import KVCache
+from gqa.nn.cache import Cache, KVCache, empty_cache, filled_cache
 from gqa.nn.layers import ACTIVATIONS, Dropout, GatedMLP, RMSNorm, dropped, embed, linear, parameter
 from gqa.nn.position import RelativePositionBias
 from gqa.sharding import constrain
@@ -73,10 +73,10 @@ class T5Config:
 class DecoderCache(NamedTuple):
     """What decoding keeps between steps; lists hold one entry per stack of layers."""
 
-    self_attention: list[KVCache]  # [L, B, K, S, d], S the most targets
-    cross_attention: list[KVCache]  # [L, B, K, S, d], S the inputs' length; computed once
+    self_attention: list[Cache]  # [L, B, K, S, d], S the most targets
+    cross_attention: list[Cache]  # [L, B, K, S, d], S the inputs' length; computed once
     cross_mask_B1S: jax.Array | None  # True on inputs that are not padding
-    index: jax.Array  # int32 scalar, targets decoded so far
+    index: jax.Array  # int32, targets decoded so far: a scalar, or [B] where rows differ
 
 
 def _attention(config: T5Config, num_kv_heads: int, key) -> GroupedQueryAttention:
@@ -164,24 +164,24 @@ class DecoderLayer(nnx.Module):
         self.mlp_norm = _norm(config)
         self.mlp = _mlp(config, mlp_key)
 
-    def __call__(
-        self, x_BTD, cross: KVCache, cache: KVCache | None, *, index, bias_HTS, mask_BTS, cross_mask_BTS, dropout
-    ):
+    def __call__(self, x_BTD, cross: Cache, cache: Cache | None, *, index, bias_HTS, mask_BTS, cross_mask_BTS, dropout):
         """One layer; with a `cache`, new keys and values are written at `index` and all of it is attended to."""
         hidden = self.self_attention_norm(x_BTD)
         query, (key, value) = self.self_attention.project_query(hidden), self.self_attention.project_key_value(hidden)
         if cache is not None:
             cache = cache.append(key, value, index)
-            key, value = cache
+            key, value = cache.read(x_BTD.dtype)
         hidden = self.self_attention.attend(
             query, key, value, bias_HTS=bias_HTS, mask_BTS=mask_BTS, dropout=dropout, site=0
         )
         x_BTD = x_BTD + dropped(hidden, dropout, 1)
-        query = self.cross_attention.project_query(self.cross_attention_norm(x_BTD))
+        # Rows that share an input (its beams) are further queries of it: its keys and values are not repeated.
+        hidden = self.cross_attention_norm(x_BTD).reshape(cross.key.shape[0], -1, x_BTD.shape[-1])
+        query = self.cross_attention.project_query(hidden)
         hidden = self.cross_attention.attend(
-            query, *cross, bias_HTS=None, mask_BTS=cross_mask_BTS, dropout=dropout, site=2
+            query, *cross.read(x_BTD.dtype), bias_HTS=None, mask_BTS=cross_mask_BTS, dropout=dropout, site=2
         )
-        x_BTD = x_BTD + dropped(hidden, dropout, 3)
+        x_BTD = x_BTD + dropped(hidden.reshape(x_BTD.shape), dropout, 3)
         x_BTD = x_BTD + dropped(self.mlp(self.mlp_norm(x_BTD), dropout, 4), dropout, 5)
         return constrain(x_BTD, "batch", "length", "activation"), cache
 
@@ -297,30 +297,36 @@ class T5(nnx.Module):
 
         return layer_fn
 
-    def init_cache(self, inputs_BS, inputs_segments_BS, max_targets: int) -> DecoderCache:
-        """Encodes the inputs and prepares decoding of up to `max_targets` tokens."""
+    def init_cache(self, inputs_BS, inputs_segments_BS, max_targets: int, dtype: str | None = None) -> DecoderCache:
+        """Encodes the inputs and prepares decoding of up to `max_targets` tokens.
+
+        `dtype` is the cache's: int8 quantises it, `None`: `config.dtype`.
+        """
         config = self.config
         encoded_BSD = self.encode(inputs_BS, inputs_segments_BS)
         self_caches, cross_caches = [], []
         for stack in self.decoder:
             L, B, K = num_layers(stack), inputs_BS.shape[0], stack.self_attention.key.shape[-2]
-            self_caches.append(KVCache.zeros(L, B, K, max_targets, config.head_dim, dtype=config.dtype))
+            self_caches.append(empty_cache(L, B, K, max_targets, config.head_dim, dtype=dtype or config.dtype))
             project = lambda layer: layer.cross_attention.project_key_value(encoded_BSD)  # noqa: E731
-            cross_caches.append(KVCache(*jax.lax.map(project, stack)))
+            cross_caches.append(filled_cache(*jax.lax.map(project, stack), dtype or config.dtype))
         mask = None if inputs_segments_BS is None else padding_mask(inputs_segments_BS)
         return DecoderCache(self_caches, cross_caches, mask, jnp.zeros((), jnp.int32))
 
     def decode_step(self, tokens_BT: jax.Array, cache: DecoderCache) -> tuple[jax.Array, DecoderCache]:
-        """Logits `[B, T, V]` of `T` further decoder inputs, and the cache with them in it."""
+        """Logits `[B, T, V]` of `T` further decoder inputs, and the cache with them in it.
+
+        Self-attention may have a multiple of the rows that cross-attention has: those that share an input, in turn.
+        """
         config = self.config
         T, S = tokens_BT.shape[1], cache.self_attention[0].key.shape[-2]
-        mask_1TS = causal_mask(cache.index + jnp.arange(T), jnp.arange(S))
+        mask_BTS = causal_mask(cache.index[..., None] + jnp.arange(T), jnp.arange(S))
         x_BTD = self.embed(tokens_BT, None)
         bias = self._layer_bias("decoder_bias", T, S, cache.index)
 
         def layer_fn(layer, x, caches, number):
             self_cache, cross = caches
-            masks = dict(bias_HTS=bias(layer), mask_BTS=mask_1TS, cross_mask_BTS=cache.cross_mask_B1S)
+            masks = dict(bias_HTS=bias(layer), mask_BTS=mask_BTS, cross_mask_BTS=cache.cross_mask_B1S)
             return layer(x, cross, self_cache, index=cache.index, dropout=None, **masks)
 
         caches = list(zip(cache.self_attention, cache.cross_attention, strict=True))

@@ -126,7 +126,7 @@ def grouped_query_attention(
       query_BTHd: queries, scaled already.
       key_BKSd: keys; never repeated in memory.
       value_BKSd: values.
-      bias_HTS: added to the scores, float32.
+      bias_HTS: added to the scores, float32; `[B, H, T, S]` where rows differ.
       mask_BTS: bool, True where a query may attend; B and T may be 1.
       dropout: applied to the attention weights.
       site: the dropout site's number.
@@ -137,7 +137,10 @@ def grouped_query_attention(
     B, T, H, d = query_BTHd.shape
     K = key_BKSd.shape[1]
     query_BTKGd = query_BTHd.reshape(B, T, K, H // K, d)
-    bias_KGTS = None if bias_HTS is None else bias_HTS.reshape(K, H // K, *bias_HTS.shape[1:])
+    bias_KGTS = bias_HTS
+    if bias_HTS is not None:
+        *rows, _, _, S = bias_HTS.shape
+        bias_KGTS = bias_HTS.reshape(*rows, K, H // K, T, S)
     if dropout is None and jax.default_backend() == "cpu":
         return _attention_on_cpu(query_BTKGd, key_BKSd, value_BKSd, bias_KGTS, mask_BTS).reshape(B, T, H, d)
     scores_BKGTS = jnp.einsum("BTKGd,BKSd->BKGTS", query_BTKGd, key_BKSd, preferred_element_type=jnp.float32)
@@ -211,14 +214,14 @@ _attention_on_cpu.defvjp(_attention_on_cpu_forward, _attention_on_cpu_backward)
 # Masks: bool [B, T, S] (B or T may be 1), True where a query may attend; combine them with `&`.
 
 
-def causal_mask(query_positions_T: jax.Array, key_positions_S: jax.Array) -> jax.Array:
-    """A query sees keys at its own and earlier positions. `[1, T, S]`."""
-    return (key_positions_S[None, :] <= query_positions_T[:, None])[None]
+def causal_mask(query_positions: jax.Array, key_positions_S: jax.Array) -> jax.Array:
+    """A query sees keys at its own and earlier positions: `[1, T, S]`, or `[B, T, S]` of `[B, T]`."""
+    return key_positions_S <= jnp.atleast_2d(query_positions)[:, :, None]
 
 
-def sliding_window_mask(query_positions_T: jax.Array, key_positions_S: jax.Array, window: int) -> jax.Array:
-    """A query sees keys fewer than `window` positions behind it (Mistral §2). `[1, T, S]`."""
-    return (query_positions_T[:, None] - key_positions_S[None, :] < window)[None]
+def sliding_window_mask(query_positions: jax.Array, key_positions_S: jax.Array, window: int) -> jax.Array:
+    """A query sees keys fewer than `window` positions behind it (Mistral §2). Shapes as of `causal_mask`."""
+    return jnp.atleast_2d(query_positions)[:, :, None] - key_positions_S < window
 
 
 def segment_mask(query_segments_BT: jax.Array, key_segments_BS: jax.Array) -> jax.Array:

@@ -1,4 +1,4 @@
-"""The key/value cache of one attention site."""
+"""The key/value cache of one attention site, in the compute dtype or in int8."""
 
 from typing import NamedTuple
 
@@ -18,9 +18,73 @@ class KVCache(NamedTuple):
         return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 
     def append(self, key_BKTd: jax.Array, value_BKTd: jax.Array, index: jax.Array) -> "KVCache":
-        """Writes `T` new positions from `index` (scalar int32) on."""
-        start = (0, 0, index, 0)
-        return KVCache(
-            jax.lax.dynamic_update_slice(self.key, key_BKTd.astype(self.key.dtype), start),
-            jax.lax.dynamic_update_slice(self.value, value_BKTd.astype(self.value.dtype), start),
+        """Writes `T` new positions from `index` on: an int32 scalar, or `[B]` where each row has its own."""
+        return KVCache(_write(self.key, key_BKTd, index), _write(self.value, value_BKTd, index))
+
+    def read(self, dtype) -> tuple[jax.Array, jax.Array]:
+        """Keys and values `[B, K, S, d]`; `dtype` is theirs where the cache has none of its own."""
+        return self.key, self.value
+
+
+class Int8KVCache(NamedTuple):
+    """Keys and values `[B, K, S, d]` in int8, each head's at each position with a scale of its own.
+
+    A value is off by at most 1/254 of the largest of its head and position.
+    """
+
+    key: jax.Array
+    key_scale: jax.Array  # float32 [B, K, S, 1]
+    value: jax.Array
+    value_scale: jax.Array
+
+    @classmethod
+    def zeros(cls, *shape: int) -> "Int8KVCache":
+        """An empty cache of shape `[(L,) B, K, S, d]`."""
+        values, scales = jnp.zeros(shape, jnp.int8), jnp.zeros((*shape[:-1], 1), jnp.float32)
+        return cls(values, scales, values, scales)
+
+    @classmethod
+    def of(cls, key: jax.Array, value: jax.Array) -> "Int8KVCache":
+        """The cache of given keys and values."""
+        return cls(*_quantize(key), *_quantize(value))
+
+    def append(self, key_BKTd: jax.Array, value_BKTd: jax.Array, index: jax.Array) -> "Int8KVCache":
+        """As of `KVCache`."""
+        new = Int8KVCache.of(key_BKTd, value_BKTd)
+        return Int8KVCache(*(_write(old, part, index) for old, part in zip(self, new, strict=True)))
+
+    def read(self, dtype) -> tuple[jax.Array, jax.Array]:
+        """As of `KVCache`."""
+        return (
+            (self.key * self.key_scale).astype(dtype),
+            (self.value * self.value_scale).astype(dtype),
         )
+
+
+Cache = KVCache | Int8KVCache
+
+
+def empty_cache(*shape: int, dtype) -> Cache:
+    """An empty cache of shape `[(L,) B, K, S, d]`, quantised if `dtype` is int8."""
+    return Int8KVCache.zeros(*shape) if jnp.dtype(dtype) == jnp.int8 else KVCache.zeros(*shape, dtype=dtype)
+
+
+def filled_cache(key: jax.Array, value: jax.Array, dtype) -> Cache:
+    """The cache of given keys and values, quantised if `dtype` is int8."""
+    if jnp.dtype(dtype) == jnp.int8:
+        return Int8KVCache.of(key, value)
+    return KVCache(key.astype(dtype), value.astype(dtype))
+
+
+def _quantize(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x = x.astype(jnp.float32)
+    scale = jnp.max(jnp.abs(x), axis=-1, keepdims=True) / 127
+    return jnp.round(x / jnp.where(scale == 0, 1, scale)).astype(jnp.int8), scale
+
+
+def _write(cache_BKSd, new_BKTd, index) -> jax.Array:
+    # Row by row even where all rows have one index: XLA:CPU writes this in place inside a loop, but copies the cache
+    # several times a step for a single slice of all rows.
+    index_B = jnp.broadcast_to(index, cache_BKSd.shape[:1])
+    write_row = lambda cache, new, index: jax.lax.dynamic_update_slice(cache, new, (0, index, 0))  # noqa: E731
+    return jax.vmap(write_row)(cache_BKSd, new_BKTd.astype(cache_BKSd.dtype), index_B)

@@ -49,7 +49,12 @@ class RelativePositionBias(nnx.Module):
         self.bidirectional = bidirectional
 
     def __call__(self, num_queries: int, num_keys: int, offset: jax.Array | int) -> jax.Array:
-        """Bias `[H, T, S]` float32 for queries at positions `offset + t` and keys at positions `s`."""
+        """Bias `[H, T, S]` float32 for queries at positions `offset + t` and keys at positions `s`.
+
+        `offset` may be `[B]`, one for each row: `[B, H, T, S]` then.
+        """
+        if jnp.ndim(offset):
+            return jax.vmap(lambda offset: self(num_queries, num_keys, offset))(offset)
         # The bias depends on s - t alone. Laid out by (s - t) mod N with N = T + S, repeating the vector T times and
         # reading rows of length N - 1 shifts each row by one: no gather of T x S entries, no scatter in its gradient.
         period = num_queries + num_keys

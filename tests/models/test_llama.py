@@ -78,20 +78,22 @@ def test_padding_on_the_right_changes_no_logits_of_real_positions():
     np.testing.assert_allclose(padded[:, :6], forward(model, inputs), rtol=1e-5, atol=1e-5)
 
 
-def test_prompts_padded_on_the_left_decode_as_each_alone():
+def test_prompts_padded_on_the_right_decode_as_each_alone():
     model, prompts, answer = model_of(), [tokens(0, 1, 6), tokens(1, 1, 4)], tokens(2, 2, 2)
-    padding = np.zeros((1, 2), int)
-    segments = np.array([[1] * 9, [0] * 2 + [1] * 7])
+    lengths = jnp.array([6, 4])
 
     @jax.jit
     def decode(model, prompt, answer):
-        prompt_logits, cache = model.decode_step(prompt, model.init_cache(2, 9), segments)
-        return jnp.concatenate([prompt_logits, model.decode_step(answer, cache, segments)[0]], axis=1)
+        prompt_logits, cache = model.decode_step(prompt, model.init_cache(2, 9))
+        return prompt_logits, model.decode_step(answer, cache._replace(index=lengths))
 
-    found = decode(model, np.concatenate([prompts[0], np.concatenate([padding, prompts[1]], axis=1)]), answer)
-    for row, first in ((0, 0), (1, 2)):
+    padded = np.concatenate([prompts[0], np.pad(prompts[1], ((0, 0), (0, 2)))])
+    prompt_logits, (answer_logits, cache) = decode(model, padded, answer)
+    assert cache.index.tolist() == [8, 6]
+    for row, length in enumerate(lengths):
         alone = forward(model, np.concatenate([prompts[row], answer[row : row + 1]], axis=1))
-        np.testing.assert_allclose(found[row, first:], alone[0], rtol=1e-4, atol=1e-5)
+        found = np.concatenate([prompt_logits[row, :length], answer_logits[row]])
+        np.testing.assert_allclose(found, alone[0], rtol=1e-4, atol=1e-5)
 
 
 def test_sliding_window_forgets_what_is_further_back():

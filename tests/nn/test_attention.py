@@ -177,6 +177,13 @@ def test_causal_mask_of_new_tokens_over_a_longer_cache():
     assert as_text(causal_mask(jnp.array([1, 2]), POSITIONS)[0]) == ["xx..", "xxx."]
 
 
+def test_masks_of_rows_with_positions_of_their_own():
+    positions = jnp.array([[1, 2], [2, 3]])
+    masks = causal_mask(positions, POSITIONS), sliding_window_mask(positions, POSITIONS, 2)
+    assert [as_text(row) for row in masks[0]] == [["xx..", "xxx."], ["xxx.", "xxxx"]]
+    assert [as_text(row) for row in masks[0] & masks[1]] == [["xx..", ".xx."], [".xx.", "..xx"]]
+
+
 def test_sliding_window_mask():
     mask = causal_mask(POSITIONS, POSITIONS) & sliding_window_mask(POSITIONS, POSITIONS, 2)
     assert as_text(mask[0]) == [

@@ -10,7 +10,7 @@ import transformers
 
 from gqa import checkpoints, models
 from gqa.checkpoints import hf
-from gqa.decode.generate import greedy
+from gqa.decode.generate import generate
 
 RUN = dict(dtype="float32", param_dtype="float32", scan_layers=True, remat="none", dropout_rate=0.0)
 NEW_TOKENS = 12
@@ -57,7 +57,7 @@ def test_decoders(name, tmp_path, random_model, call, assert_close):
     tokens = np.random.default_rng(1).integers(1, 49, (2, 9))
     logits = jax.jit(lambda model: model(tokens))(model)
     assert_close(logits, reference(torch.tensor(tokens)).logits.detach(), 1e-4, "logits")
-    found = greedy(model.unstacked(), tokens, None, NEW_TOKENS, None)
+    found = generate(model.unstacked(), tokens, None, max_new_tokens=NEW_TOKENS, eos_ids=()).tokens_BN
     assert [[*row, *new] for row, new in zip(tokens.tolist(), found.tolist(), strict=True)] == generate(
         reference, tokens
     )
@@ -78,7 +78,7 @@ def test_t5(tied, tmp_path, random_model, call, assert_close):
     logits = jax.jit(lambda model: model(inputs, targets))(model)
     theirs = reference(input_ids=torch.tensor(inputs), decoder_input_ids=torch.tensor(targets)).logits
     assert_close(logits, theirs.detach(), 1e-4, "logits")
-    found = greedy(model.unstacked(), inputs, None, NEW_TOKENS, None)
+    found = generate(model.unstacked(), inputs, None, max_new_tokens=NEW_TOKENS, eos_ids=()).tokens_BN
     assert [[0, *row] for row in found.tolist()] == generate(reference, inputs)
 
     reference.save_pretrained(tmp_path / "theirs")

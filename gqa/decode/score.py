@@ -1,0 +1,59 @@
+"""Log-probabilities of given continuations, in one pass and without a cache."""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gqa.decode.buckets import bucket, padded
+from gqa.decode.generate import PAD_ID, check_lengths
+from gqa.errors import InputError
+from gqa.models import Model, t5
+
+
+def score(model: Model, inputs: Sequence[Sequence[int]], continuations: Sequence[Sequence[int]]) -> list[np.ndarray]:
+    """Log-probability, in nats, of every token of each continuation given its input and the tokens before.
+
+    Args:
+      model: T5, whose decoder starts from padding, or Llama, whose continuations follow their prompts.
+      inputs: a row of tokens each; Llama's have at least one, which the first token is predicted from.
+      continuations: as many rows.
+
+    Returns:
+      For each row a float32 array as long as its continuation. Programs compile for buckets of both lengths.
+
+    Raises `InputError` for rows that do not pair up, empty prompts of a Llama and more tokens than it has positions.
+    """
+    if len(inputs) != len(continuations):
+        raise InputError(f"{len(inputs)} inputs and {len(continuations)} continuations; expected as many of each")
+    if not inputs:
+        return []
+    B, T = len(inputs), bucket(max(map(len, continuations)))
+    inputs_BS, lengths_B = padded(inputs, B, bucket(max(map(len, inputs))))
+    continuations_BT, _ = padded(continuations, B, T)
+    if not isinstance(model, t5.T5):
+        for number, (prompt, continuation) in enumerate(zip(inputs, continuations, strict=True)):
+            if not len(prompt):
+                raise InputError(f"prompt {number} is empty; expected at least one token, such as BOS")
+            check_lengths(model.config, len(prompt), max(len(continuation), 1))
+    log_probs_BT = np.asarray(_score(model, inputs_BS, lengths_B, continuations_BT))
+    return [row[: len(continuation)] for row, continuation in zip(log_probs_BT, continuations, strict=True)]
+
+
+@jax.jit
+def _score(model: Model, inputs_BS, lengths_B, continuations_BT) -> jax.Array:
+    S, T = inputs_BS.shape[1], continuations_BT.shape[1]
+    if isinstance(model, t5.T5):
+        segments_BS = (jnp.arange(S) < lengths_B[:, None]).astype(jnp.int32)
+        shifted_BT = jnp.pad(continuations_BT[:, :-1], ((0, 0), (1, 0)), constant_values=PAD_ID)
+        logits_BTV = model(inputs_BS, shifted_BT, inputs_segments_BS=segments_BS)
+    else:
+        # A continuation overwrites its prompt's padding; what follows it is padding that nothing before it sees.
+        tokens = jnp.pad(inputs_BS, ((0, 0), (0, T)))
+        write = jax.vmap(lambda row, new, start: jax.lax.dynamic_update_slice(row, new, (start,)))
+        logits = model(write(tokens, continuations_BT, lengths_B))
+        positions_BT = lengths_B[:, None] - 1 + jnp.arange(T)
+        logits_BTV = jnp.take_along_axis(logits, positions_BT[:, :, None], axis=1)
+    chosen_BT = jnp.take_along_axis(logits_BTV, continuations_BT[:, :, None], axis=-1)[:, :, 0]
+    return chosen_BT - jax.nn.logsumexp(logits_BTV, axis=-1)

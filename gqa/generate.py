@@ -1,0 +1,334 @@
+"""python -m gqa.generate --checkpoint=DIR --prompt=TEXT
+python -m gqa.generate --checkpoint=DIR --input=prompts.jsonl --output=out.jsonl
+python -m gqa.generate --checkpoint=DIR --interactive
+
+Generates text from a checkpoint with a SentencePiece tokenizer (*.model): T5 reads the prompt as its input (a prompt
+may name sentinels: "def f(<extra_id_0>):"), a decoder goes on from it. Without --temperature, --top_k and --top_p every
+token is the most likely one.
+
+--input has a JSON object with a "prompt" on every line; --output gets the same objects, in the same order, with
+"output" and "num_tokens" (and "error" instead for a line that is none). Interrupted and started again, it goes on.
+--interactive streams a conversation: a decoder sees all of it, and an empty line starts over.
+"""
+
+import argparse
+import dataclasses
+import fcntl
+import hashlib
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from gqa import command_line
+from gqa.errors import InputError
+
+CHUNK = 8  # tokens streamed at a time
+
+
+def main() -> int | None:
+    parser = argparse.ArgumentParser(
+        prog="python -m gqa.generate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--checkpoint", type=Path, required=True, metavar="DIR", help="a checkpoint, or WORKDIR/model")
+    parser.add_argument("--prompt", metavar="TEXT", help="one prompt; its output is streamed")
+    parser.add_argument("--input", type=Path, metavar="FILE", help="prompts, a JSON object a line")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="where the outputs of --input go; must not exist")
+    parser.add_argument("--interactive", action="store_true", help="a conversation in the terminal")
+    parser.add_argument("--max_new_tokens", type=int, default=128, help="most new tokens of a prompt (default: 128)")
+    parser.add_argument("--temperature", type=float, help="divides the logits (default: 1 with --top_k or --top_p)")
+    parser.add_argument("--top_k", type=int, help="draw from the K most likely tokens")
+    parser.add_argument("--top_p", type=float, help="draw from the fewest tokens that hold this probability")
+    parser.add_argument("--beams", type=int, default=1, help="beam search with as many beams (default: 1, none)")
+    parser.add_argument("--length_penalty", type=float, help="of --beams: above 0 favours long outputs (default: 1)")
+    parser.add_argument("--seed", type=int, default=0, help="of the draws (default: 0)")
+    parser.add_argument("--batch_size", type=int, default=8, help="prompts of --input decoded at a time (default: 8)")
+    parser.add_argument("--cache", metavar="TYPE", help="int8: keys and values in int8 (default: the compute type)")
+    args = command_line.parse_arguments(parser)
+    _check_arguments(args)
+    from gqa.decode import batches
+    from gqa.decode.sampling import sampling
+
+    drawn = None
+    if (args.temperature, args.top_k, args.top_p) != (None, None, None):
+        drawn = sampling(1.0 if args.temperature is None else args.temperature, args.top_k, args.top_p)
+    settings = batches.Settings(
+        max_new_tokens=args.max_new_tokens,
+        eos_ids=(),
+        sampling=drawn,
+        seed=args.seed,
+        num_beams=args.beams,
+        length_penalty=1.0 if args.length_penalty is None else args.length_penalty,
+        batch_size=args.batch_size,
+        cache_dtype=args.cache,
+    )
+    generator = _Generator(args.checkpoint, settings)
+    if args.prompt is not None:
+        generator.print_stream(generator.tokens(args.prompt))
+    elif args.interactive:
+        _converse(generator)
+    else:
+        _generate_file(generator, args.input, args.output)
+
+
+def _check_arguments(args: argparse.Namespace) -> None:
+    modes = [args.prompt is not None, args.input is not None, args.interactive]
+    if sum(modes) != 1:
+        raise InputError("expected one of --prompt=TEXT, --input=FILE with --output=FILE, and --interactive")
+    if (args.input is None) != (args.output is None):
+        raise InputError("--input and --output go together; expected both")
+    if args.length_penalty is not None and args.beams <= 1:
+        raise InputError(f"--length_penalty={args.length_penalty} is of beam search; add --beams=4, say")
+    if args.max_new_tokens < 1:
+        raise InputError(f"--max_new_tokens={args.max_new_tokens} is below 1; expected 1 or more")
+    if args.output is None:
+        return
+    if args.output.exists():
+        raise InputError(f"--output={args.output} exists already; name a new file")
+    if not args.output.parent.is_dir():
+        raise InputError(f"--output={args.output}: there is no folder {args.output.parent}")
+    if not args.input.is_file():
+        raise InputError(f"--input={args.input} is not a file; expected one with a JSON object a line")
+
+
+class _Generator:
+    """A checkpoint ready to decode: text in, text out."""
+
+    def __init__(self, checkpoint: Path, settings):
+        import jax
+
+        from gqa import checkpoints
+        from gqa.data.vocabulary import Vocabulary
+        from gqa.decode import batches
+        from gqa.models.llama import LlamaConfig
+
+        # XLA:CPU multiplies bfloat16 several times slower than float32.
+        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+        choices = dict(dtype=dtype, param_dtype=dtype, scan_layers=False, remat="none", dropout_rate=0.0)
+        contents = checkpoints.read(checkpoint, **choices)
+        self.batches, self.config = batches, contents.config
+        weights = {str(file.absolute()): file.stat() for file in contents.weight_files}
+        self.identity = {name: [stat.st_size, stat.st_mtime_ns] for name, stat in weights.items()}
+        self.is_decoder = isinstance(contents.config, LlamaConfig)
+        self.vocabulary = Vocabulary(_vocabulary_file(checkpoint), foreign=self.is_decoder)
+        if self.vocabulary.size > contents.config.vocab_size:
+            raise InputError(
+                f"{self.vocabulary.path} has {self.vocabulary.size} ids, the model {contents.config.vocab_size}; "
+                "expected the model's own tokenizer"
+            )
+        ids = _token_ids(checkpoint, contents.token_ids or {})
+        # What the tokenizer calls the end of a text ends it, whatever else does.
+        self.eos_ids = tuple(sorted({*ids.get("eos_token_id", []), self.vocabulary.eos_id} - {-1}))
+        # Only a tokenizer with BOS belongs to a model that was trained with it.
+        self.bos_ids = ids.get("bos_token_id", [self.vocabulary.bos_id])[:1] if self.vocabulary.bos_id else []
+        self.settings = dataclasses.replace(settings, eos_ids=self.eos_ids)
+        self.model = checkpoints.load(checkpoint, **choices).unstacked()
+
+    def tokens(self, prompt: str) -> list[int]:
+        """What the model reads for `prompt`; raises `InputError` where it cannot."""
+        if not prompt:
+            raise InputError("the prompt is empty; expected some text")
+        if self.is_decoder:
+            tokens = [*self.bos_ids, *self.vocabulary.encode(prompt)]
+        else:  # T5's inputs end with EOS
+            tokens = [*self.vocabulary.encode_with_sentinels(prompt), self.vocabulary.eos_id]
+        self.batches.check_prompt(self.config, tokens, self.settings.max_new_tokens)
+        return tokens
+
+    def text(self, prompt: list[int], new: list[int]) -> str:
+        """The text of new tokens: after a decoder's prompt, whose end decides about a space between."""
+        if not self.is_decoder:
+            return self._decoded(new)
+        return self._decoded([*prompt, *new])[len(self._decoded(prompt)) :]
+
+    def _decoded(self, tokens: list[int]) -> str:
+        # Embeddings are often larger than the vocabulary: a model may name ids that mean nothing.
+        return self.vocabulary.decode([token for token in tokens if token < self.vocabulary.size])
+
+    def print_stream(self, prompt: list[int]) -> list[int]:
+        """Prints the output as it comes, and how fast; returns its tokens."""
+        start, first, new, printed = time.perf_counter(), None, [], 0
+        for chunk in self._chunks(prompt):
+            first = first or time.perf_counter()
+            new += chunk
+            # A character may lack bytes that are still to come.
+            text = self.text(prompt, new).rstrip("\ufffd")
+            print(text[printed:], end="", flush=True)
+            printed = max(printed, len(text))
+        print(self.text(prompt, new)[printed:], flush=True)
+        seconds = time.perf_counter() - start
+        to_first = "" if self.settings.num_beams > 1 else f", the first after {first - start:.2f} s"
+        print(f"{len(new)} tokens, {len(new) / seconds:.1f} tokens/s{to_first}", file=sys.stderr)
+        return new
+
+    def _chunks(self, prompt: list[int]) -> Iterator[list[int]]:
+        if self.settings.num_beams == 1:
+            return self.batches.stream(self.model, prompt, self.settings, CHUNK)
+        return (new for _, new in self.batches.generate_all(self.model, {0: prompt}, self.settings))
+
+
+def _vocabulary_file(checkpoint: Path) -> Path:
+    files = sorted(checkpoint.glob("*.model"))
+    if len(files) == 1:
+        return files[0]
+    if not files:
+        raise InputError(f"{checkpoint} has no tokenizer; expected a SentencePiece file *.model in it: copy it there")
+    raise InputError(f"{checkpoint} has {len(files)} files *.model ({files[0].name}, {files[1].name}); expected one")
+
+
+def _token_ids(checkpoint: Path, of_config: Mapping[str, Any]) -> dict[str, list[int]]:
+    """Special tokens by name: those of `generation_config.json` where there is one, else of `config.json`."""
+    from gqa.checkpoints.hf_config import read_json
+
+    path = checkpoint / "generation_config.json"
+    raw = dict(of_config) | ({k: v for k, v in read_json(path).items() if v is not None} if path.exists() else {})
+    found = {}
+    for name in ("bos_token_id", "eos_token_id"):
+        if name in raw:
+            ids = raw[name] if isinstance(raw[name], list) else [raw[name]]
+            if not ids or not all(type(token) is int and token >= 0 for token in ids):
+                raise InputError(f"{checkpoint}: {name}={raw[name]!r}; expected a token id or a list of them")
+            found[name] = ids
+    return found
+
+
+def _converse(generator: _Generator) -> None:
+    history: list[int] = []
+    prompt_text = "> " if sys.stdin.isatty() else ""
+    while True:
+        try:
+            line = input(prompt_text)
+        except EOFError:
+            return
+        except UnicodeDecodeError as error:
+            print(f"error: the line is no UTF-8: {error.reason}", file=sys.stderr)
+            continue
+        if not line:
+            history = []
+            continue
+        try:
+            if not generator.is_decoder:
+                generator.print_stream(generator.tokens(line))
+                continue
+            turn = generator.tokens(line + "\n")
+            tokens = [*history, *(turn[len(generator.bos_ids) :] if history else turn)]
+            new = generator.print_stream(tokens)
+            history = [*tokens, *(token for token in new if token not in generator.eos_ids)]
+        except InputError as error:
+            print(f"error: {error}" + ("; an empty line starts over" if history else ""), file=sys.stderr)
+
+
+class _Line(NamedTuple):
+    """A line of the input file."""
+
+    fields: dict[str, Any]
+    tokens: list[int]
+    error: str | None
+
+
+def _read_line(number: int, line: bytes, tokens_of: Callable[[str], list[int]]) -> _Line:
+    try:
+        fields = json.loads(line.decode("utf-8"))
+        if not isinstance(fields, dict) or not isinstance(fields.get("prompt"), str):
+            raise InputError('expected a JSON object with a "prompt" that is text')
+        return _Line(fields, tokens_of(fields["prompt"]), None)
+    except UnicodeDecodeError as error:
+        message = f"byte {error.start + 1} is no UTF-8"
+    except json.JSONDecodeError as error:
+        message = f"no JSON: {error.msg} at character {error.pos + 1}"
+    except (InputError, RecursionError, UnicodeEncodeError) as error:
+        message = str(error)
+    return _Line({}, [], f"line {number}: {message}")
+
+
+def _generate_file(generator: _Generator, source: Path, output: Path) -> None:
+    """Reads prompts, writes outputs: by line number into a journal as they finish, and in order at the end."""
+    from tqdm import tqdm
+
+    content = source.read_bytes()
+    lines = {
+        number: _read_line(number, line, generator.tokens) for number, line in enumerate(content.splitlines(), start=1)
+    }
+    if not lines:
+        raise InputError(f"--input={source} is empty; expected a JSON object a line")
+    bad = [line.error for line in lines.values() if line.error]
+    for message in bad:
+        print(f"{source}: {message}", file=sys.stderr)
+    identity = {
+        "input": hashlib.sha256(content).hexdigest(),
+        "checkpoint": generator.identity,
+        # Outputs do not depend on the batch, which may turn out too large.
+        "settings": repr(dataclasses.replace(generator.settings, batch_size=1)),
+    }
+    partial = output.with_name(f".{output.name}.partial")
+    with open(partial, "ab+") as journal:
+        done = _open_journal(journal, partial, identity)
+        prompts = {number: line.tokens for number, line in lines.items() if line.error is None and number not in done}
+        start, first, num_tokens = time.perf_counter(), None, 0
+        bar = tqdm(total=len(lines) - len(bad), initial=len(done), unit="prompt", delay=1, dynamic_ncols=True)
+        with bar:
+            for number, new in generator.batches.generate_all(generator.model, prompts, generator.settings):
+                journal.write(json.dumps([number, new]).encode() + b"\n")
+                journal.flush()
+                first = first or time.perf_counter()
+                done[number] = new
+                num_tokens += len(new)
+                bar.set_postfix_str(f"{num_tokens / (time.perf_counter() - start):.0f} tokens/s", refresh=False)
+                bar.update()
+        seconds = time.perf_counter() - start
+        finished = partial.with_suffix(".finished")
+        with open(finished, "w", encoding="utf-8") as file:
+            for number, line in lines.items():
+                if line.error:
+                    entry = {"error": line.error}
+                else:
+                    text = generator.text(line.tokens, done[number])
+                    entry = line.fields | {"output": text, "num_tokens": len(done[number])}
+                file.write(json.dumps(entry, ensure_ascii=False) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(finished, output)
+        partial.unlink()
+    to_first = f", the first prompt done after {first - start:.2f} s" if first else ""
+    print(f"wrote {output}: {len(prompts)} prompts, {num_tokens} tokens, {num_tokens / seconds:.1f} tokens/s{to_first}")
+    if bad:
+        raise InputError(f"{len(bad)} of {len(lines)} lines of {source} are bad, the rest is done; first: {bad[0]}")
+
+
+def _open_journal(journal, path: Path, identity: dict[str, Any]) -> dict[int, list[int]]:
+    """What an interrupted run of the same `identity` has done; the journal ends with its last whole line."""
+    try:
+        fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise InputError(f"{path} is being written by another process; choose another --output") from None
+    journal.seek(0)
+    header, done, end = None, {}, 0
+    for line in journal:
+        try:
+            entry = json.loads(line) if line.endswith(b"\n") else None
+        except ValueError:
+            entry = None
+        if entry is None:  # torn by a kill
+            break
+        if header is None:
+            header = entry
+        else:
+            done[entry[0]] = entry[1]
+        end += len(line)
+    if header != identity:
+        if done:
+            wrong = next(name for name in identity if header.get(name) != identity[name])
+            raise InputError(f"{path} holds an unfinished run with another {wrong}; delete it or name another --output")
+        journal.truncate(0)
+        journal.write(json.dumps(identity).encode() + b"\n")
+        journal.flush()
+    else:
+        journal.truncate(end)
+    return done
+
+
+if __name__ == "__main__":
+    command_line.run(main)

@@ -1,0 +1,125 @@
+import dataclasses
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+from gqa import models
+from gqa.decode import batches, generate
+from gqa.decode.batches import Settings, generate_all, stream
+from gqa.decode.buckets import bucket, padded
+from gqa.decode.sampling import sampling
+from gqa.errors import InputError
+
+GREEDY = Settings(
+    max_new_tokens=6, eos_ids=(7, 50), sampling=None, seed=0, num_beams=1, length_penalty=1.0, batch_size=3
+)
+PROMPTS = {
+    number: np.random.default_rng(number).integers(2, 256, length).tolist()
+    for number, length in enumerate([5, 20, 1, 9, 14, 3, 17, 2])
+}
+
+
+@functools.cache
+def model(name, **changes):
+    return models.create(dataclasses.replace(models.size(name), **changes), jax.random.key(3)).unstacked()
+
+
+@pytest.mark.parametrize("name", ["t5_1_1_mini", "llama_mini"])
+@pytest.mark.parametrize("choice", ["greedy", "sampled", "beams"])
+def test_mixed_prompts_give_what_each_gives_alone(name, choice):
+    changes = {"greedy": {}, "sampled": {"sampling": sampling(1.2, top_k=100)}, "beams": {"num_beams": 2}}
+    settings = dataclasses.replace(GREEDY, **changes[choice])
+    found = dict(generate_all(model(name), PROMPTS, settings))
+    assert found.keys() == PROMPTS.keys()
+    # Alone, and in another place of the batch.
+    for number in PROMPTS if choice == "greedy" else (3, 6):
+        alone = dict(generate_all(model(name), {number: PROMPTS[number]}, settings))
+        assert alone == {number: found[number]}
+    ended = [tokens for tokens in found.values() if len(tokens) < 6]
+    assert all(tokens[-1] in settings.eos_ids for tokens in ended)
+    assert len({tuple(tokens) for tokens in found.values()}) > 4
+
+
+@pytest.mark.parametrize("name", ["t5_1_1_mini", "llama_mini"])
+def test_a_stream_is_the_same_tokens(name):
+    expected = dict(generate_all(model(name), {0: PROMPTS[1]}, GREEDY))[0]
+    chunks = list(stream(model(name), PROMPTS[1], GREEDY, chunk=2))
+    assert [token for chunk in chunks for token in chunk] == expected
+    assert [len(chunk) for chunk in chunks] == [1, 2, 2, 1][: len(chunks)]
+
+
+def test_many_lengths_compile_a_program_for_each_bucket():
+    llama = model("llama_mini", norm_epsilon=4e-6)  # a configuration that no other test has compiled
+    before = generate.admit._cache_size(), generate._decode._cache_size()
+    lengths = [*range(1, 25, 3), *range(1, 25, 5)]
+    prompts = {number: [3] * length for number, length in enumerate(lengths)}
+    dict(generate_all(llama, prompts, dataclasses.replace(GREEDY, max_new_tokens=3)))
+    after = generate.admit._cache_size(), generate._decode._cache_size()
+    assert (after[0] - before[0], after[1] - before[1]) == (len({bucket(length) for length in lengths}), 1) == (2, 1)
+
+
+def test_buckets():
+    assert [bucket(length) for length in (1, 16, 17, 25, 33, 49, 65, 100, 2048, 2049)] == [
+        16, 16, 24, 32, 48, 64, 96, 128, 2048, 3072
+    ]  # fmt: skip
+    tokens, lengths = padded([[5, 6], [7]], 3, 4)
+    assert tokens.tolist() == [[5, 6, 0, 0], [7, 0, 0, 0], [0, 0, 0, 0]]
+    assert lengths.tolist() == [2, 1, 0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_beams": 2, "sampling": sampling(1.0)}, r"beams=2 with sampling; expected beams=1 or no temperature"),
+        ({"num_beams": 0}, r"num_beams=0 is below 1"),
+        ({"length_penalty": float("nan")}, r"length_penalty=nan is not finite"),
+        ({"batch_size": 0}, r"batch_size=0 is below 1"),
+    ],
+)
+def test_settings_that_contradict_themselves(changes, message):
+    with pytest.raises(InputError, match=message):
+        dataclasses.replace(GREEDY, **changes)
+
+
+def test_prompts_that_are_refused():
+    llama = model("llama_mini")
+    for prompt, message in (
+        ([], "the prompt is empty; expected some text"),
+        ([300], "token 300 is none of the model's; expected ids below 256"),
+        ([3] * 4095, "a prompt of 4095 tokens and max_new_tokens=6 exceed the model's 4096 positions; .* at most 4090"),
+    ):
+        with pytest.raises(InputError, match=message):
+            dict(generate_all(llama, {0: [3], 1: prompt}, GREEDY))
+
+
+def test_a_batch_that_cannot_fit_says_the_largest_that_does():
+    llama = model("llama_mini")
+    settings = dataclasses.replace(GREEDY, batch_size=10**9)
+    with pytest.raises(InputError, match=r"batch_size=1000000000 needs .* largest that fits: (\d+)$") as error:
+        batches.check_memory(llama, settings, 20)
+    largest = int(str(error.value).split()[-1])
+    batches.check_memory(llama, dataclasses.replace(settings, batch_size=largest), 20)
+    with pytest.raises(InputError, match=f"largest that fits: {largest}$"):
+        batches.check_memory(llama, dataclasses.replace(settings, batch_size=largest + 1), 20)
+
+
+@pytest.mark.parametrize("name", ["t5_1_1_mini", "llama_mini"])
+def test_an_int8_cache_moves_the_logits_by_little(name):
+    network = model(name)
+    inputs, lengths = padded(list(PROMPTS.values()), 8, 24)
+    step = jax.jit(lambda model, tokens, cache: model.decode_step(tokens, cache))
+    logits = []
+    for dtype in (None, "int8"):
+        state = generate.prefill(network, inputs, lengths, 6, cache_dtype=dtype)
+        # The same four tokens after each prompt.
+        for tokens in np.full((4, 8, 1), [[9]], np.int32):
+            found, cache = step(network, tokens, state.cache)
+            state = state._replace(cache=cache)
+        logits.append(np.asarray(found))
+    error = np.linalg.norm(logits[0] - logits[1]) / np.linalg.norm(logits[0])
+    assert 0 < error < 0.01
+    settings = dataclasses.replace(GREEDY, cache_dtype="int8")
+    found = dict(generate_all(network, PROMPTS, settings))
+    assert dict(generate_all(network, {3: PROMPTS[3]}, settings)) == {3: found[3]}

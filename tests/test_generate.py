@@ -1,0 +1,185 @@
+import io
+import json
+import signal
+import sys
+
+import jax
+import pytest
+
+from gqa import command_line, generate, models
+from gqa.checkpoints import hf
+from gqa.data.vocabulary import Vocabulary
+from gqa.decode.batches import Settings, generate_all
+
+PROMPTS = ["def f(x)", "x", "return y * z + 1", "abc", "function 7 of 9", "z"]
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tiny_vocabulary, tmp_path_factory):
+    """A random checkpoint of each family with the vocabulary of characters."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    for name, size in (("t5", "t5_1_1_mini"), ("llama", "llama_mini")):
+        network = models.create(models.size(size), jax.random.key(3))
+        ids = {"eos_token_id": [1, 40]}
+        hf.save(network, folder / name, dtype="float32", token_ids=ids, extra_files=[tiny_vocabulary])
+    return folder
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """A function (arguments, lines of the terminal) -> exit code, stdout, stderr."""
+
+    def run(*arguments, terminal: str = ""):
+        monkeypatch.setattr(sys, "argv", ["generate", *map(str, arguments)])
+        monkeypatch.setattr(sys, "stdin", io.StringIO(terminal))
+        with pytest.raises(SystemExit) as exit:
+            command_line.run(generate.main)
+        out, err = capsys.readouterr()
+        return exit.value.code, out, err
+
+    return run
+
+
+def expected_outputs(checkpoints, name, prompts, max_new_tokens=8):
+    """Text and number of tokens of each prompt's continuation, by the library."""
+    from gqa import checkpoints as formats
+
+    choices = dict(dtype="float32", param_dtype="float32", scan_layers=False, remat="none", dropout_rate=0.0)
+    network = formats.load(checkpoints / name, **choices)
+    vocabulary = Vocabulary(checkpoints / name / "characters.model")
+    settings = Settings(max_new_tokens, (1, 40), None, 0, num_beams=1, length_penalty=1.0, batch_size=8)
+    ends = [] if name == "llama" else [1]
+    tokens = {i: [*vocabulary.encode(prompt), *ends] for i, prompt in enumerate(prompts)}
+    found = dict(generate_all(network, tokens, settings))
+    return [(vocabulary.decode([t for t in found[i] if t < vocabulary.size]), len(found[i])) for i in tokens]
+
+
+@pytest.mark.parametrize("name", ["t5", "llama"])
+def test_prompt_file_and_terminal_agree(name, checkpoints, call, tmp_path):
+    expected = expected_outputs(checkpoints, name, PROMPTS)
+    common = [f"--checkpoint={checkpoints / name}", "--max_new_tokens=8", "--batch_size=4"]
+
+    code, out, err = call(*common, f"--prompt={PROMPTS[0]}")
+    assert (code, out) == (0, expected[0][0] + "\n")
+    assert f"{expected[0][1]} tokens, " in err and "tokens/s, the first after" in err
+
+    lines = [json.dumps({"prompt": prompt, "id": i}).encode() for i, prompt in enumerate(PROMPTS)]
+    bad = {2: b"nonsense", 4: b'{"prompt": "\xff"}', 5: b'{"text": "x"}', 6: b'{"prompt": ""}'}
+    for number in sorted(bad):
+        lines.insert(number - 1, bad[number])
+    (tmp_path / "in.jsonl").write_bytes(b"\n".join(lines) + b"\n")
+    files = [f"--input={tmp_path / 'in.jsonl'}", f"--output={tmp_path / 'out.jsonl'}"]
+    code, out, err = call(*common, *files)
+    assert code == 2
+    assert f"wrote {tmp_path / 'out.jsonl'}: 6 prompts, {sum(count for _, count in expected)} tokens, " in out
+    last = err.splitlines()[-1]
+    assert last.startswith(f"error: 4 of 10 lines of {tmp_path / 'in.jsonl'} are bad, the rest is done; first: line 2")
+    found = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [entry for entry in found if "error" not in entry] == [
+        {"prompt": prompt, "id": i, "output": text, "num_tokens": count}
+        for i, (prompt, (text, count)) in enumerate(zip(PROMPTS, expected, strict=True))
+    ]
+    assert {number: found[number - 1]["error"] for number in bad} == {
+        2: "line 2: no JSON: Expecting value at character 1",
+        4: "line 4: byte 13 is no UTF-8",
+        5: 'line 5: expected a JSON object with a "prompt" that is text',
+        6: "line 6: the prompt is empty; expected some text",
+    }
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "out.jsonl"]
+    code, _, err = call(*common, *files)
+    assert (code, err) == (2, f"error: --output={tmp_path / 'out.jsonl'} exists already; name a new file\n")
+
+    # T5 reads each line by itself; a decoder sees what was said, until an empty line.
+    code, out, err = call(*common, "--interactive", terminal="x\n\nx\nx\n")
+    assert code == 0 and err.count("tokens/s") == 3
+    if name == "t5":
+        assert out == 3 * (expected[1][0] + "\n")
+    else:
+        [(first, _)] = expected_outputs(checkpoints, name, ["x\n"])
+        assert out.startswith(2 * (first + "\n"))
+        assert out != 3 * (first + "\n")
+
+
+def test_a_killed_run_goes_on(checkpoints, call, tmp_path, run_python):
+    prompts = [{"prompt": PROMPTS[i % 6][: 1 + i % 5]} for i in range(40)]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(prompt) + "\n" for prompt in prompts))
+    common = [f"--checkpoint={checkpoints / 'llama'}", "--max_new_tokens=8", f"--input={tmp_path / 'in.jsonl'}"]
+    common += ["--temperature=1.5", "--seed=5"]
+    assert call(*common, f"--output={tmp_path / 'whole.jsonl'}", "--batch_size=3")[0] == 0
+
+    journal = tmp_path / ".out.jsonl.partial"
+    # The process kills itself in the middle of writing its eleventh result.
+    script = (
+        "import os, signal, sys\nfrom gqa import generate\nfrom gqa.decode import batches\n"
+        "real = batches.generate_all\n"
+        "def until_ten(*args):\n"
+        "    for number, result in enumerate(real(*args)):\n"
+        "        if number == 10:\n"
+        f"            open({str(journal)!r}, 'ab').write(b'[7, [1')\n"
+        "            os.kill(os.getpid(), signal.SIGKILL)\n"
+        "        yield result\n"
+        "batches.generate_all = until_ten\ngenerate.main()\n"
+    )
+    process = run_python("-c", script, *common, f"--output={tmp_path / 'out.jsonl'}", "--batch_size=4")
+    assert process.returncode == -signal.SIGKILL
+    assert not (tmp_path / "out.jsonl").exists()
+    assert len(journal.read_bytes().splitlines()) == 12  # the header, ten results and the torn one
+
+    code, _, err = call(*common, f"--output={tmp_path / 'out.jsonl'}", "--top_k=3")
+    expected = f"error: {journal} holds an unfinished run with another settings; delete it or name another --output\n"
+    assert (code, err) == (2, expected)
+    code, out, _ = call(*common, f"--output={tmp_path / 'out.jsonl'}", "--batch_size=5")
+    assert code == 0 and "out.jsonl: 30 prompts" in out
+    assert (tmp_path / "out.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+    assert not journal.exists()
+
+
+def test_bad_arguments(checkpoints, call, tmp_path):
+    llama = f"--checkpoint={checkpoints / 'llama'}"
+    for arguments, message in (
+        ([], "expected one of --prompt=TEXT, --input=FILE with --output=FILE, and --interactive"),
+        (["--prompt=x", "--interactive"], "expected one of --prompt=TEXT, --input=FILE"),
+        (["--input=in.jsonl"], "--input and --output go together; expected both"),
+        ([f"--input={tmp_path}", f"--output={tmp_path / 'o'}"], f"--input={tmp_path} is not a file; expected"),
+        (["--prompt=x", "--temperature=0"], "temperature=0.0 is not above 0; leave it out"),
+        (["--prompt=x", "--top_p=1.2"], "top_p=1.2 is not above 0 and at most 1; nearest: 1.0"),
+        (["--prompt=x", "--beams=2", "--top_k=5"], "beams=2 with sampling; expected beams=1 or no temperature"),
+        (["--prompt=x", "--length_penalty=2"], "--length_penalty=2.0 is of beam search; add --beams=4, say"),
+        (["--prompt=x", "--max_new_tokens=0"], "--max_new_tokens=0 is below 1; expected 1 or more"),
+        (["--prompt="], "the prompt is empty; expected some text"),
+        (["--prompt=x", "--max_new_tokens=5000"], "a prompt of 1 tokens and max_new_tokens=5000 exceed the model's"),
+        (["--prompt=x", "--topk=5"], "unknown option --topk; nearest: --top_k"),
+    ):
+        code, out, err = call(llama, *arguments)
+        assert (code, out, err.count("\n")) == (2, "", 1), err
+        assert err.startswith(f"error: {message}"), err
+
+
+def test_what_a_checkpoint_lacks(checkpoints, call, tmp_path, tiny_vocabulary):
+    network = models.create(models.replace(models.size("llama_mini"), vocab_size=50), jax.random.key(0))
+    hf.save(network, tmp_path / "bare", dtype="float32")
+    hf.save(network, tmp_path / "small", dtype="float32", extra_files=[tiny_vocabulary])
+    for name, message in (
+        ("bare", f"{tmp_path / 'bare'} has no tokenizer; expected a SentencePiece file *.model in it: copy it there"),
+        ("small", "the model 50; expected the model's own tokenizer"),
+        ("absent", f"{tmp_path / 'absent'} is not a directory; expected a checkpoint's"),
+    ):
+        code, _, err = call(f"--checkpoint={tmp_path / name}", "--prompt=x")
+        assert (code, err.count("\n")) == (2, 1)
+        assert message in err
+
+
+def test_generation_config_says_what_ends_a_text(checkpoints, call, tmp_path, tiny_vocabulary):
+    network = models.create(models.size("llama_mini"), jax.random.key(3))
+    hf.save(network, tmp_path / "model", dtype="float32", extra_files=[tiny_vocabulary])
+    prompt = Vocabulary(tiny_vocabulary).encode("def f(x)")
+    settings = Settings(8, (), None, 0, num_beams=1, length_penalty=1.0, batch_size=1)
+    free = dict(generate_all(network, {0: prompt}, settings))[0]
+    arguments = [f"--checkpoint={tmp_path / 'model'}", "--prompt=def f(x)", "--max_new_tokens=8"]
+    for eos_ids, count in ((free[3], free.index(free[3]) + 1), ([250, free[1]], free.index(free[1]) + 1)):
+        (tmp_path / "model" / "generation_config.json").write_text(json.dumps({"eos_token_id": eos_ids}))
+        code, _, err = call(*arguments)
+        assert code == 0 and err.startswith(f"{count} tokens, ")
+    (tmp_path / "model" / "generation_config.json").write_text(json.dumps({"eos_token_id": ["</s>"]}))
+    code, _, err = call(*arguments)
+    assert code == 2 and "eos_token_id=['</s>']; expected a token id or a list of them" in err
