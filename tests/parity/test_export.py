@@ -29,7 +29,7 @@ def saved(model, folder, call):
     return folder / "ours", folder / "stock"
 
 
-def generate(reference, tokens):
+def generated_by(reference, tokens):
     """All of the most likely `NEW_TOKENS` tokens: none ends a text."""
     reference.generation_config.eos_token_id = None
     mask = torch.ones(tokens.shape, dtype=torch.long)
@@ -58,7 +58,7 @@ def test_decoders(name, tmp_path, random_model, call, assert_close):
     logits = jax.jit(lambda model: model(tokens))(model)
     assert_close(logits, reference(torch.tensor(tokens)).logits.detach(), 1e-4, "logits")
     found = generate(model.unstacked(), tokens, None, max_new_tokens=NEW_TOKENS, eos_ids=()).tokens_BN
-    assert [[*row, *new] for row, new in zip(tokens.tolist(), found.tolist(), strict=True)] == generate(
+    assert [[*row, *new] for row, new in zip(tokens.tolist(), found.tolist(), strict=True)] == generated_by(
         reference, tokens
     )
 
@@ -79,7 +79,7 @@ def test_t5(tied, tmp_path, random_model, call, assert_close):
     theirs = reference(input_ids=torch.tensor(inputs), decoder_input_ids=torch.tensor(targets)).logits
     assert_close(logits, theirs.detach(), 1e-4, "logits")
     found = generate(model.unstacked(), inputs, None, max_new_tokens=NEW_TOKENS, eos_ids=()).tokens_BN
-    assert [[0, *row] for row in found.tolist()] == generate(reference, inputs)
+    assert [[0, *row] for row in found.tolist()] == generated_by(reference, inputs)
 
     reference.save_pretrained(tmp_path / "theirs")
     kv_heads = ["--kv_heads=encoder_self=2", "--kv_heads=decoder_self=2,1", "--kv_heads=cross=1,4"]
