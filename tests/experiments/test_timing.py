@@ -1,0 +1,76 @@
+import json
+import sys
+
+import pytest
+
+from experiments import timing
+from gqa import models
+from gqa.errors import InputError
+
+
+def architecture(size, **changes):
+    return models.replace(models.size(size), dtype="bfloat16", param_dtype="bfloat16", **changes)
+
+
+@pytest.mark.parametrize(("kv_heads", "gigabytes"), [(64, 40.1), (8, 13.4), (1, 10.0)])
+def test_bytes_of_a_step_of_t5_xxl(kv_heads, gigabytes):
+    """Batch 32, 2048 inputs, 256 cached positions, bfloat16: computed by hand once."""
+    heads = dict(decoder_self_kv_heads=kv_heads, cross_kv_heads=kv_heads)
+    parts = timing.step_bytes(architecture("t5_1_1_xxl", **heads), 32, 2048, 256, None)
+    assert sum(parts.values()) == pytest.approx(gigabytes * 1e9, rel=0.02)
+    # 2 (key, value) x 24 layers x heads x 64 x 2 bytes x 32 rows x 2048 positions
+    assert parts["cross_cache"] == 2 * 24 * kv_heads * 64 * 2 * 32 * 2048
+
+
+def test_bytes_of_a_step_of_llama():
+    parts = timing.step_bytes(architecture("llama_mini", vocab_size=100), 3, 10, 7, None)
+    layer = 4 * 64 * 64 + 3 * 64 * 96 + 2 * 64
+    assert parts["weights"] == 2 * (2 * layer + 64 * 100)
+    assert parts["self_cache"] == 2 * 2 * 4 * 16 * 2 * 3 * 16
+    assert parts["cross_cache"] == 0
+    quantised = timing.step_bytes(architecture("llama_mini", vocab_size=100), 3, 10, 7, "int8")
+    assert quantised["self_cache"] == 2 * 2 * 4 * (16 + 4) * 3 * 16
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """A function (overrides) that times the mini T5."""
+    config = tmp_path / "config.py"
+    values = dict(size="t5_1_1_mini", changes={}, kv_heads=(1, 4), dtype="float32", cache_dtype=None)
+    values |= dict(max_batch_size=2, inputs_length=16, new_tokens=4, repetitions=2)
+    config.write_text(
+        f"from ml_collections import ConfigDict\n\n\ndef get_config():\n    return ConfigDict({values!r})\n"
+    )
+    monkeypatch.setattr(timing, "COPY_BYTES", 2**16)
+
+    def run(*overrides):
+        monkeypatch.setattr(sys, "argv", ["timing.py", f"--config={config}", *overrides])
+        timing.main()
+
+    return run
+
+
+def test_table_json_and_picture(run, tmp_path, capsys):
+    run(f"--output={tmp_path / 'out'}")
+    results = json.loads((tmp_path / "out" / "timing.json").read_text())
+    assert [(row["kv_heads"], row["batch_size"]) for row in results["rows"]] == [(1, 2), (4, 2)]
+    for row in results["rows"]:
+        total = sum(row["step_bytes"].values())
+        assert row["gb_per_second"] == pytest.approx(total / row["step_ms"] / 1e6)
+        assert row["share_of_copy"] == pytest.approx(row["gb_per_second"] / results["copy_gb_per_second"], rel=1e-6)
+    assert (tmp_path / "out" / "timing.png").read_bytes().startswith(b"\x89PNG")
+    assert "| 4 | 2 |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("--config.kv_heads=3", "=3 does not divide num_heads=4"),
+        ("--config.new_tokens=1", r"config\.new_tokens=1; expected at least 2"),
+        ("--config.repetitions=0", r"config\.repetitions=0; expected at least 1"),
+        ("--config.size=t5", "no model size 't5'"),
+    ],
+)
+def test_bad_settings(run, override, message):
+    with pytest.raises(InputError, match=message):
+        run(override)
