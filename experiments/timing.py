@@ -204,8 +204,8 @@ def table(results: dict[str, Any]) -> str:
             *lines,
             "",
             f"{config['size']}, {config['dtype']}, input {config['inputs_length']}, {config['new_tokens']} new tokens, "
-            f"median of {config['repetitions']}; {machine['num_devices']} x {machine['device']}, {machine['cores']} cores; "
-            f"a large copy reaches {results['copy_gb_per_second']:.1f} GB/s.",
+            f"median of {config['repetitions']}; {machine['num_devices']} x {machine['device']}, "
+            f"{machine['cores']} cores; a large copy reaches {results['copy_gb_per_second']:.1f} GB/s.",
         ]
     )
 
