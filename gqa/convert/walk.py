@@ -86,6 +86,7 @@ class FitSums(NamedTuple):
     zz: np.ndarray  # [H * d, H * d]
     zy: np.ndarray  # [H * d, D]
     yy: float
+    tokens: float
 
     def error(self, out: np.ndarray) -> float:
         """`‖z out - y‖ / ‖y‖` for a kernel `[H, d, D]`."""
@@ -215,4 +216,4 @@ def _fit_sums(shell, layer, converted, x, batch, encoded, side, name):
     y = _recorded(shell, layer, x, batch, encoded, side, name).output.reshape(len(real), -1) * real
     z = _recorded(shell, converted, x, batch, encoded, side, name).heads.reshape(len(real), -1) * real
     multiply = partial(jnp.matmul, precision="highest")
-    return multiply(z.T, z), multiply(z.T, y), jnp.sum(y * y)
+    return multiply(z.T, z), multiply(z.T, y), jnp.sum(y * y), jnp.sum(real)

@@ -256,7 +256,17 @@ def test_a_converted_model_computes_what_its_heads_repeated_compute():
 @pytest.mark.parametrize(
     ("kv_heads", "method", "message"),
     [
-        ({"decoder_self": 2}, "median", "method='median' is unknown; expected one of mean, first, random"),
+        (
+            {"decoder_self": 2},
+            "median",
+            "method='median' is unknown; expected one of mean, first, random, procrustes, svd, svd_values, "
+            "with +group, +renorm, +refit",
+        ),
+        (
+            {"decoder_self": 2},
+            "svd",
+            "method='svd' works on calibration text; expected one of mean, first, random here",
+        ),
         ({"self": 2}, "mean", "attention site 'self' is unknown; expected one of encoder_self, decoder_self, cross"),
         ({"cross": 3}, "mean", "cross_kv_heads=3 does not divide the 4 key/value heads of layer 0; nearest: 2, 4"),
         ({"cross": 8}, "mean", "cross_kv_heads=8 does not divide the 4 key/value heads of layer 0; nearest: 4"),
