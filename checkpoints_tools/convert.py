@@ -27,6 +27,7 @@ from gqa.convert import convert_lazily, converted_config
 from gqa.convert.calibrated import BASES, POOLED, STEPS, Method
 from gqa.errors import InputError
 from gqa.models.heads import KVHeads
+from gqa.training.memory import keep_freed_memory
 
 
 def main() -> int | None:
@@ -65,6 +66,7 @@ def main() -> int | None:
     parser.add_argument("--seed", type=int, default=0, help="seed of the method random (default: 0)")
     parser.add_argument("--dtype", metavar="TYPE", help="of the tensors: float32, bfloat16 (default: the source's)")
     args = parse_arguments(parser)
+    keep_freed_memory()
     output = Path(args.output)
     check_output(output, args.dtype)
     method = Method.parse(args.method)

@@ -27,6 +27,7 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 SUMS = "SHA256SUMS"  # as `sha256sum --check` reads it
 SHARD_BYTES = 5_000_000_000  # a larger model is written as several files with an index, as transformers does
 AHEAD_BYTES = 1 << 29  # a tensor is read while the one before is written if together they are no larger
+FLUSH_BYTES = 1 << 28  # given to the disk meanwhile, which would else begin when all is written
 _CHUNK_BYTES = 1 << 22
 _JOURNAL = "journal.jsonl"
 
@@ -146,7 +147,7 @@ def _write_weights(
     sums = {}
     with (
         tqdm(total=total, desc="write", unit="B", unit_scale=True, delay=1) as bar,
-        concurrent.futures.ThreadPoolExecutor(2) as threads,  # one reads, one hashes
+        concurrent.futures.ThreadPoolExecutor(3) as threads,  # one reads, one hashes, one flushes
     ):
         for name, shard in zip(names, shards, strict=True):
             sums[name] = _write_shard(directory / name, shard, dtype, journal, written, threads, bar)
@@ -194,7 +195,7 @@ def _write_shard(
             return np.asarray(entry.make().astype(dtype, order="C", copy=False)).reshape(entry.shape)
 
         waiting = list(entries[done:])
-        ahead = None
+        ahead, flush, flushed = None, None, file.tell()
         for number, entry in enumerate(waiting):
             array = ahead.result() if ahead is not None else values(entry)
             following = waiting[number + 1] if number + 1 < len(waiting) else None
@@ -209,9 +210,13 @@ def _write_shard(
                 bar.update(len(chunk))
             file.flush()
             hashed.result()
+            if file.tell() - flushed > FLUSH_BYTES and (flush is None or flush.done()):
+                flush, flushed = threads.submit(os.fsync, file.fileno()), file.tell()
             line = {"file": path.name, "tensor": entry.name, "size": file.tell(), "sha256": digest.hexdigest()}
             os.write(journal, json.dumps(line).encode() + b"\n")
             del array, raw
+        if flush is not None:
+            flush.result()
         os.fsync(file.fileno())
     return digest.hexdigest()
 
