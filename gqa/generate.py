@@ -123,7 +123,8 @@ class _Generator:
         # What the tokenizer calls the end of a text ends it, whatever else does.
         self.eos_ids = tuple(sorted({*ids.get("eos_token_id", []), self.vocabulary.eos_id} - {-1}))
         # Only a tokenizer with BOS belongs to a model that was trained with it.
-        self.bos_ids = ids.get("bos_token_id", [self.vocabulary.bos_id])[:1] if self.vocabulary.bos_id else []
+        bos_id = self.vocabulary.bos_id
+        self.bos_ids = [] if bos_id is None else ids.get("bos_token_id", [bos_id])[:1]
         self.settings = dataclasses.replace(settings, eos_ids=self.eos_ids)
         self.model = checkpoints.load(checkpoint, **choices).unstacked()
 

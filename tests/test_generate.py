@@ -5,6 +5,7 @@ import sys
 
 import jax
 import pytest
+import sentencepiece
 
 from gqa import command_line, generate, models
 from gqa.checkpoints import hf
@@ -183,3 +184,26 @@ def test_generation_config_says_what_ends_a_text(checkpoints, call, tmp_path, ti
     (tmp_path / "model" / "generation_config.json").write_text(json.dumps({"eos_token_id": ["</s>"]}))
     code, _, err = call(*arguments)
     assert code == 2 and "eos_token_id=['</s>']; expected a token id or a list of them" in err
+
+
+def test_llamas_own_tokenizer_begins_prompts_with_bos(call, tmp_path):
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.Train(
+        sentence_iterator=iter(["the cat sat on the mat", "a b c d e f g h i j k l m n o p q r s t u v w x y z"]),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=60,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )  # SentencePiece's usual ids, which are Llama's: unk 0, bos 1, eos 2, no pad
+    (tmp_path / "tokenizer.model").write_bytes(model.getvalue())
+    vocabulary = Vocabulary(tmp_path / "tokenizer.model", foreign=True)
+    assert (vocabulary.bos_id, vocabulary.eos_id, vocabulary.pad_id) == (1, 2, -1)
+    network = models.create(models.replace(models.size("llama_mini"), vocab_size=vocabulary.size), jax.random.key(3))
+    hf.save(network, tmp_path / "llama", dtype="float32", extra_files=[tmp_path / "tokenizer.model"])
+    prompt = [1, *vocabulary.encode("the cat")]
+    settings = Settings(8, (2,), None, 0, num_beams=1, length_penalty=1.0, batch_size=1)
+    new = dict(generate_all(network, {0: prompt}, settings))[0]
+    code, out, _ = call(f"--checkpoint={tmp_path / 'llama'}", "--prompt=the cat", "--max_new_tokens=8")
+    whole = vocabulary.decode([*prompt, *new])
+    assert code == 0 and whole.startswith("the cat") and out == whole.removeprefix("the cat") + "\n"
