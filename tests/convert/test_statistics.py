@@ -175,6 +175,6 @@ def test_without_text_inputs_are_what_norms_give(teacher):
     moments = assumed(walk.shell_of(model), layer, "cross", "cross_attention")
     for found, norm in ((moments.query, layer.cross_attention_norm), (moments.key_value, model.encoder_norm)):
         scale = np.asarray(norm.scale[...])
-        x = scale * np.random.default_rng(0).choice([-1, 1], (200_000, 64))
+        x = scale * np.random.default_rng(0).choice([-1, 1], (20_000, 64))
         x = np.append(x, np.ones((len(x), 1)), axis=1)
-        np.testing.assert_allclose(found, x.T @ x / len(x), atol=0.05)
+        np.testing.assert_allclose(found, x.T @ x / len(x), atol=0.2)
