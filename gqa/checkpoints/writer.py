@@ -20,6 +20,7 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
+from gqa.checkpoints.append import AppendedFile
 from gqa.checkpoints.tensor import SAFETENSORS_DTYPES
 from gqa.errors import InputError
 
@@ -27,7 +28,6 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 SUMS = "SHA256SUMS"  # as `sha256sum --check` reads it
 SHARD_BYTES = 5_000_000_000  # a larger model is written as several files with an index, as transformers does
 AHEAD_BYTES = 1 << 29  # a tensor is read while the one before is written if together they are no larger
-FLUSH_BYTES = 1 << 28  # given to the disk meanwhile, which would else begin when all is written
 _CHUNK_BYTES = 1 << 22
 _JOURNAL = "journal.jsonl"
 
@@ -147,7 +147,7 @@ def _write_weights(
     sums = {}
     with (
         tqdm(total=total, desc="write", unit="B", unit_scale=True, delay=1) as bar,
-        concurrent.futures.ThreadPoolExecutor(3) as threads,  # one reads, one hashes, one flushes
+        concurrent.futures.ThreadPoolExecutor(2) as threads,  # one reads, one hashes
     ):
         for name, shard in zip(names, shards, strict=True):
             sums[name] = _write_shard(directory / name, shard, dtype, journal, written, threads, bar)
@@ -186,8 +186,11 @@ def _write_shard(
     path.touch()
     with path.open("r+b") as file:
         digest, done = _good_part(file, header, path.name, entries, written)
-        bar.update(max(file.tell() - len(header), 0))
-        if not file.tell():
+        position = file.tell()
+    file = AppendedFile(path, position, sum(entry.size for entry in entries) * dtype.itemsize)
+    try:
+        bar.update(max(position - len(header), 0))
+        if not position:
             file.write(header)
             digest.update(header)
 
@@ -195,7 +198,7 @@ def _write_shard(
             return np.asarray(entry.make().astype(dtype, order="C", copy=False)).reshape(entry.shape)
 
         waiting = list(entries[done:])
-        ahead, flush, flushed = None, None, file.tell()
+        ahead, lines = None, []
         for number, entry in enumerate(waiting):
             array = ahead.result() if ahead is not None else values(entry)
             following = waiting[number + 1] if number + 1 < len(waiting) else None
@@ -210,14 +213,15 @@ def _write_shard(
                 bar.update(len(chunk))
             file.flush()
             hashed.result()
-            if file.tell() - flushed > FLUSH_BYTES and (flush is None or flush.done()):
-                flush, flushed = threads.submit(os.fsync, file.fileno()), file.tell()
-            line = {"file": path.name, "tensor": entry.name, "size": file.tell(), "sha256": digest.hexdigest()}
-            os.write(journal, json.dumps(line).encode() + b"\n")
+            lines.append({"file": path.name, "tensor": entry.name, "size": file.tell(), "sha256": digest.hexdigest()})
+            # Of what may still wait in memory the journal says nothing.
+            good = [line for line in lines if line["size"] <= file.written]
+            os.write(journal, "".join(json.dumps(line) + "\n" for line in good).encode())
+            lines = lines[len(good) :]
             del array, raw
-        if flush is not None:
-            flush.result()
-        os.fsync(file.fileno())
+        file.close()
+    finally:
+        file.abandon()
     return digest.hexdigest()
 
 

@@ -138,7 +138,6 @@ def test_bfloat16(tmp_path):
 @pytest.mark.parametrize("name", ["grouped T5", "grouped Llama"])
 def test_several_files(name, tmp_path, monkeypatch):
     monkeypatch.setattr(writer, "SHARD_BYTES", 3000)
-    monkeypatch.setattr(writer, "FLUSH_BYTES", 500)
     model = model_of(CONFIGS[name])
     hf.save(model, tmp_path / "model", dtype="float32")
     files = sorted(path.name for path in (tmp_path / "model").glob("*.safetensors"))
