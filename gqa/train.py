@@ -48,9 +48,12 @@ def main() -> None:
             return lambda: models.create(architecture, jax.random.key(config.train.seed))
         return checkpoints.load(config.model.checkpoint, mesh=mesh, **config.model.run_choices())
 
-    token_ids = None
     if config.model.checkpoint is not None:
         token_ids = checkpoints.read(config.model.checkpoint, **config.model.run_choices()).token_ids
+    elif models.family_of(architecture) == "t5":
+        token_ids = None  # T5's own
+    else:
+        token_ids = config.data.open_vocabulary().token_ids
 
     def teacher():
         if config.distillation is None:

@@ -45,6 +45,10 @@ class PrepareSpec:
     inputs_length: int  # tokens in a row's inputs; for causal_lm, in its targets
     targets_length: int | None  # tokens in a row's targets; None: what the inputs call for
 
+    def open_vocabulary(self) -> Vocabulary:
+        """The vocabulary; a decoder's may have any special ids, T5's tasks need T5's and its sentinels."""
+        return Vocabulary(self.vocabulary, foreign=self.task == "causal_lm")
+
 
 @dataclass(frozen=True)
 class Manifest:
@@ -83,7 +87,7 @@ def default_directory(spec: PrepareSpec) -> Path:
 
     It lies in `$GQA_CACHE`, or `~/.cache/gqa` where that is unset.
     """
-    inputs = _inputs(spec, Corpus(spec.source), Vocabulary(spec.vocabulary))
+    inputs = _inputs(spec, Corpus(spec.source), spec.open_vocabulary())
     key = hashlib.sha256(json.dumps(dataclasses.asdict(inputs), sort_keys=True).encode()).hexdigest()[:16]
     cache = os.environ.get("GQA_CACHE") or Path.home() / ".cache" / "gqa"
     return Path(cache) / "records" / key
@@ -120,7 +124,7 @@ def prepare(spec: PrepareSpec, output: str | Path) -> Manifest:
     that holds something else.
     """
     output = Path(output)
-    corpus, vocabulary = Corpus(spec.source), Vocabulary(spec.vocabulary)
+    corpus, vocabulary = Corpus(spec.source), spec.open_vocabulary()
     inputs = _inputs(spec, corpus, vocabulary)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         return _reuse(output, inputs)
@@ -206,10 +210,11 @@ def _chunks(
     random.Random(0).shuffle(names)
     progress = tqdm(total=len(names), desc=f"prepare {split}", unit=" documents", disable=len(names) < 1000)
     num_threads = os.cpu_count() or 1
+    end = [vocabulary.eos_id] if task.ends_documents and vocabulary.eos_id >= 0 else []
     for start in range(0, len(names), _DOCUMENTS_PER_CALL):
         texts = [corpus.read(name).text for name in names[start : start + _DOCUMENTS_PER_CALL]]
         for ids in vocabulary.encode_all(texts, num_threads):
-            tokens = np.array([*ids, Vocabulary.eos_id] if task.ends_documents else ids, np.int32)
+            tokens = np.array([*ids, *end], np.int32)
             chunks = [tokens[i : i + task.max_tokens] for i in range(0, len(tokens), task.max_tokens)]
             for chunk in chunks:
                 if len(chunk) >= task.min_tokens:

@@ -72,6 +72,12 @@ class Vocabulary:
         self._space_mark_ids = None if self.unk_id in byte_ids else byte_ids
 
     @property
+    def token_ids(self) -> dict[str, int]:
+        """The special ids that it has, as a checkpoint's `config.json` names them."""
+        ids = {"pad_token_id": self.pad_id, "bos_token_id": self.bos_id, "eos_token_id": self.eos_id}
+        return {name: number for name, number in ids.items() if number is not None and number >= 0}
+
+    @property
     def size(self) -> int:
         """Number of ids, sentinels included: the least that a model's embedding must have."""
         return self._num_pieces + self._num_sentinels

@@ -14,7 +14,6 @@ import ml_collections
 from gqa import checkpoints, models
 from gqa.data.examples import make_task
 from gqa.data.prepare import Manifest, PrepareSpec, default_directory, prepare, read_manifest
-from gqa.data.vocabulary import Vocabulary
 from gqa.errors import InputError
 from gqa.models.heads import divisors
 from gqa.models.stacks import REMAT_POLICIES
@@ -183,7 +182,7 @@ class RunConfig:
             directory = default_directory(self.data)
             prepare(self.data, directory)
             return directory
-        manifest, vocabulary = read_manifest(self.records), Vocabulary(self.data.vocabulary)
+        manifest, vocabulary = read_manifest(self.records), self.data.open_vocabulary()
         wanted = make_task(self.data.task, self.data.inputs_length, self.data.targets_length, vocabulary.size)
         if manifest.make_task() != wanted:
             raise InputError(f"records {self.records} are of {manifest.make_task()}; the config's data says {wanted}")

@@ -1,15 +1,17 @@
 import argparse
 import dataclasses
+import io
 import json
 import os
 
 import numpy as np
 import pytest
+import sentencepiece
 from array_record.python.array_record_module import ArrayRecordReader
 
 from gqa.data import corpus
 from gqa.data.packing import decode_record
-from gqa.data.prepare import default_directory, prepare, read_manifest, record_path
+from gqa.data.prepare import PrepareSpec, default_directory, prepare, read_manifest, record_path
 from gqa.data.vocabulary import Vocabulary
 from gqa.errors import InputError
 
@@ -23,6 +25,31 @@ def read_rows(folder, split):
 
 def file_bytes(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_a_decoder_brings_its_own_special_ids(corpus_folder, tmp_path):
+    """Llama's: unk 0, bos 1, eos 2, no padding; what ends a document is the file's own end."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.Train(
+        sentence_iterator=iter(["def function_0123456789(x):", "return x * y + z", "abcdefghijklmnopqrstuvwxyz"]),
+        model_writer=model,
+        model_type="char",
+        vocab_size=60,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    path = tmp_path / "tokenizer.model"
+    path.write_bytes(model.getvalue())
+    spec = PrepareSpec("causal_lm", str(corpus_folder), str(path), 64, None)
+    vocabulary = spec.open_vocabulary()
+    assert vocabulary.token_ids == {"bos_token_id": 1, "eos_token_id": 2}
+    manifest = prepare(spec, tmp_path / "records")
+    assert manifest.vocabulary_size == vocabulary.size < 61
+    rows = read_rows(tmp_path / "records", "heldout")
+    ends = sum(chunk.tolist().count(2) for row in rows for chunk in row)
+    assert ends == manifest.num_documents["heldout"]
+    with pytest.raises(InputError, match=r"has pad, eos, unk = \(-1, 2, 0\); expected T5's \(0, 1, 2\)"):
+        prepare(dataclasses.replace(spec, task="span_corruption"), tmp_path / "spans")
 
 
 def test_causal_records_hold_every_token_of_every_document(records, corpus_folder, make_spec):
