@@ -153,7 +153,7 @@ def our_calls(config, checkpoint: Path, batch: Mapping[str, np.ndarray], *, scan
     @jax.jit
     def mean_loss_and_gradients(model, batch):
         def mean_loss(model):
-            sums = loss_fn(model, batch, None)
+            sums = loss_fn(model, batch, None, 0)
             return sums.loss_sum / sums.weight_sum
 
         return jax.value_and_grad(mean_loss)(model)
