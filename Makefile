@@ -8,6 +8,8 @@ PYTHON ?= python3
 # Relative, and only ever run as `python -m …`: scripts in .venv/bin break under a path with spaces.
 RUN := .venv/bin/python
 INSTALL := $(RUN) -m pip install --quiet --disable-pip-version-check --editable
+# Two processes, a file of tests each: a core each, whose programs JAX compiles on one thread.
+WORKERS := --numprocesses=2 --dist=loadfile
 QUICKSTART := runs/quickstart
 BEST := --method=svd+group+refit --calibrate=embedded_large --calibration_length=128
 
@@ -28,10 +30,10 @@ quickstart: .venv/.core  ## convert the shipped model to GQA and MQA, uptrain it
 	$(RUN) -m experiments.report --runs=$(QUICKSTART) --output=$(QUICKSTART)/report
 
 test: .venv/.test  ## run the tests
-	JAX_PLATFORMS=cpu $(RUN) -m pytest
+	JAX_PLATFORMS=cpu $(RUN) -m pytest $(WORKERS)
 
 test-full: .venv/.test  ## run the tests, with the long counts of kills and mutilations
-	JAX_PLATFORMS=cpu $(RUN) -m pytest -m ""
+	JAX_PLATFORMS=cpu $(RUN) -m pytest $(WORKERS) -m ""
 
 lint: .venv/.dev  ## check style and formatting
 	$(RUN) -m ruff check

@@ -37,7 +37,7 @@ EXTRAS = {
     "parity": ["torch==2.13.0", "transformers>=5.23,<6"],
     # TPUs, and compiling for TPUs that are not there.
     "tpu": ["jax[tpu]>=0.10,<0.13"],
-    "dev": ["pytest", "ruff", "hypothesis"],
+    "dev": ["pytest", "pytest-xdist", "ruff", "hypothesis"],
 }
 
 setup(
