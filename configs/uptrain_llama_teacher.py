@@ -1,4 +1,4 @@
-"""Uptrains a conversion of the shipped Llama teacher on the data and objective of its pre-training (GQA §2.1).
+"""Uptrains a conversion of the Llama-like teacher on the data and objective of its pre-training (GQA §2.1).
 
 `--config.model.checkpoint=DIR` names the converted checkpoint. The schedule goes on at the original step, where the
 cosine has reached its end, a tenth of the peak.
