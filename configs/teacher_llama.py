@@ -1,7 +1,7 @@
 """Pre-trains a Llama-like teacher: a decoder with RoPE and 8 key/value heads in every layer, on Python source.
 
-Causal language modelling with AdamW and a cosine that ends at a tenth of its peak (Llama 2 §2.2): 12 million tokens,
-about 45 minutes on two CPU cores. What `experiments.conversion_methods --teacher=llama` expects in assets/teacher_llama:
+Causal language modelling with AdamW and a cosine that ends at a tenth of its peak (Llama 2 §2.2), 12 million tokens.
+What `experiments.conversion_methods --teacher=llama` expects in assets/teacher_llama:
 
     python -m gqa.train --config=configs/teacher_llama.py --workdir=runs/teacher_llama
     python -m checkpoints_tools.convert --source=runs/teacher_llama/model --output=assets/teacher_llama --kv_heads=8 \\
