@@ -36,7 +36,7 @@ def main() -> None:
         "--teacher", type=Path, default=TEACHER, help=f"the unconverted checkpoint (default: {TEACHER})"
     )
     arguments = command_line.parse_arguments(parser)
-    checkpoints = {
+    folders = {
         "MHA": arguments.teacher,
         "GQA-2 converted": arguments.runs / "gqa2",
         "GQA-2 uptrained": arguments.runs / "uptrain" / "model",
@@ -44,14 +44,14 @@ def main() -> None:
         "GQA-2 best conversion": arguments.runs / "gqa2_best",
         "MQA best conversion": arguments.runs / "mqa_best",
     }
-    for path in checkpoints.values():
+    for path in folders.values():
         if not path.is_dir():
             raise InputError(f"{path} is missing; expected the folders of make quickstart in {arguments.runs}")
     if arguments.output.exists():
         raise InputError(f"--output={arguments.output} exists already; name a new folder")
     run = json.loads((arguments.runs / "uptrain" / "config.json").read_text())
 
-    report = measure(checkpoints, run)
+    report = measure(folders, run)
     unfinished = arguments.output.with_name(f".{arguments.output.name}.partial")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
@@ -63,7 +63,7 @@ def main() -> None:
     print(f"\n{text}\nWritten to {arguments.output}: report.md, report.json, quality_vs_latency.png")
 
 
-def measure(checkpoints: dict[str, Path], run: dict) -> dict:
+def measure(folders: dict[str, Path], run: dict) -> dict:
     """Everything in the report; `run` is the configuration of the uptraining run."""
     from experiments.measure import commit, decode_times, machine
     from gqa import checkpoints, sharding
@@ -74,7 +74,7 @@ def measure(checkpoints: dict[str, Path], run: dict) -> dict:
     config = run_config.parse(run)
     mesh = sharding.make_mesh(config.mesh)
     batches = loader.heldout_batches(config.prepared_records(), config.train.batch_size, config.train.eval_examples)
-    models = {name: checkpoints.load(path, **config.model.run_choices()) for name, path in checkpoints.items()}
+    models = {name: checkpoints.load(path, **config.model.run_choices()) for name, path in folders.items()}
     rows = []
     # Decoding time depends on shapes alone, so a conversion before and after uptraining shares one measurement.
     times = decode_times({name: models[name] for name in ("MHA", "GQA-2 converted", "MQA converted")}, **TIMING)

@@ -2,10 +2,15 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 
 from experiments import report, uptrain_full
+from gqa import models
+from gqa.checkpoints import hf
+from gqa.convert import convert
+from gqa.training import config as run_config
 
 
 def measured_row(name, kv_heads, loss, milliseconds):
@@ -96,6 +101,38 @@ def test_missing_folders_are_named(missing, tmp_path, monkeypatch, capsys):
     with pytest.raises(report.InputError, match=missing):
         report.main()
     assert not (tmp_path / "report").exists()
+
+
+def test_everything_is_measured(tiny_run, tmp_path, monkeypatch, capsys):
+    """From the folders of a quickstart, made of a tiny model, to its report."""
+    uptrain = {"original_steps": 100, "alpha": 0.1}
+    config = tiny_run("t5", {"train.steps": None, "uptrain": uptrain})
+    architecture = models.replace(config.model.architecture(), decoder_self_kv_heads=8, cross_kv_heads=8)
+    teacher = models.create(architecture, jax.random.key(0))
+    hf.save(teacher, tmp_path / "teacher", dtype="float32")
+    for name, K in {"gqa2": 2, "mqa": 1, "gqa2_best": 2, "mqa_best": 1, "uptrain/model": 2}.items():
+        converted = convert(teacher, dict(decoder_self=K, cross=K), "mean", jax.random.key(0))
+        hf.save(converted, tmp_path / "runs" / name, dtype="float32")
+    (tmp_path / "runs" / "uptrain" / "config.json").write_text(json.dumps(run_config.to_json(config)))
+    monkeypatch.setattr(report, "TIMING", dict(batch_size=2, inputs_length=8, num_tokens=2, repetitions=1))
+    output = tmp_path / "report"
+    arguments = ["report", f"--runs={tmp_path / 'runs'}", f"--output={output}", f"--teacher={tmp_path / 'teacher'}"]
+    monkeypatch.setattr("sys.argv", arguments)
+    report.main()
+    measured = json.loads((output / "report.json").read_text())["measured"]
+    rows = {row["model"]: row for row in measured["rows"]}
+    assert {name: row["kv_heads"]["cross"][0] for name, row in rows.items()} == {
+        "MHA": 8,
+        "GQA-2 converted": 2,
+        "GQA-2 uptrained": 2,
+        "MQA converted": 1,
+        "GQA-2 best conversion": 2,
+        "MQA best conversion": 1,
+    }
+    assert rows["GQA-2 converted"]["loss"] == rows["GQA-2 uptrained"]["loss"] != rows["MHA"]["loss"]
+    assert measured["uptraining_steps"] == 10
+    assert sorted(path.name for path in output.iterdir()) == ["quality_vs_latency.png", "report.json", "report.md"]
+    assert "| MQA best conversion | 1, 1 |" in capsys.readouterr().out
 
 
 def test_results_are_json(results):
