@@ -22,7 +22,8 @@ from gqa.errors import InputError
 FAMILIES = {
     "llama": (
         "llama_2_7b",
-        dict(vocab_size=32000, d_model=1024, num_heads=16, head_dim=64, d_ff=2816, num_layers=12, max_position=1024),
+        dict(vocab_size=32000, d_model=1024, num_heads=16, head_dim=64, d_ff=2816, num_layers=12, max_position=1024)
+        | dict(decoder_self_kv_heads=16),
         512,
     ),
     "t5_base": ("t5_1_1_base", {}, 512),

@@ -4,6 +4,7 @@ import sys
 import pytest
 
 from experiments import compare_decode
+from gqa import models
 from gqa.errors import InputError
 
 
@@ -27,6 +28,13 @@ def test_both_decode_the_same_tokens(run, tmp_path, capsys):
         for key, ratio in row["speedup"].items():
             assert ratio == pytest.approx(row["theirs"][key] / row["ours"][key])
     assert "| 1 | 2 |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("family", compare_decode.FAMILIES)
+def test_shapes_are_possible(family):
+    size, changes, length = compare_decode.FAMILIES[family]
+    config = models.replace(models.size(size), **changes)
+    assert getattr(config, "max_position", 10**6) >= length + 64 and config.num_heads in config.kv_heads("decoder_self")
 
 
 @pytest.mark.parametrize(
