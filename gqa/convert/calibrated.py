@@ -140,10 +140,9 @@ def _convert(
     """The layer with the attention `name` converted, and what was kept."""
     before = getattr(layer, name)
     heads = read_heads(before)
-    attention, found = before, {}
+    found: dict[str, Any] = {}
     if method.base in POOLED:
-        attention = POOLED[method.base](before, None, wanted, key)
-        new_heads = read_heads(attention)
+        new_heads = read_heads(POOLED[method.base](before, None, wanted, key))
     else:
         new_heads, found = _rebased(heads, moments, wanted, method.base, rotary)
     if method.renorm:
