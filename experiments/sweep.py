@@ -1,0 +1,279 @@
+"""python -m experiments.sweep --config=configs/sweeps/groups.py --workdir=DIR [--worker=I/N] [--list] [--array=N]
+
+Runs every combination of a sweep: teacher x method x key/value heads x α x seed. A run converts the teacher, uptrains
+the conversion for α of the pre-training and scores it, by the project's own commands; what they print goes to the
+run's log.txt. Finished runs are skipped, interrupted ones go on, one that fails is listed with its reason and does not
+stop the others. The results are one tidy table, results.csv and results.json in the folder of the sweep.
+
+Several processes may work on one folder: --worker=2/8 takes every eighth run from the third on, and --array=8 writes
+array.sh, for `sbatch` or for a plain shell.
+"""
+
+import argparse
+import contextlib
+import csv
+import ctypes
+import fcntl
+import itertools
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tqdm import tqdm
+
+from gqa import command_line
+from gqa.errors import InputError
+
+AXES = ("teacher", "method", "kv_heads", "alpha", "seed")
+SCORES = ("loss", "accuracy", "target_tokens")
+DRAWN = ("random", "+")  # methods, or marks of methods, whose conversion depends on the seed
+RESULT, FAILED, LOG, LOCK = "result.json", "failed.json", "log.txt", ".lock"
+
+
+class Run(NamedTuple):
+    """One combination; `method` is "none" for the teacher itself."""
+
+    teacher: str
+    method: str
+    kv_heads: int
+    alpha: float
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Of its folder."""
+        return f"{self.teacher}-{self.method}-k{self.kv_heads}-a{self.alpha:g}-s{self.seed}"
+
+
+def main() -> int | None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    command_line.add_config_argument(parser)
+    parser.add_argument("--workdir", type=Path, required=True, help="folder of the runs and the results")
+    parser.add_argument("--worker", default="0/1", metavar="I/N", help="the share of the runs to do here, from 0/N")
+    parser.add_argument("--list", action="store_true", help="only say which runs are done, failed and waiting")
+    parser.add_argument(
+        "--array", type=int, metavar="N", help="only write array.sh, which does the runs in N processes"
+    )
+    arguments, config = command_line.parse(parser)
+    number, of = _worker(arguments.worker)
+    sweep = Sweep(config, arguments.workdir)
+    arguments.workdir.mkdir(parents=True, exist_ok=True)
+    if arguments.array is not None:
+        print(f"wrote {_write_array(arguments, sys.argv[1:])}")
+        return None
+    if not arguments.list:
+        sweep.do(sweep.runs[number::of])
+    failed = sweep.collect()
+    return 1 if failed and not arguments.list else None
+
+
+def _worker(text: str) -> tuple[int, int]:
+    number, _, of = text.partition("/")
+    if not (number.isdecimal() and of.isdecimal() and int(number) < int(of)):
+        raise InputError(f"--worker={text}; expected I/N with I from 0 to N-1, such as 0/8")
+    return int(number), int(of)
+
+
+def _write_array(arguments: argparse.Namespace, words: Sequence[str]) -> Path:
+    """A script that SLURM runs as an array of N jobs, and a shell as N processes."""
+    if arguments.array < 1:
+        raise InputError(f"--array={arguments.array}; expected 1 process or more")
+    words = [word for word in words if not word.startswith(("--array", "--worker"))]
+    command = shlex.join([sys.executable, "-m", "experiments.sweep", *words])
+    path = arguments.workdir / "array.sh"
+    path.write_text(
+        "#!/usr/bin/env bash\n"
+        f"#SBATCH --array=0-{arguments.array - 1}\n"
+        "# Under SLURM a job of the array; else all of them, side by side.\n"
+        f"cd {shlex.quote(str(Path.cwd()))}\n"
+        'if [ -n "${SLURM_ARRAY_TASK_ID-}" ]; then\n'
+        f'    exec {command} --worker="$SLURM_ARRAY_TASK_ID/{arguments.array}"\n'
+        "fi\n"
+        f"for worker in $(seq 0 {arguments.array - 1}); do\n"
+        f'    {command} --worker="$worker/{arguments.array}" &\n'
+        "done\n"
+        "wait\n"
+    )
+    path.chmod(0o755)
+    return path
+
+
+class Sweep:
+    """A config's runs, and the folder in which they are done.
+
+    Raises `InputError` for an empty or unknown axis and for a teacher that is not there.
+    """
+
+    def __init__(self, config, workdir: Path):
+        self.workdir = workdir
+        self._config = config
+        self._teachers = {name: dict(teacher) for name, teacher in config.teachers.items()}
+        for name, teacher in self._teachers.items():
+            for key in ("checkpoint", "uptrain"):
+                if not Path(teacher[key]).exists():
+                    raise InputError(f"teachers.{name}.{key}: {teacher[key]} is missing; run from the project's root")
+        empty = [name for name in AXES[1:] if not config.runs[name]] or (["teachers"] if not self._teachers else [])
+        if empty:
+            raise InputError(f"runs.{empty[0]} is empty; give one value or more")
+        self.runs = list(dict.fromkeys(self._runs()))
+
+    def _runs(self) -> Iterator[Run]:
+        axes = self._config.runs
+        for teacher in self._teachers:
+            combinations = itertools.product(axes.kv_heads, axes.method, axes.alpha, axes.seed)
+            for kv_heads, method, alpha, seed in combinations:
+                if not 0 <= alpha <= 1:
+                    raise InputError(f"runs.alpha holds {alpha}; expected shares of the pre-training, 0 to 1")
+                if kv_heads == self._teachers[teacher]["kv_heads"]:
+                    method = "none"
+                if alpha == 0 and not any(mark in method for mark in DRAWN):
+                    seed = axes.seed[0]  # nothing is drawn: the others are the same run
+                yield Run(teacher, method, kv_heads, float(alpha), seed)
+
+    def do(self, runs: Sequence[Run]) -> None:
+        """Does what is not done of `runs`; one that another process is at is looked at again in the end."""
+        with tqdm(total=len(runs), desc="runs", unit="run", dynamic_ncols=True) as bar:
+            busy = [run for run in runs if not self._once(run, bar, wait=False)]
+            for run in busy:
+                self._once(run, bar, wait=True)
+
+    def _once(self, run: Run, bar: tqdm, *, wait: bool) -> bool:
+        """Whether a run is over now, well or not."""
+        folder = self.workdir / run.name
+        folder.mkdir(exist_ok=True)
+        with _locked(folder / LOCK, wait) as lock:
+            if lock is None:
+                return False
+            if not (folder / RESULT).exists():
+                bar.set_postfix_str(run.name)
+                self._work(run, folder, lock)
+            bar.update()
+            return True
+
+    def _work(self, run: Run, folder: Path, lock: int) -> None:
+        (folder / FAILED).unlink(missing_ok=True)
+        start, commands = time.time(), []
+        for module, arguments in self._commands(run, folder):
+            commands.append(shlex.join(["python", "-m", module, *arguments]))
+            code = _call(module, arguments, folder / LOG, lock)
+            if code:
+                reason = _last_line(folder / LOG)
+                _write_json(folder / FAILED, run._asdict() | {"command": commands[-1], "code": code, "reason": reason})
+                return
+        scores = json.loads((folder / "evaluation.json").read_text())
+        result = run._asdict() | {name: scores[name] for name in SCORES}
+        _write_json(folder / RESULT, result | {"seconds": time.time() - start, "commands": commands})
+        for name in () if self._config.keep_checkpoints else ("converted", "uptrained"):
+            shutil.rmtree(folder / name, ignore_errors=True)
+
+    def _commands(self, run: Run, folder: Path) -> Iterator[tuple[str, list[str]]]:
+        """The commands still to do of a run: module and arguments."""
+        teacher = self._teachers[run.teacher]
+        checkpoint, uptrain = Path(teacher["checkpoint"]), f"--config={teacher['uptrain']}"
+        if run.method != "none":
+            source, checkpoint = checkpoint, folder / "converted"
+            if not checkpoint.exists():
+                arguments = [f"--source={source}", f"--output={checkpoint}", f"--kv_heads={run.kv_heads}"]
+                arguments += [f"--method={run.method}", f"--seed={run.seed}", "--dtype=float32"]
+                if "refit" in run.method or "group" in run.method:
+                    arguments += [f"--{name}={value}" for name, value in self._config.calibration.items()]
+                yield "checkpoints_tools.convert", arguments
+        start = f"--config.model.checkpoint={checkpoint}"
+        overrides = list(self._config.overrides)
+        if run.alpha:
+            if not (folder / "uptrained" / "finished.json").exists():
+                arguments = [uptrain, f"--workdir={folder / 'uptrained'}", start, *overrides]
+                yield (
+                    "gqa.train",
+                    [*arguments, f"--config.uptrain.alpha={run.alpha}", f"--config.train.seed={run.seed}"],
+                )
+            checkpoint = folder / "uptrained" / "model"
+        output = f"--output={folder / 'evaluation.json'}"
+        yield "gqa.evaluate", [uptrain, start, f"--checkpoint={checkpoint}", output, *overrides]
+
+    def collect(self) -> list[dict[str, Any]]:
+        """Writes and prints the results so far; the failed runs."""
+        done, failed, waiting = [], [], 0
+        for run in self.runs:
+            folder = self.workdir / run.name
+            if (folder / RESULT).exists():
+                done.append(json.loads((folder / RESULT).read_text()))
+            elif (folder / FAILED).exists():
+                failed.append(json.loads((folder / FAILED).read_text()))
+            else:
+                waiting += 1
+        columns = [*AXES, *SCORES, "seconds"]
+        _write_json(self.workdir / "results.json", {"runs": done, "failed": failed, "waiting": waiting})
+        unfinished = self.workdir / "results.tmp"
+        with unfinished.open("w", newline="") as file:
+            table = csv.DictWriter(file, columns, extrasaction="ignore")
+            table.writeheader()
+            table.writerows(done)
+        os.replace(unfinished, self.workdir / "results.csv")
+        for row in done:
+            print("  ".join(f"{name}={row[name]:g}" if name == "alpha" else f"{row[name]}" for name in AXES), end="  ")
+            print(f"loss {row['loss']:.4f}")
+        for row in failed:
+            print(f"failed: {Run(*(row[name] for name in AXES)).name}: {row['reason']}")
+        print(f"{len(done)} done, {len(failed)} failed, {waiting} waiting; {self.workdir / 'results.csv'}")
+        return failed
+
+
+@contextlib.contextmanager
+def _locked(path: Path, wait: bool) -> Iterator[int | None]:
+    """A descriptor that holds the lock of a run, or None where another process holds it and is not waited for."""
+    lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            yield lock
+        except BlockingIOError:
+            yield None
+    finally:
+        os.close(lock)
+
+
+def _call(module: str, arguments: Sequence[str], log: Path, lock: int) -> int:
+    """Runs a command of the project; its exit code. It inherits the lock: a run is free when nothing works on it."""
+    parent = os.getpid()
+
+    def end_with_parent() -> None:
+        if sys.platform == "linux":
+            ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+            if os.getppid() != parent:
+                os._exit(1)
+
+    with log.open("a") as file:
+        return subprocess.call(
+            [sys.executable, "-m", module, *arguments],
+            stdout=file,
+            stderr=file,
+            pass_fds=(lock,),
+            preexec_fn=end_with_parent,
+        )
+
+
+def _last_line(log: Path) -> str:
+    """What a command said last; of a progress bar's line, its last state."""
+    lines = [line for line in log.read_text(errors="replace").replace("\r", "\n").splitlines() if line.strip()]
+    errors = [line for line in lines if line.startswith("error:")]
+    return (errors or lines or ["it said nothing"])[-1].strip()
+
+
+def _write_json(path: Path, content: dict) -> None:
+    unfinished = path.with_suffix(".tmp")
+    unfinished.write_text(json.dumps(content, indent=2) + "\n")
+    os.replace(unfinished, path)
+
+
+if __name__ == "__main__":
+    command_line.run(main)
