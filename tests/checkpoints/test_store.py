@@ -74,8 +74,8 @@ def test_an_unfinished_checkpoint_is_none(tmp_path, next_step):
     """What a kill left of step 2 is neither found nor kept, whether or not step 2 is ever saved again."""
     with Store(tmp_path, keep=2) as store:
         store.save(1, state_of(1))
-    (tmp_path / "2.orbax-checkpoint-tmp").mkdir()
-    (tmp_path / "2.orbax-checkpoint-tmp" / "part").write_bytes(b"half")
+    (tmp_path / "2.unfinished").mkdir()
+    (tmp_path / "2.unfinished" / "part").write_bytes(b"half")
     with Store(tmp_path, keep=2) as store:
         assert store.latest_step() == 1
         store.save(next_step, state_of(next_step))
