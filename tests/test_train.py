@@ -10,7 +10,7 @@ import pytest
 from gqa import command_line, models, train
 from gqa.checkpoints import hf
 from gqa.data.prepare import record_path
-from gqa.training import loop
+from gqa.training import run_folder
 
 MEND = "delete the folder and prepare it again"
 
@@ -162,7 +162,7 @@ def test_folders_that_no_run_can_have(error_of, checkpoint, tmp_path):
 
 def test_folders_of_other_runs(error_of, tiny_run, tmp_path):
     workdir = tmp_path / "run"
-    loop.claim(workdir, tiny_run("t5"))
+    run_folder.claim(workdir, tiny_run("t5"))
     for argument, difference in (
         ("--config.model.changes.d_ff=96", "model.changes.d_ff=64, this one has 96"),
         ("--config.train.seed=1", "train.seed=0, this one has 1"),

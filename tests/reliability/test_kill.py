@@ -21,11 +21,11 @@ from gqa.checkpoints.store import Store
 from gqa.training import loop, metrics
 from gqa.training import optimizer as optimizers
 from gqa.training.state import abstract_state
+from gqa.training.watch import RATES
 
 STEPS = 20
 # With dropout and micro-batches, whose random keys have to come out the same; checkpoints at 5, 10, 15 and 20.
 OVERRIDES = {"train.steps": STEPS, "model.dropout_rate": 0.1, "train.accumulation": 2}
-RATES = ("tokens_per_second", "model_tflops_per_second", "memory_gib")
 NEVER = ("never", 1, "SIGKILL")
 
 

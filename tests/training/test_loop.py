@@ -19,13 +19,12 @@ from gqa.data import loader
 from gqa.data.prepare import read_manifest
 from gqa.errors import InputError
 from gqa.sharding import logical_axes, make_mesh
-from gqa.training import loop, metrics
+from gqa.training import loop, metrics, run_folder
 from gqa.training import optimizer as optimizers
 from gqa.training.state import abstract_state
+from gqa.training.watch import RATES
 
 pytestmark = pytest.mark.usefixtures("compilation_cache")
-
-RATES = ("tokens_per_second", "model_tflops_per_second", "memory_gib")
 
 
 @pytest.fixture
@@ -282,7 +281,7 @@ def test_heldout_loss_does_not_depend_on_the_batch_size(tiny_run):
 
 def test_a_folder_with_more_steps_than_the_config_is_refused(run, tiny_run, tmp_path):
     workdir = tmp_path / "run"
-    loop.claim(workdir, tiny_run("llama", {"train.steps": 20}))
+    run_folder.claim(workdir, tiny_run("llama", {"train.steps": 20}))
     with Store(workdir / "checkpoints", 2) as store:
         store.save(15, {"step": jax.numpy.int32(15)})
     with pytest.raises(InputError, match="holds 15 steps already, the config says 10; choose more"):
@@ -292,16 +291,16 @@ def test_a_folder_with_more_steps_than_the_config_is_refused(run, tiny_run, tmp_
 
 def test_refusing_a_run_leaves_a_finished_one_finished(tiny_run, tmp_path):
     workdir = tmp_path / "run"
-    loop.claim(workdir, tiny_run("llama"))
+    run_folder.claim(workdir, tiny_run("llama"))
     (workdir / "finished.json").write_text('{"step": 20}')
     with pytest.raises(InputError, match=r"holds a run with train\.seed=0, this one has 1"):
-        loop.claim(workdir, tiny_run("llama", {"train.steps": 30, "train.seed": 1}))
+        run_folder.claim(workdir, tiny_run("llama", {"train.steps": 30, "train.seed": 1}))
     assert (workdir / "finished.json").exists()
-    loop.claim(workdir, tiny_run("llama", {"train.steps": 30}))
+    run_folder.claim(workdir, tiny_run("llama", {"train.steps": 30}))
     assert not (workdir / "finished.json").exists()
 
 
 def test_a_kill_while_the_folder_was_claimed_does_no_harm(tiny_run, tmp_path):
     (tmp_path / "config.tmp").write_text('{"tra')
-    loop.claim(tmp_path, tiny_run("llama"))
+    run_folder.claim(tmp_path, tiny_run("llama"))
     assert os.listdir(tmp_path) == ["config.json"]

@@ -75,6 +75,9 @@ def test_an_update_is_that_of_the_whole_batch(setting, reference, accumulation):
             "grad_norm": float(optax.tree.norm(gradient)),
             "learning_rate": 0.5,
             "added_loss": 0.0,
+            "batch": 0,
+            "skipped_steps": 0,
+            "skipped_in_a_row": 0,
         },
         rel=1e-5,
     )
