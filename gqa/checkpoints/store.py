@@ -175,6 +175,7 @@ class Store:
             self._checkpointer.close()
 
     def _load(self, step: int, like):
+        self.wait()
         path, wanted = self.folder(step) / _ARRAYS, _flat(like)
         expected = {key: tuple(leaf.shape) for key, leaf in wanted.items()}
         stored = self._checkpointer.metadata(path).item_metadata.tree
@@ -257,7 +258,7 @@ def retained(
     """
     steps = sorted(steps)
     wanted = set(steps[-keep:])
-    scored = [step for step in steps if step in losses]
+    scored = [step for step in steps if np.isfinite(losses.get(step, np.nan))]
     if scored:
         wanted.add(min(scored, key=lambda step: losses[step]))
     if keep_minutes is not None:

@@ -132,13 +132,13 @@ def train(
         flops += train_step_flops(teacher, shapes) // 3  # forward only
 
     with contextlib.ExitStack() as stack:
-        run_folder.check(workdir, config)  # before a lock is left in a folder that is not ours
+        mirror = config.train.mirror and Path(config.train.mirror)
+        folders = {"workdir": workdir} | ({"train.mirror": mirror} if mirror else {})
+        for what, folder in folders.items():  # before a lock is left in a folder that is not ours
+            run_folder.check(folder, config, what)
         stack.enter_context(run_folder.locked(workdir))
-        run_folder.claim(workdir, config)
-        mirror = None
-        if config.train.mirror is not None:
-            mirror = Path(config.train.mirror)
-            run_folder.claim(mirror, config, "train.mirror")
+        for what, folder in folders.items():
+            run_folder.claim(folder, config, what)
         # So that what is saved can be read as a checkpoint without the code and files that the run was started with.
         written = hf_config.write(architecture, architecture.param_dtype, token_ids)
         run_folder.write_json(workdir / training_run.ARCHITECTURE, written)
@@ -208,6 +208,7 @@ def train(
                 writer.write(step, "train", watch.report(step, batch, metrics))
                 in_a_row, limit = int(metrics["skipped_in_a_row"]), config.train.roll_back_after
                 if limit is not None and in_a_row >= limit:
+                    state = None  # not kept beside the one that is restored
                     step, state = roll_backs.back(step - in_a_row, batch_index)
                     watch.say(f"{in_a_row} updates left out in a row: back to step {step}, on with other batches")
                     writer.close()

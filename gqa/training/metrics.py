@@ -53,10 +53,11 @@ class MetricsWriter:
         if split == "heldout":
             self.losses[step] = values["loss"]
         self._lines.write((json.dumps({"step": step, "split": split, **values}) + "\n").encode())
+        self._events.write_scalars(step, {f"{split}/{name}": value for name, value in values.items()})
         try:
             # What a failed flush could not write stays in the buffer, and is written by a later one.
             self._lines.flush()
-            self._events.write_scalars(step, {f"{split}/{name}": value for name, value in values.items()})
+            self._events.flush()
             self._full = False
         except OSError as error:
             if error.errno not in _NO_ROOM:
@@ -110,6 +111,7 @@ class _EventFile:
         self._write(file_version="brain.Event:2")
         # Tells TensorBoard to forget what earlier files hold from this step on.
         self._write(step=first_step, session_log=event_pb2.SessionLog(status=event_pb2.SessionLog.START))
+        self.flush()
 
     def write_scalars(self, step: int, values: Mapping[str, float]) -> None:
         scalars = [self._summary.Value(tag=tag, simple_value=value) for tag, value in values.items()]
@@ -117,6 +119,8 @@ class _EventFile:
 
     def _write(self, **fields) -> None:
         self._records.write(self._event(wall_time=time.time(), **fields).SerializeToString())
+
+    def flush(self) -> None:
         self._file.flush()
 
     def close(self) -> None:
