@@ -20,6 +20,9 @@ def main() -> None:
     parser.add_argument(
         "--workdir", type=Path, required=True, help="folder of this run: metrics, checkpoints, final model"
     )
+    parser.add_argument(
+        "--profile", metavar="START:STEPS", help="write a trace of steps START, START+1, … into WORKDIR/profile"
+    )
     arguments, raw_config = command_line.parse(parser)
     keep_freed_memory()
     # Imported here: --help and a mistyped config answer at once.
@@ -29,8 +32,10 @@ def main() -> None:
     from gqa.checkpoints import hf
     from gqa.data import prepare
     from gqa.training import config as run_config
-    from gqa.training import loop
+    from gqa.training import loop, signals
+    from gqa.training.watch import Trace
 
+    trace = None if arguments.profile is None else Trace.parse(arguments.profile)
     config = run_config.parse(raw_config)
     architecture = config.model.architecture()
     config.check_devices(jax.device_count())
@@ -38,7 +43,8 @@ def main() -> None:
     parent = _existing_parent(arguments.workdir)
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise InputError(f"workdir {arguments.workdir}: {parent} is no folder to write in; choose another")
-    records = config.prepared_records()
+    with signals.stopped_at_once():
+        records = config.prepared_records()
     manifest = prepare.read_manifest(records)
     run_config.check_task(manifest, architecture)
     run_config.check_vocabulary(manifest, architecture)
@@ -74,6 +80,7 @@ def main() -> None:
         records=records,
         export=export,
         teacher=teacher(),
+        trace=trace,
     )
 
 

@@ -1,7 +1,9 @@
 """`python -m gqa.train` on bad input: one line, exit code 2, and nothing on disk that was not there before."""
 
 import json
+import os
 import shutil
+import signal
 import sys
 
 import jax
@@ -9,8 +11,9 @@ import pytest
 
 from gqa import command_line, models, train
 from gqa.checkpoints import hf
+from gqa.data import prepare
 from gqa.data.prepare import record_path
-from gqa.training import loop
+from gqa.training import run_folder
 
 MEND = "delete the folder and prepare it again"
 
@@ -56,6 +59,7 @@ def from_checkpoint(folder) -> dict:
     ("argument", "message"),
     [
         ("--config.train.stpes=5", "unknown key config.train.stpes; nearest: config.train.steps"),
+        ("--profile=3", "--profile=3; expected START:STEPS, such as 10:3 for steps 10, 11 and 12"),
         ("--config.train.steps=many", "config.train.steps=many has the wrong type; expected int such as 20"),
         ("--config.model.scan_layers=2", "config.model.scan_layers=2 has the wrong type; expected bool such as True"),
         ("--wrokdir=x", "unknown option --wrokdir; nearest: --workdir"),
@@ -162,7 +166,7 @@ def test_folders_that_no_run_can_have(error_of, checkpoint, tmp_path):
 
 def test_folders_of_other_runs(error_of, tiny_run, tmp_path):
     workdir = tmp_path / "run"
-    loop.claim(workdir, tiny_run("t5"))
+    run_folder.claim(workdir, tiny_run("t5"))
     for argument, difference in (
         ("--config.model.changes.d_ff=96", "model.changes.d_ff=64, this one has 96"),
         ("--config.train.seed=1", "train.seed=0, this one has 1"),
@@ -173,6 +177,33 @@ def test_folders_of_other_runs(error_of, tiny_run, tmp_path):
     assert error_of("t5") == f"workdir {workdir} holds a finished run of 20 steps; choose another folder or more steps"
     (workdir / "config.json").write_text('{"train": ')
     assert error_of("t5").startswith(f"{workdir}/config.json is not readable JSON: ")
+
+
+def test_a_folder_that_a_living_run_has(error_of, tmp_path):
+    with run_folder.locked(tmp_path / "run"):
+        found = error_of("t5")
+    assert found.startswith(f"workdir {tmp_path / 'run'} is in use by a living run (process {os.getpid()} on ")
+
+
+def test_told_to_stop_while_records_are_prepared(config_file, monkeypatch, capsys, tmp_path):
+    """Nothing is left of them; and the signal is again what it was."""
+    monkeypatch.setenv("GQA_CACHE", str(tmp_path / "cache"))
+    before = signal.getsignal(signal.SIGTERM)
+    write = prepare.encode_record
+
+    def write_and_receive(row):
+        signal.raise_signal(signal.SIGTERM)
+        return write(row)
+
+    monkeypatch.setattr(prepare, "encode_record", write_and_receive)
+    arguments = [f"--config={config_file('t5', {'records': None})}", f"--workdir={tmp_path / 'run'}"]
+    monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        command_line.run(train.main)
+    assert stopped.value.code == 130
+    assert capsys.readouterr().err == "SIGTERM before the first step; the same command starts again\n"
+    assert os.listdir(tmp_path / "cache" / "records") == [] and not (tmp_path / "run").exists()
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_a_process_of_its_own(run_python, config_file, checkpoint, tmp_path):

@@ -76,9 +76,23 @@ class TrainConfig:
     eval_every: int  # steps between held-out losses; the last step always has one
     eval_examples: int  # held-out rows scored
     save_every: int  # steps between checkpoints; the last step always has one
-    keep: int  # newest checkpoints kept
+    keep: int  # newest checkpoints kept; the one with the least held-out loss is kept as well
+    keep_minutes: float | None = None  # of every so many minutes one more checkpoint is kept; None: none
+    mirror: str | None = None  # folder of this run's own that checkpoints are copied to, and come back from; None: none
+    skip_above: float | None = None  # a step's update is left out where loss or gradient norm is so many times its mean
+    roll_back_after: int | None = None  # updates left out in a row, after which the run goes back and passes them over
+    peak_tflops: float | None = None  # of one device, that MFU is measured against; None: as its maker says
 
     def __post_init__(self):
+        for name, least, example in (
+            ("keep_minutes", 0, "60"),
+            ("skip_above", 1, "5"),
+            ("roll_back_after", 0, "20"),
+            ("peak_tflops", 0, "989"),
+        ):
+            value = getattr(self, name)
+            if value is not None and not least < value < float("inf"):
+                raise InputError(f"train.{name}={value}; expected more than {least}, such as {example}, or None")
         for name in ("batch_size", "accumulation", "log_every", "eval_every", "eval_examples", "save_every", "keep"):
             if getattr(self, name) < 1:
                 raise InputError(f"train.{name}={getattr(self, name)}; expected at least 1")
@@ -223,6 +237,7 @@ def check_task(manifest: Manifest, architecture: models.ModelConfig) -> None:
 
 # What may differ between two starts of the same run in one working folder.
 MAY_CHANGE = ("train.steps", "train.log_every", "train.eval_every", "train.save_every", "train.keep", "records")
+MAY_CHANGE += tuple(f"train.{n}" for n in "keep_minutes mirror skip_above roll_back_after peak_tflops".split())
 MAY_CHANGE += ("distillation.cache", "uptrain.alpha", "mesh.data", "mesh.fsdp", "mesh.tensor", "train.accumulation")
 
 

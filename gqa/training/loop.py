@@ -1,12 +1,6 @@
 """The one training loop: initial state or resume, step, metrics, held-out loss, checkpoints, final model."""
 
 import contextlib
-import json
-import os
-import resource
-import shutil
-import signal
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -18,7 +12,6 @@ from tqdm import tqdm
 
 from gqa import models
 from gqa.checkpoints import hf_config, training_run
-from gqa.checkpoints.hf_config import read_json
 from gqa.checkpoints.store import Store
 from gqa.convert import convert, converted_config
 from gqa.convert.merging import merge_gradually
@@ -27,20 +20,15 @@ from gqa.errors import InputError
 from gqa.objectives.language_model import Sums, cross_entropy
 from gqa.sharding import logical_axes
 from gqa.training import optimizer as optimizers
-from gqa.training.config import MAY_CHANGE, RunConfig, flatten, to_json
+from gqa.training import run_folder
+from gqa.training.config import RunConfig
 from gqa.training.flops import train_step_flops
-from gqa.training.metrics import MetricsWriter
+from gqa.training.metrics import JSONL, MetricsWriter
+from gqa.training.roll_back import RollBacks
+from gqa.training.signals import Interrupted, Signals
 from gqa.training.state import abstract_state, initial_state, jit_train_step, make_train_step, place_batch
 from gqa.training.teacher import Teacher, distillation_loss
-
-CONFIG = "config.json"
-FINISHED = "finished.json"
-MODEL = "model"
-UNFINISHED = "unfinished"  # where the final model is written before it gets its name
-
-
-class Interrupted(KeyboardInterrupt):
-    """A run that a signal stopped, its state saved."""
+from gqa.training.watch import PROFILE, Profiler, Trace, Watch, Work, peak_tflops
 
 
 def language_model_loss(z_loss: float, dropout: bool) -> Callable[[models.Model, Mapping, jax.Array, jax.Array], Sums]:
@@ -60,12 +48,25 @@ def _heldout_sums(model: models.Model, batch: Mapping) -> Sums:
 
 
 def heldout_metrics(
-    model: models.Model, batches: loader.Batches, mesh: Mesh, show_progress: bool = False
+    model: models.Model,
+    batches: loader.Batches,
+    mesh: Mesh,
+    show_progress: bool = False,
+    stopping: Callable[[], bool] = lambda: False,
 ) -> dict[str, float]:
-    """Loss in nats a token, accuracy and tokens scored; one transfer from the devices at the end."""
+    """Loss in nats a token, accuracy and tokens scored; one transfer from the devices at the end.
+
+    Raises `Interrupted` between two batches once `stopping()`.
+    """
     steps = tqdm(range(len(batches)), desc="held-out", unit="batch", disable=not show_progress, dynamic_ncols=True)
+    sums = []
     with jax.set_mesh(mesh):
-        sums = jax.device_get([_heldout_sums(model, place_batch(mesh, batches(step))) for step in steps])
+        for step in steps:
+            if stopping():
+                raise Interrupted
+            sums.append(_heldout_sums(model, place_batch(mesh, batches(step))))
+            jax.block_until_ready(sums[-2:-1])  # one batch ahead of the devices, not all
+        sums = jax.device_get(sums)
     total = Sums(*(np.sum(np.asarray(part, np.float64)) for part in zip(*sums, strict=True)))
     return {
         "loss": float(total.loss_sum / total.weight_sum),
@@ -85,8 +86,9 @@ def train(
     records: Path,
     export: Callable[[models.Model, Path], None],
     teacher: models.Model | None = None,
+    trace: Trace | None = None,
 ) -> models.Model:
-    """Trains to the end, going on from the newest checkpoint in `workdir` if there is one.
+    """Trains to the end, going on from the newest intact checkpoint in `workdir` if there is one.
 
     Args:
       config: the run; written to `config.json`, and every later start must agree with it.
@@ -99,8 +101,10 @@ def train(
       records: folder of prepared records.
       export: writes the final model into a folder.
       teacher: where the run distils.
+      trace: steps whose profile goes into `profile/`.
 
-    Raises `InputError` when the folder holds another or a finished run, `Interrupted` after a signal.
+    Raises `InputError` when the folder holds another or a finished run, or a living run has it, and `Interrupted` after
+    a signal.
     """
     abstract_model = models.abstract(architecture)
     merged, finish = _merging(config, architecture)
@@ -116,60 +120,122 @@ def train(
         lambda step: learning_rate(step + config.schedule_offset),
         accumulation=config.train.accumulation,
         seed=config.train.seed,
+        skip_above=config.train.skip_above,
     )
     batches = loader.train_batches(records, config.train.batch_size, config.train.seed)
     heldout = loader.heldout_batches(records, config.train.batch_size, config.train.eval_examples)
     shapes = {name: array.shape for name, array in batches(0).items()}
     flops = train_step_flops(abstract_model, shapes)
+    said = None
     if teacher is not None:
         said = Teacher(config, teacher, architecture, batches.manifest.corpus_digests)
         flops += train_step_flops(teacher, shapes) // 3  # forward only
-    claim(workdir, config)
-    # So that what is saved can be read as a checkpoint without the code and the files that the run was started with.
-    written = hf_config.write(architecture, architecture.param_dtype, token_ids)
-    _write_json(workdir / training_run.ARCHITECTURE, written)
 
     with contextlib.ExitStack() as stack:
-        store = stack.enter_context(Store(workdir / "checkpoints", config.train.keep))
-        signals = stack.enter_context(_Signals())
+        mirror = config.train.mirror and Path(config.train.mirror)
+        folders = {"workdir": workdir} | ({"train.mirror": mirror} if mirror else {})
+        for what, folder in folders.items():  # before a lock is left in a folder that is not ours
+            run_folder.check(folder, config, what)
+        stack.enter_context(run_folder.locked(workdir))
+        for what, folder in folders.items():
+            run_folder.claim(folder, config, what)
+        # So that what is saved can be read as a checkpoint without the code and files that the run was started with.
+        written = hf_config.write(architecture, architecture.param_dtype, token_ids)
+        run_folder.write_json(workdir / training_run.ARCHITECTURE, written)
+        kept = dict(keep=config.train.keep, keep_minutes=config.train.keep_minutes, mirror=mirror)
+        store = stack.enter_context(Store(workdir / training_run.STEPS, **kept))
+        signals = stack.enter_context(Signals())
         stack.enter_context(jax.set_mesh(mesh))
         like = abstract_state(abstract_model, optimizer, mesh)
         train_step = jit_train_step(train_step, like)
-        start = store.latest_step()
-        if start is not None and start > config.steps:
+        newest = store.latest_step()
+        if newest is not None and newest > config.steps:
             raise InputError(
-                f"workdir {workdir} holds {start} steps already, the config says {config.steps}; choose more"
+                f"workdir {workdir} holds {newest} steps already, the config says {config.steps}; choose more"
             )
-        state = initial_state(initial_model, optimizer, like) if start is None else store.restore(start, like)
-        del initial_model  # not kept beside the state
-        writer = stack.enter_context(contextlib.closing(MetricsWriter(workdir, start)))
-        if start is None:
-            start = 0
-            writer.write(0, "heldout", heldout_metrics(merged(state.model, state.step), heldout, mesh))
-        progress = stack.enter_context(contextlib.closing(_Progress(start, config.steps, flops)))
-        for step, batch in enumerate(batches.prefetch(start, config.steps, depth=2), start + 1):
-            placed = place_batch(mesh, batch)
-            if teacher is not None:
-                placed = said(step - 1, placed)
-            state, metrics = train_step(state, placed)
-            last = step == config.steps
-            if last or step % config.train.log_every == 0:
-                # The one transfer from the devices in the loop; the step itself never waits for the host.
-                writer.write(step, "train", progress.report(step, batch, jax.device_get(metrics)))
-            if last or step % config.train.eval_every == 0:
-                scores = heldout_metrics(merged(state.model, state.step), heldout, mesh)
+        found = store.restore_newest(like)
+        step, state = found or (0, initial_state(initial_model, optimizer, like))
+        facts = store.facts(step) if found else {}
+        writer = MetricsWriter(workdir, step, store.folder(step)) if found else MetricsWriter(workdir, None)
+        stack.callback(lambda: writer.close())  # whichever it is then
+        del initial_model, found  # not kept beside the state
+        started = facts.get("started", run_folder.started(workdir))
+        work = Work(config.steps, flops, peak_tflops(config.train.peak_tflops), started)
+        watch = stack.enter_context(
+            contextlib.closing(
+                Watch(step, facts.get("useful_seconds", 0.0), int(jax.device_get(state.health.skipped)), work)
+            )
+        )
+        profiler = stack.enter_context(contextlib.closing(Profiler(trace, step, config.steps, workdir / PROFILE)))
+        roll_backs = RollBacks(store, like)
+
+        def is_due(every: int) -> bool:
+            return step == config.steps or step % every == 0
+
+        def score() -> None:
+            watch.settle()
+            model = merged(state.model, state.step)
+            # Where a signal cuts it short, the next start makes up for it.
+            with contextlib.suppress(Interrupted):
+                scores = heldout_metrics(model, heldout, mesh, stopping=lambda: signals.received is not None)
                 writer.write(step, "heldout", scores)
-                progress.heldout(step, scores["loss"])
-            if last or signals.received or step % config.train.save_every == 0:
-                store.save(step, state)
-            if signals.received and not last:
-                store.wait()
-                raise Interrupted(f"{signals.received} at step {step}: saved; the same command goes on from there")
+                watch.say(f"step {step}: held-out loss {scores['loss']:.4f}")
+            watch.resume()
+
+        def save() -> None:
+            with watch.saving():
+                facts = {"useful_seconds": watch.useful_seconds, "started": started}
+                store.save(step, state, losses=writer.losses, files=[workdir / JSONL], facts=facts)
+
+        if is_due(config.train.eval_every) and step not in writer.losses:
+            score()
+        batch_index = int(jax.device_get(state.batch))
+        feed = batches.prefetch(batch_index, batch_index + config.steps - step, depth=2)
+        while step < config.steps and not signals.received:
+            with watch.waiting_for_data():
+                batch = next(feed)
+            placed = place_batch(mesh, batch)
+            if said is not None:
+                placed = said(batch_index, placed)
+            step, batch_index = step + 1, batch_index + 1
+            with profiler.step(step, watch):
+                state, metrics = train_step(state, placed)
+            watch.step(metrics)
+            if is_due(config.train.log_every):
+                watch.settle()
+                # The one transfer from the devices in the loop; the step itself never waits for the host.
+                metrics = jax.device_get(metrics)
+                writer.write(step, "train", watch.report(step, batch, metrics))
+                in_a_row, limit = int(metrics["skipped_in_a_row"]), config.train.roll_back_after
+                if limit is not None and in_a_row >= limit:
+                    state = None  # not kept beside the one that is restored
+                    step, state = roll_backs.back(step - in_a_row, batch_index)
+                    watch.say(f"{in_a_row} updates left out in a row: back to step {step}, on with other batches")
+                    writer.close()
+                    writer = MetricsWriter(workdir, step, store.folder(step))
+                    watch.back_to(step, store.facts(step)["useful_seconds"], int(jax.device_get(state.health.skipped)))
+                    feed = batches.prefetch(batch_index, batch_index + config.steps - step, depth=2)
+                    continue
+            if is_due(config.train.eval_every):
+                score()
+            if signals.received or is_due(config.train.save_every):
+                save()
         store.wait()
+        if signals.received and not (step == config.steps and step in writer.losses):
+            raise Interrupted(f"{signals.received} {_what_is_saved(step, store.latest_step())}")
         model = finish(state.model)
-        _replace_model(workdir, lambda folder: export(model, folder))
-        _write_json(workdir / FINISHED, {"step": config.steps})
+        run_folder.replace_model(workdir, lambda folder: export(model, folder))
+        run_folder.write_json(workdir / run_folder.FINISHED, {"step": config.steps})
+        watch.say(watch.summary(step, writer.losses))
         return model
+
+
+def _what_is_saved(step: int, saved: int | None) -> str:
+    if step == 0 or saved is None:
+        return f"at step {step}: nothing is saved; the same command starts again"
+    if saved == step:
+        return f"at step {step}: saved; the same command goes on from there"
+    return f"at step {step}: could not be saved; the same command goes on from step {saved}"
 
 
 def _merging(config: RunConfig, architecture: models.ModelConfig) -> tuple[Callable, Callable]:
@@ -187,107 +253,3 @@ def _merging(config: RunConfig, architecture: models.ModelConfig) -> tuple[Calla
         return merge_gradually(model, kv_heads, jnp.minimum(step / steps, 1.0))
 
     return merged, lambda model: convert(model, kv_heads, "mean", jax.random.key(0))
-
-
-def claim(workdir: Path, config: RunConfig) -> None:
-    """Makes `workdir` this run's, or raises `InputError` when it holds a finished or another run, or something else."""
-    wanted = to_json(config)
-    found = read_json(workdir / CONFIG) if (workdir / CONFIG).exists() else {}
-    if "train" not in found:
-        # A kill may have left the unfinished config of this very call.
-        if workdir.exists() and {path.name for path in workdir.iterdir()} - {_unfinished(Path(CONFIG)).name}:
-            raise InputError(f"workdir {workdir} is not empty and holds no run; choose a new folder")
-        workdir.mkdir(parents=True, exist_ok=True)
-        _write_json(workdir / CONFIG, wanted)
-        return
-    found, expected = flatten(found), flatten(wanted)
-    for name in sorted({*found, *expected} - set(MAY_CHANGE)):
-        if found.get(name) != expected.get(name):
-            raise InputError(
-                f"workdir {workdir} holds a run with {name}={found.get(name)!r}, this one has {expected.get(name)!r}; "
-                "choose another folder or the same value"
-            )
-    if (workdir / FINISHED).exists():
-        steps = read_json(workdir / FINISHED)["step"]
-        if steps >= config.steps:
-            raise InputError(
-                f"workdir {workdir} holds a finished run of {steps} steps; choose another folder or more steps"
-            )
-        (workdir / FINISHED).unlink()
-
-
-def _replace_model(workdir: Path, export: Callable[[Path], None]) -> None:
-    unfinished = workdir / UNFINISHED
-    shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed here
-    export(unfinished / MODEL)
-    shutil.rmtree(workdir / MODEL, ignore_errors=True)  # of this run when it had fewer steps
-    (unfinished / MODEL).rename(workdir / MODEL)
-    unfinished.rmdir()
-
-
-def _write_json(path: Path, content: dict) -> None:
-    _unfinished(path).write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(_unfinished(path), path)
-
-
-def _unfinished(path: Path) -> Path:
-    return path.with_suffix(".tmp")
-
-
-class _Signals:
-    """Notes SIGINT and SIGTERM instead of dying, so that the step under way can end and be saved."""
-
-    def __init__(self):
-        self.received: str | None = None
-
-    def __enter__(self):
-        self._previous = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *_):
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def _note(self, number, _frame):
-        if self.received:  # a second Ctrl-C does not wait
-            raise KeyboardInterrupt
-        self.received = signal.Signals(number).name
-
-
-class _Progress:
-    """The progress bar, and the rates that go into the metrics."""
-
-    def __init__(self, start: int, steps: int, flops: int):
-        self._bar = tqdm(total=steps, initial=start, unit="step", desc="train", dynamic_ncols=True, mininterval=1.0)
-        self._flops = flops
-        self._step, self._time = start, time.perf_counter()
-
-    def report(self, step: int, batch: Mapping, metrics: dict) -> dict[str, float]:
-        """Metrics of a step with its rates since the last report; also shown."""
-        now = time.perf_counter()
-        steps_per_second = (step - self._step) / (now - self._time)
-        tokens = sum(int(np.count_nonzero(array)) for name, array in batch.items() if name.endswith("_segments"))
-        metrics = {name: float(value) for name, value in metrics.items()}
-        metrics |= {
-            "tokens_per_second": tokens * steps_per_second,
-            "model_tflops_per_second": self._flops * steps_per_second / 1e12,
-            "memory_gib": _peak_memory() / 2**30,
-        }
-        self._bar.update(step - self._step)
-        self._bar.set_postfix_str(f"loss {metrics['loss']:.3f}, {metrics['tokens_per_second']:.0f} tokens/s")
-        self._step, self._time = step, now
-        return metrics
-
-    def heldout(self, step: int, loss: float) -> None:
-        """Shows a held-out loss; the time it took is no training time."""
-        self._bar.write(f"step {step}: held-out loss {loss:.4f}")
-        self._time = time.perf_counter()
-
-    def close(self) -> None:
-        self._bar.close()
-
-
-def _peak_memory() -> int:
-    """Most bytes in use so far: of the device where it tells, else of this process."""
-    statistics = jax.local_devices()[0].memory_stats() or {}
-    return statistics.get("peak_bytes_in_use", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)

@@ -1,17 +1,23 @@
 """Metrics of a run on disk, and the arithmetic work of a training step."""
 
+import errno
 import json
 import os
 import socket
+import sys
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+from tqdm import tqdm
+
 from gqa.errors import InputError
 
 JSONL = "metrics.jsonl"
 TENSORBOARD = "tensorboard"
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_WAITING_BYTES = 1 << 24  # lines that wait while the disk is full
 
 
 class MetricsWriter:
@@ -19,32 +25,51 @@ class MetricsWriter:
 
     A line is `{"step": 100, "split": "train", "loss": 2.5, …}`, `step` being the number of steps taken. A run that
     resumes from the checkpoint of step s (`resume_step=s`) first drops what was written after it, so that the history
-    reads as that of an uninterrupted run; `resume_step=None`, a run from its beginning, drops everything.
+    reads as that of an uninterrupted run; `resume_step=None`, a run from its beginning, drops everything. `history` is
+    a folder whose metrics.jsonl is gone on from instead, such as that checkpoint's.
+
+    A full disk stops nothing: lines wait in memory until there is room. `losses` is the held-out loss by step.
 
     One process writes: create it on process 0 alone. Raises InputError where metrics.jsonl is damaged.
     """
 
-    def __init__(self, workdir: str | os.PathLike, resume_step: int | None):
+    def __init__(self, workdir: str | os.PathLike, resume_step: int | None, history: Path | None = None):
         workdir = Path(workdir)
         workdir.mkdir(parents=True, exist_ok=True)
-        kept = [] if resume_step is None else [line for line in read(workdir) if line["step"] <= resume_step]
+        lines = [] if resume_step is None else read(history or workdir)
+        kept = [line for line in lines if line["step"] <= resume_step]
         path = workdir / JSONL
         temporary = path.with_suffix(".tmp")
         temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
         os.replace(temporary, path)
-        self._lines = path.open("a", encoding="utf-8")
+        self.losses = {line["step"]: line["loss"] for line in kept if line.get("split") == "heldout"}
+        self._lines = path.open("ab", buffering=_WAITING_BYTES)
+        self._full = False
         self._events = _EventFile(workdir / TENSORBOARD, first_step=0 if resume_step is None else resume_step + 1)
 
     def write(self, step: int, split: str, metrics: Mapping[str, float]) -> None:
         """Writes the metrics of one step; they are on disk, safe from a kill of the process, when this returns."""
         values = {name: float(value) for name, value in metrics.items()}
-        self._lines.write(json.dumps({"step": step, "split": split, **values}) + "\n")
-        self._lines.flush()
+        if split == "heldout":
+            self.losses[step] = values["loss"]
+        self._lines.write((json.dumps({"step": step, "split": split, **values}) + "\n").encode())
         self._events.write_scalars(step, {f"{split}/{name}": value for name, value in values.items()})
+        try:
+            # What a failed flush could not write stays in the buffer, and is written by a later one.
+            self._lines.flush()
+            self._events.flush()
+            self._full = False
+        except OSError as error:
+            if error.errno not in _NO_ROOM:
+                raise
+            if not self._full:
+                tqdm.write(f"warning: metrics wait in memory: {error.strerror}", file=sys.stderr)
+            self._full = True
 
     def close(self) -> None:
-        self._lines.close()
+        """Closes the files; raises `OSError` when there is still no room for what waits."""
         self._events.close()
+        self._lines.close()
 
 
 def read(workdir: str | os.PathLike) -> list[dict]:
@@ -81,11 +106,12 @@ class _EventFile:
         directory.mkdir(parents=True, exist_ok=True)
         # TensorBoard reads the files of a directory in the order of their names.
         name = f"events.out.tfevents.{time.time():017.6f}.{socket.gethostname()}.{os.getpid()}"
-        self._file = (directory / name).open("xb")
+        self._file = (directory / name).open("xb", buffering=_WAITING_BYTES)
         self._records = RecordWriter(self._file)
         self._write(file_version="brain.Event:2")
         # Tells TensorBoard to forget what earlier files hold from this step on.
         self._write(step=first_step, session_log=event_pb2.SessionLog(status=event_pb2.SessionLog.START))
+        self.flush()
 
     def write_scalars(self, step: int, values: Mapping[str, float]) -> None:
         scalars = [self._summary.Value(tag=tag, simple_value=value) for tag, value in values.items()]
@@ -93,6 +119,8 @@ class _EventFile:
 
     def _write(self, **fields) -> None:
         self._records.write(self._event(wall_time=time.time(), **fields).SerializeToString())
+
+    def flush(self) -> None:
         self._file.flush()
 
     def close(self) -> None:

@@ -16,21 +16,40 @@ from gqa.training import optimizer as optimizers
 Batch = Mapping[str, jax.Array]
 
 
+_WINDOW = 100  # steps that the running means look back over
+_WARM_UP = 20  # steps before a loss or gradient can be called high
+
+
+class Health(NamedTuple):
+    """How the steps went so far, by which the next one is judged."""
+
+    loss: jax.Array  # float32, running mean
+    grad_norm: jax.Array  # float32, running mean
+    steps: jax.Array  # int32, in the means
+    skipped: jax.Array  # int32, steps whose update was left out
+    in_a_row: jax.Array  # int32, of these the ones just now
+
+
 class TrainState(NamedTuple):
     """The whole of a run: with the config and this, every later step follows."""
 
     step: jax.Array  # int32, steps done
     model: Model  # master parameters
     optimizer: optax.OptState
+    batch: jax.Array  # int32, index of the next batch: `step`, unless a roll-back passed over some
+    health: Health
 
 
 def state_shardings(mesh: Mesh, abstract_state: TrainState) -> TrainState:
     """Where each array of a state lives: optimizer moments beside their parameters."""
     axes = logical_axes(abstract_state.model)
+    everywhere = NamedSharding(mesh, PartitionSpec())
     return TrainState(
-        NamedSharding(mesh, PartitionSpec()),
+        everywhere,
         parameter_shardings(mesh, abstract_state.model),
         shardings(mesh, abstract_state.optimizer, optimizers.state_axes(abstract_state.optimizer, axes)),
+        everywhere,
+        jax.tree.map(lambda _: everywhere, abstract_state.health),
     )
 
 
@@ -55,7 +74,35 @@ def initial_state(
 
 
 def _initial(model: Model, optimizer: optax.GradientTransformation) -> TrainState:
-    return TrainState(jnp.zeros((), jnp.int32), model, optimizer.init(model))
+    count, mean = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.float32)
+    health = Health(loss=mean, grad_norm=mean, steps=count, skipped=count, in_a_row=count)
+    return TrainState(count, model, optimizer.init(model), batch=count, health=health)
+
+
+def _judge(health: Health, loss: jax.Array, grad_norm: jax.Array, skip_above: float | None):
+    """Whether a step's update is to be applied, and the health after it."""
+
+    def limit(mean):
+        if skip_above is None:
+            return jnp.inf
+        return jnp.where(health.steps < _WARM_UP, jnp.inf, skip_above * mean)
+
+    good = jnp.isfinite(loss) & (loss <= limit(health.loss))
+    good &= jnp.isfinite(grad_norm) & (grad_norm <= limit(health.grad_norm))
+
+    def mean(old, new):
+        # High values count as the limit: where the level has changed for good, the mean comes after it.
+        new = jnp.where(jnp.isfinite(new), jnp.minimum(new, limit(old)), old)
+        return old + (new - old) / jnp.minimum(health.steps + 1, _WINDOW)
+
+    bad = 1 - good.astype(jnp.int32)
+    return good, Health(
+        loss=mean(health.loss, loss),
+        grad_norm=mean(health.grad_norm, grad_norm),
+        steps=health.steps + 1,
+        skipped=health.skipped + bad,
+        in_a_row=(health.in_a_row + 1) * bad,
+    )
 
 
 def make_train_step(
@@ -65,11 +112,15 @@ def make_train_step(
     *,
     accumulation: int,
     seed: int,
+    skip_above: float | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
     """One optimizer step as a pure function, to be jitted with a donated state.
 
     `loss_fn(model, batch, key, step)` returns sums over tokens; gradients are normalised by the weight of the whole
     batch, over all devices and micro-batches, so that `accumulation` changes memory and nothing else.
+
+    A step whose loss or gradient norm is not finite, or above `skip_above` times its running mean, leaves parameters
+    and moments as they are, decided on the devices; counters go on, so that schedules stay functions of the step.
     """
 
     def total(model, batch, key, step):
@@ -103,16 +154,27 @@ def make_train_step(
         gradients, sums = accumulated(state.model, batch, key, state.step)
         gradients = jax.tree.map(lambda gradient: gradient / sums.weight_sum, gradients)
         updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.model)
+        loss, grad_norm = sums.loss_sum / sums.weight_sum, optax.tree.norm(gradients)
+        good, health = _judge(state.health, loss, grad_norm, skip_above)
+
+        def applied(new, old):
+            return jnp.where(good, new, old) if jnp.issubdtype(new.dtype, jnp.inexact) else new
+
+        model = jax.tree.map(applied, optax.apply_updates(state.model, updates), state.model)
+        optimizer_state = jax.tree.map(applied, optimizer_state, state.optimizer)
         metrics = {
-            "loss": sums.loss_sum / sums.weight_sum,
+            "loss": loss,
             "z_loss": sums.z_loss_sum / sums.weight_sum,
             "accuracy": sums.correct_sum / sums.weight_sum,
             "target_tokens": sums.weight_sum,
-            "grad_norm": optax.tree.norm(gradients),
+            "grad_norm": grad_norm,
             "learning_rate": learning_rate(state.step),
             "added_loss": sums.added_sum / sums.weight_sum,
+            "batch": state.batch,
+            "skipped_steps": health.skipped,
+            "skipped_in_a_row": health.in_a_row,
         }
-        return TrainState(state.step + 1, optax.apply_updates(state.model, updates), optimizer_state), metrics
+        return TrainState(state.step + 1, model, optimizer_state, state.batch + 1, health), metrics
 
     return train_step
 

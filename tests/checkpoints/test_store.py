@@ -1,14 +1,19 @@
 """The store of training states: bit for bit, whatever becomes of the state meanwhile."""
 
 import os
+import random
+import resource
+import shutil
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gqa.checkpoints.store import Store
+from gqa.checkpoints.store import Store, retained
 from gqa.errors import InputError
+from tests.reliability import mutilations
 
 
 def state_of(seed: int) -> dict:
@@ -74,8 +79,8 @@ def test_an_unfinished_checkpoint_is_none(tmp_path, next_step):
     """What a kill left of step 2 is neither found nor kept, whether or not step 2 is ever saved again."""
     with Store(tmp_path, keep=2) as store:
         store.save(1, state_of(1))
-    (tmp_path / "2.orbax-checkpoint-tmp").mkdir()
-    (tmp_path / "2.orbax-checkpoint-tmp" / "part").write_bytes(b"half")
+    (tmp_path / "2.unfinished").mkdir()
+    (tmp_path / "2.unfinished" / "part").write_bytes(b"half")
     with Store(tmp_path, keep=2) as store:
         assert store.latest_step() == 1
         store.save(next_step, state_of(next_step))
@@ -99,3 +104,134 @@ def test_another_model_is_refused(tmp_path, change, message):
         with pytest.raises(InputError) as caught:
             store.restore(7, abstract(state_of(7) | change))
     assert str(caught.value) == f"checkpoint of step 7 is of another model: {message}"
+
+
+def save_steps(folder: Path, *steps: int, **options) -> None:
+    with Store(folder, keep=4, **options) as store:
+        for step in steps:
+            store.save(step, state_of(step), facts={"seconds": 2.0 * step})
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in mutilations.files_of(folder)}
+
+
+@pytest.fixture(scope="module")
+def two_steps(tmp_path_factory):
+    """A folder with steps 1 and 2."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    save_steps(folder, 1, 2)
+    return folder
+
+
+def test_what_was_told_about_a_step(two_steps):
+    with Store(two_steps, keep=2) as store:
+        assert store.restore_newest(abstract(state_of(0)))[0] == 2
+        assert store.facts(2)["seconds"] == 4.0
+        assert store.facts(1)["time"] <= store.facts(2)["time"]
+
+
+@pytest.mark.parametrize("seed", [*range(8), *(pytest.param(seed, marks=pytest.mark.full) for seed in range(8, 50))])
+def test_a_damaged_step_is_skipped_with_one_line(two_steps, tmp_path, capfd, seed):
+    """Anywhere: bytes flipped, cut, added, swapped, files deleted and renamed, the sums' own included."""
+    folder = shutil.copytree(two_steps, tmp_path / "checkpoints")
+    before = contents(folder / "2")
+    rng = random.Random(seed)
+    what = rng.choice(mutilations.ANYWHERE)(rng, folder / "2")
+    expected = 2 if contents(folder / "2") == before else 1
+    with Store(folder, keep=2) as store:
+        step, state = store.restore_newest(abstract(state_of(0)))
+        lines = capfd.readouterr().err.splitlines()
+        assert step == expected, what
+        assert_equal(state, state_of(step))
+        if step == 1:
+            assert len(lines) == 1, lines
+            assert lines[0].startswith(f"warning: checkpoint of step 2 damaged ({folder}/2"), lines
+            assert lines[0].endswith("; going on from step 1")
+            # The next save, of whatever step, leaves nothing of it.
+            store.save(3, state_of(3))
+            store.wait()
+            assert store.steps() == [1, 3]
+        else:
+            assert not lines
+
+
+def test_no_step_is_intact(two_steps, tmp_path, capfd):
+    folder = shutil.copytree(two_steps, tmp_path / "checkpoints")
+    for step in (1, 2):
+        (folder / str(step) / "save.json").unlink()
+    with Store(folder, keep=2) as store, pytest.raises(InputError) as caught:
+        store.restore_newest(abstract(state_of(0)))
+    assert str(caught.value) == (
+        f"checkpoints of step 2, 1 damaged ({folder}/2/save.json is missing); there is no other: bring back a copy, "
+        "or choose a new folder"
+    )
+    assert capfd.readouterr().err == ""
+
+
+def test_which_steps_stay():
+    """Saved at minutes 0, 10, 20, …: the newest, the best, one every 25 minutes."""
+    steps, times = range(1, 9), {step: 600.0 * (step - 1) for step in range(1, 9)}
+    assert retained(steps, 2, times, None, {}) == {7, 8}
+    assert retained(steps, 2, times, None, {0: 0.1, 3: 2.0, 5: 1.5, 6: 1.5}) == {5, 7, 8}
+    assert retained(steps, 1, times, 25.0, {}) == {1, 4, 7, 8}
+    assert retained([2, 5], 1, {5: 0.0}, 25.0, {2: float("nan")}) == {5}
+
+
+def test_the_best_stays(tmp_path):
+    with Store(tmp_path, keep=1) as store:
+        for step, losses in ((1, {1: 3.0}), (2, {1: 3.0, 2: 2.0}), (3, {1: 3.0, 2: 2.0, 3: 2.5}), (4, {2: 2.0})):
+            store.save(step, state_of(step), losses=losses)
+        store.wait()
+        assert store.steps() == [2, 4]
+
+
+def test_a_mirror_gives_back_what_is_lost_or_damaged(tmp_path, capfd):
+    folder, mirror = tmp_path / "checkpoints", tmp_path / "mirror"
+    save_steps(folder, 1, 2, mirror=mirror)
+    assert contents(folder) == contents(mirror)
+    (folder / "2" / "SHA256SUMS").unlink()
+    with Store(folder, keep=4, mirror=mirror) as store:
+        step, state = store.restore_newest(abstract(state_of(0)))
+    assert step == 2 and contents(folder) == contents(mirror)
+    assert_equal(state, state_of(2))
+    assert capfd.readouterr().err == f"warning: {folder}/2 has no SHA256SUMS; its copy in {mirror} is used\n"
+    shutil.rmtree(folder)
+    (mirror / "2" / "default" / "manifest.ocdbt").write_bytes(b"half")
+    with Store(folder, keep=4, mirror=mirror) as store:
+        step, state = store.restore_newest(abstract(state_of(0)))
+    assert step == 1
+    assert_equal(state, state_of(1))
+
+
+@pytest.mark.parametrize("limit", [0, 100_000, 500_000])
+def test_a_disk_that_fills_up_during_a_save(tmp_path, capsys, limit):
+    """Files cannot grow beyond a limit: none of them, the arrays', the one that is written after these."""
+    folder, large = tmp_path / "checkpoints", tmp_path / "large"
+    large.write_bytes(bytes(1_000_000))
+    save_steps(folder, 1)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with Store(folder, keep=4) as store:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+        try:
+            store.save(2, state_of(2), files=[large])
+            store.wait()
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert os.listdir(folder) == ["1"]
+        store.save(3, state_of(3))
+        store.wait()
+        for step in (1, 3):
+            assert_equal(store.restore(step, abstract(state_of(0))), state_of(step))
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("warning: checkpoint of step 2 could not be saved: File too large")
+    assert lines[0].endswith("; the run goes on, older ones stay")
+
+
+def test_later_steps_are_discarded(tmp_path):
+    with Store(tmp_path / "checkpoints", keep=4, mirror=tmp_path / "mirror") as store:
+        for step in (1, 2, 3):
+            store.save(step, state_of(step))
+        store.discard_after(1)
+        assert store.steps() == [1]

@@ -5,6 +5,7 @@ Run by itself, this file is `gqa.train` that gets a signal at an exact moment:
 """
 
 import collections
+import hashlib
 import json
 import os
 import random
@@ -18,25 +19,35 @@ import pytest
 
 from gqa import command_line, models, sharding, train
 from gqa.checkpoints.store import Store
+from gqa.data import loader
 from gqa.training import loop, metrics
 from gqa.training import optimizer as optimizers
 from gqa.training.state import abstract_state
+from gqa.training.watch import RATES
 
 STEPS = 20
 # With dropout and micro-batches, whose random keys have to come out the same; checkpoints at 5, 10, 15 and 20.
-OVERRIDES = {"train.steps": STEPS, "model.dropout_rate": 0.1, "train.accumulation": 2}
-RATES = ("tokens_per_second", "model_tflops_per_second", "memory_gib")
+OVERRIDES = {"train.steps": STEPS, "model.dropout_rate": 0.1, "train.accumulation": 2, "records": None}
 NEVER = ("never", 1, "SIGKILL")
+
+
+def cache_of(workdir: Path) -> Path:
+    return workdir.with_suffix(".cache")
+
+
+def batches_of(workdir: Path) -> Path:
+    """File of the batches that a run took, a line each, those of its lost steps too: index and digest."""
+    return workdir.with_suffix(".batches")
 
 
 @pytest.fixture(scope="module")
 def start(config_file, run_python):
-    """A function (workdir, moment, number, signal) -> the finished process."""
+    """A function (workdir, moment, number, signal) -> the finished process; each workdir prepares its own records."""
     path = config_file("t5", OVERRIDES)
 
     def run(workdir: Path, moment: str, number: int, signal_name: str):
         arguments = (moment, number, signal_name, f"--config={path}", f"--workdir={workdir}")
-        return run_python(__file__, *arguments)
+        return run_python(__file__, *arguments, GQA_CACHE=str(cache_of(workdir)))
 
     return run
 
@@ -77,6 +88,8 @@ def assert_same_end(uninterrupted, tiny_run):
         for name in ("model.safetensors", "config.json", "characters.model"):
             assert (workdir / "model" / name).read_bytes() == (expected / "model" / name).read_bytes()
         assert history(workdir) == history(expected)
+        batches = [set(batches_of(folder).read_text().splitlines()) for folder in (workdir, expected)]
+        assert batches[0] == batches[1] and len(batches[1]) == STEPS
         found, wanted = (jax.tree_util.tree_leaves_with_path(last_state(folder)) for folder in (workdir, expected))
         assert len(found) == len(wanted) > 20
         for (path, leaf), (_, other) in zip(found, wanted, strict=True):
@@ -92,30 +105,33 @@ def test_the_uninterrupted_run(uninterrupted):
     lines = [(line["split"], line["step"]) for line in metrics.read(workdir)]
     heldout = [("heldout", 0), ("heldout", 10), ("heldout", 20)]
     assert sorted(lines) == sorted(heldout + [("train", step) for step in range(1, STEPS + 1)])
-    assert moments["metrics"] == 23 and moments["commit"] == 4
+    assert moments["metrics"] == 23 and moments["commit"] == moments["sums"] == 4 and moments["prepare"] > 2
     assert sorted(os.listdir(workdir / "checkpoints")) == ["15", "20"]
     assert sorted(os.listdir(workdir)) == [
         "architecture.json",
         "checkpoints",
         "config.json",
         "finished.json",
+        "lock",
         "metrics.jsonl",
         "model",
         "tensorboard",
     ]
 
 
-def test_killed_at_a_step_and_during_a_save(start, assert_same_end, tmp_path):
-    """Killed before the first checkpoint, when the second is written and has no name yet, and a few steps later."""
+def test_killed_in_each_phase(start, assert_same_end, tmp_path):
+    """While records are prepared, before the first checkpoint, as sums are written and as all is there but the name of
+    the second, and a few steps later."""
     rng = random.Random(0)
     workdir = tmp_path / "run"
-    kills = [("metrics", rng.randint(2, 5)), ("commit", 2), ("metrics", rng.randint(2, 12))]
-    checkpoints = []
+    kills = [("prepare", 5), ("metrics", rng.randint(2, 5)), ("sums", 2), ("commit", 1), ("metrics", rng.randint(2, 9))]
+    left = []
     for moment, number in kills:
         process = start(workdir, moment, number, "SIGKILL")
         assert process.returncode == -signal.SIGKILL, process.stderr
-        checkpoints.append(sorted(os.listdir(workdir / "checkpoints")))
-    assert checkpoints[0] == [] and checkpoints[1] == ["10.orbax-checkpoint-tmp", "5"]
+        folder = workdir / "checkpoints"
+        left.append(sorted(os.listdir(folder)) if folder.exists() else None)
+    assert left[:4] == [None, [], ["10.unfinished", "5"], ["10.unfinished", "5"]]
     process = start(workdir, *NEVER)
     assert process.returncode == 0, process.stderr
     assert_same_end(workdir)
@@ -137,16 +153,21 @@ def test_told_to_stop(start, assert_same_end, tmp_path):
 
 
 @pytest.mark.full
-def test_killed_twenty_times_anywhere(start, uninterrupted, assert_same_end, tmp_path):
-    """At any write of metrics and any use of a file in the folder, in as many runs as it takes."""
+def test_killed_fifty_times_anywhere(start, uninterrupted, assert_same_end, tmp_path):
+    """At any write of metrics and any use of a file, of records or of the run, in as many runs as it takes.
+
+    Three times in four soon after the start, so that a run takes many kills.
+    """
     rng = random.Random(1)
     total = sum(uninterrupted[1].values())
     kills = runs = 0
-    while kills < 20:
+    while kills < 50:
         runs += 1
         workdir = tmp_path / str(runs)
-        while (process := start(workdir, "any", rng.randint(1, total), "SIGKILL")).returncode == -signal.SIGKILL:
-            kills += 1
+        process = None
+        while process is None or process.returncode == -signal.SIGKILL:
+            process = start(workdir, "any", rng.randint(1, rng.choice([total, *3 * [total // 3]])), "SIGKILL")
+            kills += process.returncode == -signal.SIGKILL
         assert process.returncode == 0, process.stderr
         assert_same_end(workdir)
 
@@ -154,7 +175,7 @@ def test_killed_twenty_times_anywhere(start, uninterrupted, assert_same_end, tmp
 def main() -> None:
     moment, number, signal_name = sys.argv[1], int(sys.argv[2]), sys.argv[3]
     sys.argv[1:4] = []
-    workdir = sys.argv[-1].partition("=")[2]
+    workdir = Path(sys.argv[-1].partition("=")[2])
     counts = collections.Counter()
 
     def happens(name: str) -> None:
@@ -163,13 +184,31 @@ def main() -> None:
         if moment in ("any", name) and reached == number:
             os.kill(os.getpid(), signal.Signals[signal_name])
 
+    def moment_of(event: str, path: Path) -> str:
+        if path.is_relative_to(cache_of(workdir)):
+            return "prepare"
+        if path.name == "SHA256SUMS" and path.parent.suffix == ".unfinished":
+            return "sums"
+        # The rename that makes a checkpoint appear.
+        return "commit" if event == "os.rename" and path.suffix == ".unfinished" else event
+
     def audit(event: str, arguments: tuple) -> None:
         if event in ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir") and isinstance(arguments[0], str | Path):
             path = Path(arguments[0])
-            if path.is_relative_to(workdir):
-                # The rename that makes a checkpoint appear.
-                is_commit = event == "os.rename" and path.parent.name == "checkpoints"
-                happens("commit" if is_commit else event)
+            if path.is_relative_to(workdir) or path.is_relative_to(cache_of(workdir)):
+                happens(moment_of(event, path))
+
+    prefetch = loader.Batches.prefetch
+
+    def noted(self, start, stop, depth):
+        with batches_of(workdir).open("a") as file:
+            for index, batch in enumerate(prefetch(self, start, stop, depth), start):
+                digest = hashlib.sha256(b"".join(batch[name].tobytes() for name in sorted(batch))).hexdigest()
+                file.write(f"{index} {digest}\n")
+                file.flush()
+                yield batch
+
+    loader.Batches.prefetch = noted
 
     class Writer(metrics.MetricsWriter):
         def write(self, step, split, values):

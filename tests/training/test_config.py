@@ -46,7 +46,8 @@ def test_configs_are_found():
         (
             {"train.stpes": 5},
             "config.train: unknown 'stpes'; expected one of steps, batch_size, accumulation, seed, z_loss, log_every, "
-            "eval_every, eval_examples, save_every, keep; nearest: steps",
+            "eval_every, eval_examples, save_every, keep, keep_minutes, mirror, skip_above, roll_back_after, "
+            "peak_tflops; nearest: steps",
         ),
         ({"train.batch_size": "8"}, "config.train.batch_size='8' is a str; expected int"),
         ({"train.batch_size": True}, "config.train.batch_size=True is a bool; expected int"),
@@ -55,6 +56,10 @@ def test_configs_are_found():
         ({"train": 3}, None),
         ({"train.steps": 0}, "train.steps=0; expected at least 1"),
         ({"train.keep": 0}, "train.keep=0; expected at least 1"),
+        ({"train.skip_above": 1}, "train.skip_above=1.0; expected more than 1, such as 5, or None"),
+        ({"train.roll_back_after": 0}, "train.roll_back_after=0; expected more than 0, such as 20, or None"),
+        ({"train.keep_minutes": -3}, "train.keep_minutes=-3.0; expected more than 0, such as 60, or None"),
+        ({"train.peak_tflops": float("inf")}, "train.peak_tflops=inf; expected more than 0, such as 989, or None"),
         ({"train.z_loss": -1}, "train.z_loss=-1.0; expected at least 0 (T5: 1e-4)"),
         ({"train.accumulation": 3}, "train.accumulation=3 does not divide train.batch_size=8; nearest: 2"),
         ({"train.accumulation": 16}, "train.accumulation=16 does not divide train.batch_size=8; nearest: 8"),

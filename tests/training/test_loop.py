@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -19,21 +20,20 @@ from gqa.data import loader
 from gqa.data.prepare import read_manifest
 from gqa.errors import InputError
 from gqa.sharding import logical_axes, make_mesh
-from gqa.training import loop, metrics
+from gqa.training import loop, metrics, run_folder
 from gqa.training import optimizer as optimizers
 from gqa.training.state import abstract_state
+from gqa.training.watch import RATES
 
 pytestmark = pytest.mark.usefixtures("compilation_cache")
-
-RATES = ("tokens_per_second", "model_tflops_per_second", "memory_gib")
 
 
 @pytest.fixture
 def run(config_file, monkeypatch):
     """A function (workdir, family, dotted overrides) that trains, and returns the history without rates."""
 
-    def run(workdir, family, overrides):
-        arguments = [f"--config={config_file(family, overrides)}", f"--workdir={workdir}"]
+    def run(workdir, family, overrides, *more):
+        arguments = [f"--config={config_file(family, overrides)}", f"--workdir={workdir}", *more]
         monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
         train.main()
         return [{name: value for name, value in line.items() if name not in RATES} for line in metrics.read(workdir)]
@@ -282,7 +282,7 @@ def test_heldout_loss_does_not_depend_on_the_batch_size(tiny_run):
 
 def test_a_folder_with_more_steps_than_the_config_is_refused(run, tiny_run, tmp_path):
     workdir = tmp_path / "run"
-    loop.claim(workdir, tiny_run("llama", {"train.steps": 20}))
+    run_folder.claim(workdir, tiny_run("llama", {"train.steps": 20}))
     with Store(workdir / "checkpoints", 2) as store:
         store.save(15, {"step": jax.numpy.int32(15)})
     with pytest.raises(InputError, match="holds 15 steps already, the config says 10; choose more"):
@@ -292,16 +292,101 @@ def test_a_folder_with_more_steps_than_the_config_is_refused(run, tiny_run, tmp_
 
 def test_refusing_a_run_leaves_a_finished_one_finished(tiny_run, tmp_path):
     workdir = tmp_path / "run"
-    loop.claim(workdir, tiny_run("llama"))
+    run_folder.claim(workdir, tiny_run("llama"))
     (workdir / "finished.json").write_text('{"step": 20}')
     with pytest.raises(InputError, match=r"holds a run with train\.seed=0, this one has 1"):
-        loop.claim(workdir, tiny_run("llama", {"train.steps": 30, "train.seed": 1}))
+        run_folder.claim(workdir, tiny_run("llama", {"train.steps": 30, "train.seed": 1}))
     assert (workdir / "finished.json").exists()
-    loop.claim(workdir, tiny_run("llama", {"train.steps": 30}))
+    run_folder.claim(workdir, tiny_run("llama", {"train.steps": 30}))
     assert not (workdir / "finished.json").exists()
 
 
 def test_a_kill_while_the_folder_was_claimed_does_no_harm(tiny_run, tmp_path):
     (tmp_path / "config.tmp").write_text('{"tra')
-    loop.claim(tmp_path, tiny_run("llama"))
+    run_folder.claim(tmp_path, tiny_run("llama"))
     assert os.listdir(tmp_path) == ["config.json"]
+
+
+def steps_of(history, split):
+    return [line["step"] for line in history if line["split"] == split]
+
+
+def test_a_signal_while_scoring(run, tmp_path, monkeypatch):
+    """Between two of three held-out batches at step 10: the run stops there, and the next start scores them first."""
+    place_batch = loop.place_batch
+    calls = []
+
+    def place_and_receive(mesh, batch):
+        calls.append(batch)
+        if len(calls) == 3 + 10 + 1:
+            signal.raise_signal(signal.SIGTERM)
+        return place_batch(mesh, batch)
+
+    monkeypatch.setattr(loop, "place_batch", place_and_receive)
+    overrides = {"train.steps": 15, "train.eval_examples": 24}
+    with pytest.raises(loop.Interrupted, match=r"^SIGTERM at step 10: saved; the same command goes on from there$"):
+        run(tmp_path / "run", "llama", overrides)
+    assert len(calls) == 3 + 10 + 1
+    assert steps_of(metrics.read(tmp_path / "run"), "heldout") == [0]
+    history = run(tmp_path / "run", "llama", overrides)
+    assert steps_of(history, "heldout") == [0, 10, 15]
+    assert steps_of(history, "train") == list(range(1, 16))
+
+
+def test_updates_left_out_and_a_roll_back(run, tmp_path, monkeypatch, capsys):
+    """Batch 3 and batches 11 and 12 are not finite: one is left out, two in a row lead back to step 10."""
+    prefetch = loader.Batches.prefetch
+
+    def poisoned(self, start, stop, depth):
+        for index, batch in enumerate(prefetch(self, start, stop, depth), start):
+            weights = batch["loss_weights"] * (np.nan if index in (3, 11, 12) else 1)
+            yield batch | {"loss_weights": weights.astype(np.float32)}
+
+    monkeypatch.setattr(loader.Batches, "prefetch", poisoned)
+    overrides = {"train.roll_back_after": 2, "train.peak_tflops": 0.5}
+    history = run(tmp_path / "run", "llama", overrides)
+    lines = [line for line in history if line["split"] == "train"]
+    assert [line["step"] for line in lines] == list(range(1, 21))
+    assert [line["batch"] for line in lines] == [*range(10), *range(13, 23)]
+    assert [line["skipped_steps"] for line in lines] == [0, 0, 0] + [1] * 17
+    heldout = [line["loss"] for line in history if line["split"] == "heldout"]
+    assert heldout[-1] < heldout[0]
+    said = capsys.readouterr().out
+    assert "step 4: 1 update(s) left out, as loss or gradient was not finite or too high" in said
+    assert "2 updates left out in a row: back to step 10, on with other batches" in said
+    assert said.splitlines()[-1].startswith("20 steps, ")
+    assert f"best held-out loss {min(heldout):.4f} at step" in said
+    line = metrics.read(tmp_path / "run")[-2]
+    assert line["mfu"] == pytest.approx(line["model_tflops_per_second"] / (0.5 * jax.device_count()))
+    assert line["step_seconds_p50"] <= line["step_seconds_p90"] <= line["step_seconds_p99"]
+    assert 0 <= line["data_wait"] <= 1 and 0 < line["goodput"] <= 1
+
+
+def test_a_run_that_stays_astray_is_given_up(run, tmp_path, monkeypatch):
+    prefetch = loader.Batches.prefetch
+
+    def poisoned(self, start, stop, depth):
+        for index, batch in enumerate(prefetch(self, start, stop, depth), start):
+            yield batch | {"loss_weights": batch["loss_weights"] * np.float32(1 if index < 6 else np.nan)}
+
+    monkeypatch.setattr(loader.Batches, "prefetch", poisoned)
+    with pytest.raises(InputError, match=r"^updates are left out after 3 roll-backs to step 5 too; lower "):
+        run(tmp_path / "run", "llama", {"train.roll_back_after": 2})
+
+
+def test_a_trace_of_some_steps(run, tmp_path):
+    run(tmp_path / "run", "llama", {"train.steps": 5}, "--profile=2:2")
+    assert len(list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))) == 1
+
+
+def test_a_lost_folder_comes_back_from_the_mirror(run, tmp_path):
+    overrides = {"train.mirror": str(tmp_path / "mirror"), "train.steps": 10}
+    whole = run(tmp_path / "run", "llama", overrides)
+    model = (tmp_path / "run" / "model" / "model.safetensors").read_bytes()
+    shutil.rmtree(tmp_path / "run")
+    shutil.rmtree(tmp_path / "mirror" / "10")
+    assert run(tmp_path / "run", "llama", overrides) == whole
+    assert (tmp_path / "run" / "model" / "model.safetensors").read_bytes() == model
+    with pytest.raises(InputError, match=r"^train\.mirror .* holds a run with train\.seed=0, this one has 1; "):
+        run(tmp_path / "other", "llama", overrides | {"train.seed": 1})
+    assert not (tmp_path / "other").exists()

@@ -1,3 +1,5 @@
+import json
+import resource
 import sys
 from types import ModuleType
 
@@ -78,6 +80,42 @@ def test_damage_before_the_last_line_is_reported(tmp_path):
     with pytest.raises(InputError, match=r"""metrics.jsonl line 2 is not JSON: '\{"ste'; delete the line"""):
         MetricsWriter(tmp_path, 3)
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n{"ste\n{"step": 3}\n'
+
+
+def test_a_full_disk_loses_no_line(tmp_path, capsys):
+    """Lines wait, however many they are, and are written when there is room."""
+    train(tmp_path / "whole", None, 5000)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    writer = MetricsWriter(tmp_path / "full", None)
+    writer.write(0, "heldout", {"loss": 9.5})
+    resource.setrlimit(resource.RLIMIT_FSIZE, (150, hard))
+    try:
+        for step in range(10, 5000, 10):
+            writer.write(step, "train", {"loss": 1 / step, "grad_norm": 0.1})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert (tmp_path / "full" / "metrics.jsonl").stat().st_size <= 150
+    writer.write(5000, "train", {"loss": 1 / 5000, "grad_norm": 0.1})
+    writer.close()
+    whole, full = ((tmp_path / name / "metrics.jsonl").read_text() for name in ("whole", "full"))
+    assert full == whole
+    assert scalars(tmp_path / "full", "train/loss") == scalars(tmp_path / "whole", "train/loss")
+    assert capsys.readouterr().err == "warning: metrics wait in memory: File too large\n"
+
+
+def test_a_history_from_elsewhere(tmp_path):
+    """As of a checkpoint, when the working folder's own is lost."""
+    train(tmp_path / "whole", None, 50)
+    (tmp_path / "checkpoint").mkdir()
+    lines = (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "checkpoint" / "metrics.jsonl").write_text("".join(lines[:4]))
+    writer = MetricsWriter(tmp_path / "new", 20, history=tmp_path / "checkpoint")
+    assert writer.losses == {0: 9.5}
+    writer.write(30, "heldout", {"loss": 8.5})
+    assert writer.losses == {0: 9.5, 30: 8.5}
+    writer.close()
+    kept = [json.loads(line) for line in lines[:3]]
+    assert read(tmp_path / "new") == [*kept, {"step": 30, "split": "heldout", "loss": 8.5}]
 
 
 def test_no_history(tmp_path):

@@ -8,6 +8,7 @@ import pytest
 
 from gqa import models
 from gqa.data import loader
+from gqa.objectives.language_model import Sums
 from gqa.sharding import logical_axes, make_mesh
 from gqa.training import optimizer as optimizers
 from gqa.training.loop import language_model_loss
@@ -75,6 +76,9 @@ def test_an_update_is_that_of_the_whole_batch(setting, reference, accumulation):
             "grad_norm": float(optax.tree.norm(gradient)),
             "learning_rate": 0.5,
             "added_loss": 0.0,
+            "batch": 0,
+            "skipped_steps": 0,
+            "skipped_in_a_row": 0,
         },
         rel=1e-5,
     )
@@ -142,3 +146,55 @@ def test_dropout_is_a_function_of_seed_and_step(setting):
                 loss = float(loss_of(state, place_batch(mesh, batch)))
                 assert losses.setdefault((seed, step), loss) == loss
     assert len(set(losses.values())) == 4
+
+
+@pytest.fixture(scope="module")
+def step_of_factor(setting):
+    """A state, and the step of a loss that is the batch's factor times the square of one array."""
+    _, model, mesh, _ = setting
+    optimizer = optax.sgd(optax.constant_schedule(1e-6), momentum=0.9)  # moments, and a counter
+    like = abstract_state(jax.eval_shape(lambda: model), optimizer, mesh)
+
+    def loss_fn(model, batch, key, step):
+        loss = batch["factor"] * jnp.sum(jax.tree.leaves(model)[0] ** 2)
+        return Sums(*(loss if name == "loss_sum" else jnp.float32(name == "weight_sum") for name in Sums._fields))
+
+    train_step = make_train_step(loss_fn, optimizer, lambda step: step, accumulation=1, seed=0, skip_above=3.0)
+    with jax.set_mesh(mesh):
+        return initial_state(model, optimizer, like), jax.jit(train_step)
+
+
+def without_counters(state):
+    return [leaf for leaf in jax.tree.leaves((state.model, state.optimizer)) if leaf.dtype == jnp.float32]
+
+
+def take(train_step, state, factors):
+    """The state after a step for each factor, and which of them left the parameters alone."""
+    left_out = []
+    for factor in factors:
+        new, metrics = train_step(state, {"factor": jnp.float32(factor)})
+        same = [bool((a == b).all()) for a, b in zip(*map(without_counters, (state, new)), strict=True)]
+        left_out.append(all(same))
+        assert int(metrics["skipped_in_a_row"]) == [*left_out[::-1], False].index(False)
+        state = new
+    return state, left_out
+
+
+def test_a_step_that_is_not_finite_changes_no_parameter(step_of_factor):
+    state, train_step = step_of_factor
+    after, left_out = take(train_step, state, [1, np.nan, np.inf, 1])
+    assert left_out == [False, True, True, False]
+    assert (int(after.step), int(after.batch), int(after.health.skipped)) == (4, 4, 2)
+    assert [int(leaf) for leaf in jax.tree.leaves(after.optimizer) if leaf.shape == ()] == [4]
+    assert np.isfinite(after.health.loss) and np.isfinite(after.health.grad_norm)
+
+
+def test_a_step_far_above_the_mean_changes_no_parameter(step_of_factor):
+    """After a warm-up; and a level that stays is the new one before long."""
+    state, train_step = step_of_factor
+    state, left_out = take(train_step, state, [1, 10] + [1] * 48)
+    assert not any(left_out)
+    state, left_out = take(train_step, state, [2, 10, 1])
+    assert left_out == [False, True, False]
+    _, left_out = take(train_step, state, [10] * 60)
+    assert left_out[0] and not left_out[-1]

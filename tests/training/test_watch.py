@@ -1,0 +1,24 @@
+"""What a run says about its speed, and which of its steps are traced."""
+
+import jax
+import pytest
+
+from gqa.errors import InputError
+from gqa.training.watch import Profiler, Trace, peak_tflops
+
+
+def test_a_peak_is_given_or_known_or_none():
+    assert peak_tflops(2.5) == 2.5 * jax.device_count()
+    assert peak_tflops(None) is None  # a CPU's
+
+
+@pytest.mark.parametrize("text", ["", "3", "3:", ":3", "0:3", "3:0", "a:3", "3:-1", "3:1:2"])
+def test_steps_that_cannot_be_traced(text):
+    with pytest.raises(InputError, match=rf"^--profile={text}; expected START:STEPS, such as 10:3"):
+        Trace.parse(text)
+
+
+@pytest.mark.parametrize("text", ["5:1", "6:16", "21:1"])
+def test_steps_that_a_run_does_not_take(tmp_path, text):
+    with pytest.raises(InputError, match=rf"^--profile={text} is not of steps to come; expected some of 6\.\.20$"):
+        Profiler(Trace.parse(text), 5, 20, tmp_path)
