@@ -19,6 +19,7 @@ from gqa.decode.buckets import bucket, padded
 from gqa.decode.sampling import Sampling
 from gqa.errors import InputError
 from gqa.models import Model, ModelConfig, llama
+from gqa.nn.cache import check_cache_dtype
 
 STEPS = 64  # most steps between two looks at the rows
 
@@ -42,8 +43,7 @@ class Settings:
             raise InputError(f"beams={self.num_beams} with sampling; expected beams=1 or no temperature, top_k, top_p")
         if self.batch_size < 1:
             raise InputError(f"batch_size={self.batch_size} is below 1; expected 1 or more")
-        if self.cache_dtype not in (None, "int8"):
-            raise InputError(f"cache_dtype={self.cache_dtype!r} is unknown; expected int8, or none for the model's own")
+        check_cache_dtype(self.cache_dtype)
 
 
 @dataclasses.dataclass

@@ -18,7 +18,7 @@ def check_weights(name: str) -> None:
     """Raises `InputError` unless `name` is one of `WEIGHTS`."""
     if name not in WEIGHTS:
         expected, near = " or ".join(WEIGHTS), nearest(name, WEIGHTS)
-        raise InputError(f"weights={name!r} is unknown; expected {expected}, or none for the model's own; nearest: {near}")
+        raise InputError(f"weights={name!r}; expected {expected}, or none for the model's own; nearest: {near}")
 
 
 def quantize(model: Model, weights: str) -> Model:
@@ -47,4 +47,3 @@ def _replace(module: nnx.Module, bits: int) -> None:
                 _replace(part, bits)
         elif isinstance(value, nnx.Module) and not isinstance(value, QuantizedKernel):
             _replace(value, bits)
-
