@@ -16,19 +16,19 @@ def architecture(size, **changes):
 def test_bytes_of_a_step_of_t5_xxl(kv_heads, gigabytes):
     """Batch 32, 2048 inputs, 256 cached positions, bfloat16: computed by hand once."""
     heads = dict(decoder_self_kv_heads=kv_heads, cross_kv_heads=kv_heads)
-    parts = timing.step_bytes(architecture("t5_1_1_xxl", **heads), 32, 2048, 256, None)
+    parts = timing.step_bytes(architecture("t5_1_1_xxl", **heads), 32, 2048, 256, None, None)
     assert sum(parts.values()) == pytest.approx(gigabytes * 1e9, rel=0.02)
     # 2 (key, value) x 24 layers x heads x 64 x 2 bytes x 32 rows x 2048 positions
     assert parts["cross_cache"] == 2 * 24 * kv_heads * 64 * 2 * 32 * 2048
 
 
 def test_bytes_of_a_step_of_llama():
-    parts = timing.step_bytes(architecture("llama_mini", vocab_size=100), 3, 10, 7, None)
+    parts = timing.step_bytes(architecture("llama_mini", vocab_size=100), 3, 10, 7, None, None)
     layer = 4 * 64 * 64 + 3 * 64 * 96 + 2 * 64
     assert parts["weights"] == 2 * (2 * layer + 64 * 100)
     assert parts["self_cache"] == 2 * 2 * 4 * 16 * 2 * 3 * 16
     assert parts["cross_cache"] == 0
-    quantised = timing.step_bytes(architecture("llama_mini", vocab_size=100), 3, 10, 7, "int8")
+    quantised = timing.step_bytes(architecture("llama_mini", vocab_size=100), 3, 10, 7, "int8", None)
     assert quantised["self_cache"] == 2 * 2 * 4 * (16 + 4) * 3 * 16
 
 
@@ -36,7 +36,7 @@ def test_bytes_of_a_step_of_llama():
 def run(tmp_path, monkeypatch):
     """A function (overrides) that times the mini T5."""
     config = tmp_path / "config.py"
-    values = dict(size="t5_1_1_mini", changes={}, kv_heads=(1, 4), dtype="float32", cache_dtype=None)
+    values = dict(size="t5_1_1_mini", changes={}, kv_heads=(1, 4), dtype="float32", weights=(None,), cache=(None,))
     values |= dict(max_batch_size=2, inputs_length=16, new_tokens=4, repetitions=2)
     config.write_text(
         f"from ml_collections import ConfigDict\n\n\ndef get_config():\n    return ConfigDict({values!r})\n"
