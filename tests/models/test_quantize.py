@@ -67,5 +67,5 @@ def dequantized(model):
 
 
 def test_unknown_weights():
-    with pytest.raises(InputError, match="^weights='int3'; expected int8 or int4, or none .*; nearest: int[48]$"):
+    with pytest.raises(InputError, match=r"^weights='int3'; expected int8 or int4, or none .*; nearest: int[48]$"):
         quantize(models.abstract(models.size("llama_mini")), "int3")
