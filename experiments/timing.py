@@ -4,9 +4,12 @@ Time per sample against the number of key/value heads (GQA §3.1, fig. 6), on ra
 largest batch that fits, a warm-up, the median and spread of repetitions; apart, what a decoding step takes, the bytes
 that it has to read by arithmetic (weights, self- and cross-attention cache, as allocated) and the share that this is of
 the bandwidth which a large copy reaches in the same run. A table, timing.json and timing.png.
+
+Each pair of config.weights (None, int8, int4) and config.cache (None, int8) is measured with every number of heads.
 """
 
 import argparse
+import itertools
 import sys
 import time
 from collections.abc import Callable
@@ -40,7 +43,16 @@ def main() -> None:
     keep_freed_memory()
     from experiments.measure import commit, machine, write_json
     from gqa import models
+    from gqa.models.quantize import check_weights
+    from gqa.nn.cache import check_cache_dtype
 
+    if len(config.weights) != len(config.cache) or not config.weights:
+        raise InputError(f"config.weights={config.weights} and config.cache={config.cache}; expected as many of each")
+    formats = list(zip(config.weights, config.cache, strict=True))
+    for weights, cache in formats:
+        check_cache_dtype(cache)
+        if weights is not None:
+            check_weights(weights)
     architecture = models.replace(
         models.size(config.size), **config.changes, dtype=config.dtype, param_dtype=config.dtype, remat="none"
     )
@@ -50,9 +62,10 @@ def main() -> None:
         for K in sorted(config.kv_heads)
     ]  # refuses what does not divide, before anything is allocated
     bandwidth = copy_bandwidth()
+    models_by_heads = list(zip(sorted(config.kv_heads), architectures, strict=True))
     rows = [
-        row(config, each, K, bandwidth)
-        for K, each in tqdm(list(zip(sorted(config.kv_heads), architectures, strict=True)), desc="models", unit="model")
+        row(config, each, K, weights, cache, bandwidth)
+        for (weights, cache), (K, each) in tqdm(list(itertools.product(formats, models_by_heads)), desc="models")
     ]
     results = {
         "command": " ".join(["python -m experiments.timing", *sys.argv[1:]]),
@@ -88,24 +101,26 @@ def seconds(function: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def step_bytes(architecture, batch_size: int, inputs_length: int, new_tokens: int, cache_dtype: str | None) -> dict:
+def step_bytes(
+    architecture, batch_size: int, inputs_length: int, new_tokens: int, cache_dtype: str | None, weights: str | None
+) -> dict:
     """What one decoding step reads: weights once, and all of the caches as they are allocated."""
     import jax
     import jax.numpy as jnp
 
     from gqa import models
+    from gqa.models.quantize import quantize
+
+    def num_bytes(*parts) -> int:
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(parts))
 
     model = models.abstract(architecture)
+    if weights is not None:
+        model = jax.eval_shape(lambda model: quantize(model, weights), model)
     is_t5 = isinstance(model, models.t5.T5)
-    itemsize = jnp.dtype(architecture.param_dtype).itemsize
-    weights = sum(leaf.size for leaf in jax.tree.leaves(model.decoder)) * itemsize
-    weights += architecture.vocab_size * architecture.d_model * itemsize  # logits
+    read = num_bytes(model.decoder, model.embedding if architecture.tied_logits else model.logits)
     if is_t5:  # keys and values of the inputs are computed once
-        weights -= itemsize * sum(
-            leaf.size
-            for site in models.site_attention(model, "cross")
-            for leaf in jax.tree.leaves((site.key, site.value))
-        )
+        read -= num_bytes(*((site.key, site.value) for site in models.site_attention(model, "cross")))
     # A key and a value of a head and position; int8 has a float32 scale each.
     entry = jnp.dtype(architecture.dtype).itemsize * architecture.head_dim
     if cache_dtype == "int8":
@@ -116,30 +131,38 @@ def step_bytes(architecture, batch_size: int, inputs_length: int, new_tokens: in
     }
     length = new_tokens if is_t5 else inputs_length + new_tokens - 1
     return {
-        "weights": weights,
+        "weights": read,
         "self_cache": per_token["decoder_self"] * length,
         "cross_cache": per_token["cross"] * inputs_length if is_t5 else 0,
     }
 
 
-def row(config, architecture, num_kv_heads: int, bandwidth: float) -> dict[str, Any]:
+def row(
+    config, architecture, num_kv_heads: int, weights: str | None, cache: str | None, bandwidth: float
+) -> dict[str, Any]:
     """The measurements of one model."""
     import jax
 
     from gqa import models
+    from gqa.models.quantize import quantize
 
-    model = jax.block_until_ready(jax.jit(lambda key: models.create(architecture, key).unstacked())(jax.random.key(0)))
+    def make(key):
+        model = models.create(architecture, key)
+        return (model if weights is None else quantize(model, weights)).unstacked()
+
+    model = jax.block_until_ready(jax.jit(make)(jax.random.key(0)))
+    kind = {"kv_heads": num_kv_heads, "weights": weights, "cache": cache}
     batch_size = config.max_batch_size
     while True:
         try:
-            return {"kv_heads": num_kv_heads, "batch_size": batch_size} | _times(config, model, batch_size, bandwidth)
+            return kind | {"batch_size": batch_size} | _times(config, model, batch_size, kind, bandwidth)
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error) or batch_size == 1:
                 raise
             batch_size //= 2
 
 
-def _times(config, model, batch_size: int, bandwidth: float) -> dict[str, Any]:
+def _times(config, model, batch_size: int, kind: dict, bandwidth: float) -> dict[str, Any]:
     import jax
 
     from gqa.decode import generate
@@ -148,7 +171,7 @@ def _times(config, model, batch_size: int, bandwidth: float) -> dict[str, Any]:
     tokens = jax.device_put(tokens)
 
     def read():
-        return generate.prefill(model, tokens, None, config.new_tokens, cache_dtype=config.cache_dtype)
+        return generate.prefill(model, tokens, None, config.new_tokens, cache_dtype=kind["cache"])
 
     def decode(state):
         return generate.decode(model, state, config.new_tokens, eos_ids=())
@@ -163,7 +186,8 @@ def _times(config, model, batch_size: int, bandwidth: float) -> dict[str, Any]:
         reading.append(time.perf_counter() - start)
         decoding.append(seconds(lambda state=state: decode(state)))
     step = float(np.median(decoding)) / config.new_tokens
-    predicted = step_bytes(model.config, batch_size, config.inputs_length, config.new_tokens, config.cache_dtype)
+    lengths = config.inputs_length, config.new_tokens
+    predicted = step_bytes(model.config, batch_size, *lengths, kind["cache"], kind["weights"])
     total = sum(predicted.values())
     samples = [(a + b) / batch_size for a, b in zip(reading, decoding, strict=True)]
     return {
@@ -181,19 +205,21 @@ def _times(config, model, batch_size: int, bandwidth: float) -> dict[str, Any]:
 
 def table(results: dict[str, Any]) -> str:
     """The results as a Markdown table."""
-    base = results["rows"][-1]
+    base = max(results["rows"], key=lambda row: row["kv_heads"])  # of several in the first format
     lines = [
-        "| K | batch | s a sample | reading, s | step, ms | step, GB: weights + self + cross | GB/s | of copy "
-        f"| time, bytes against K = {base['kv_heads']} |",
-        "|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
+        "| K | weights, cache | batch | s a sample | reading, s | step, ms | step, GB: weights + self + cross | GB/s "
+        f"| of copy | time, bytes against K = {base['kv_heads']} |",
+        "|--:|---|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     base_bytes = sum(base["step_bytes"].values())
     for row in results["rows"]:
         low, high = row["seconds_per_sample_range"]
         parts = " + ".join(f"{value / 1e9:.2f}" for value in row["step_bytes"].values())
         total = sum(row["step_bytes"].values())
+        kind = ", ".join(row[part] or results["config"]["dtype"] for part in ("weights", "cache"))
         lines.append(
-            f"| {row['kv_heads']} | {row['batch_size']} | {row['seconds_per_sample']:.4f} ({low:.4f} to {high:.4f}) "
+            f"| {row['kv_heads']} | {kind} | {row['batch_size']} "
+            f"| {row['seconds_per_sample']:.4f} ({low:.4f} to {high:.4f}) "
             f"| {row['reading_seconds']:.3f} | {row['step_ms']:.2f} | {parts} | {row['gb_per_second']:.1f} "
             f"| {row['share_of_copy']:.0%} | {row['step_ms'] / base['step_ms']:.2f}, {total / base_bytes:.2f} |"
         )
@@ -217,7 +243,10 @@ def draw(results: dict[str, Any], path: Path) -> None:
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
 
-    rows, config = results["rows"], results["config"]
+    config = results["config"]
+    rows = [
+        row for row in results["rows"] if (row["weights"], row["cache"]) == (config["weights"][0], config["cache"][0])
+    ]
     K = [row["kv_heads"] for row in rows]
     times = np.array([row["seconds_per_sample"] for row in rows])
     spread = np.abs(np.array([row["seconds_per_sample_range"] for row in rows]).T - times)

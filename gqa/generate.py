@@ -9,6 +9,10 @@ token is the most likely one.
 --input has a JSON object with a "prompt" on every line; --output gets the same objects, in the same order, with
 "output" and "num_tokens" (and "error" instead for a line that is none). Interrupted and started again, it goes on.
 --interactive streams a conversation: a decoder sees all of it, and an empty line starts over.
+
+--weights and --cache store kernels, keys and values in fewer bits (python -m gqa.evaluate says what that costs). With
+--draft a cheaper checkpoint proposes tokens, a version with fewer key/value heads, say: the outputs are the model's own
+(drawn ones by distribution), and come sooner where the draft is cheap and most of its proposals are kept.
 """
 
 import argparse
@@ -19,7 +23,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -47,6 +51,9 @@ def main() -> int | None:
     parser.add_argument("--seed", type=int, default=0, help="of the draws (default: 0)")
     parser.add_argument("--batch_size", type=int, default=8, help="prompts of --input decoded at a time (default: 8)")
     parser.add_argument("--cache", metavar="TYPE", help="int8: keys and values in int8 (default: the compute type)")
+    parser.add_argument("--weights", metavar="TYPE", help="int8 or int4: kernels in few bits (default: none)")
+    parser.add_argument("--draft", type=Path, metavar="DIR", help="a cheaper checkpoint that proposes tokens")
+    parser.add_argument("--draft_tokens", type=int, help="tokens that --draft proposes at a time (default: 4)")
     args = command_line.parse_arguments(parser)
     _check_arguments(args)
     from gqa.decode import batches
@@ -65,7 +72,8 @@ def main() -> int | None:
         batch_size=args.batch_size,
         cache_dtype=args.cache,
     )
-    generator = _Generator(args.checkpoint, settings)
+    draft_tokens = 4 if args.draft_tokens is None else args.draft_tokens
+    generator = _Generator(args.checkpoint, settings, args.weights, args.draft, draft_tokens)
     if args.prompt is not None:
         generator.print_stream(generator.tokens(args.prompt))
     elif args.interactive:
@@ -82,6 +90,10 @@ def _check_arguments(args: argparse.Namespace) -> None:
         raise InputError("--input and --output go together; expected both")
     if args.length_penalty is not None and args.beams <= 1:
         raise InputError(f"--length_penalty={args.length_penalty} is of beam search; add --beams=4, say")
+    if args.draft_tokens is not None and args.draft is None:
+        raise InputError(f"--draft_tokens={args.draft_tokens} is of speculative decoding; add --draft=DIR")
+    if args.draft is not None and args.beams > 1:
+        raise InputError(f"--beams={args.beams} with --draft; expected one of them")
     if args.max_new_tokens < 1:
         raise InputError(f"--max_new_tokens={args.max_new_tokens} is below 1; expected 1 or more")
     if args.output is None:
@@ -97,21 +109,24 @@ def _check_arguments(args: argparse.Namespace) -> None:
 class _Generator:
     """A checkpoint ready to decode: text in, text out."""
 
-    def __init__(self, checkpoint: Path, settings):
+    def __init__(self, checkpoint: Path, settings, weights: str | None, draft: Path | None, draft_tokens: int):
         import jax
 
         from gqa import checkpoints
         from gqa.data.vocabulary import Vocabulary
         from gqa.decode import batches
+        from gqa.decode.speculative import check_draft
         from gqa.models.llama import LlamaConfig
+        from gqa.models.quantize import check_weights, quantize
 
+        if weights is not None:
+            check_weights(weights)
         # XLA:CPU multiplies bfloat16 several times slower than float32.
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
         choices = dict(dtype=dtype, param_dtype=dtype, scan_layers=False, remat="none", dropout_rate=0.0)
         contents = checkpoints.read(checkpoint, **choices)
         self.batches, self.config = batches, contents.config
-        weights = {str(file.absolute()): file.stat() for file in contents.weight_files}
-        self.identity = {name: [stat.st_size, stat.st_mtime_ns] for name, stat in weights.items()}
+        self.identity = _identity(contents.weight_files)
         self.is_decoder = isinstance(contents.config, LlamaConfig)
         self.vocabulary = Vocabulary(_vocabulary_file(checkpoint), foreign=self.is_decoder)
         if self.vocabulary.size > contents.config.vocab_size:
@@ -126,7 +141,28 @@ class _Generator:
         bos_id = self.vocabulary.bos_id
         self.bos_ids = [] if bos_id is None else ids.get("bos_token_id", [bos_id])[:1]
         self.settings = dataclasses.replace(settings, eos_ids=self.eos_ids)
-        self.model = checkpoints.load(checkpoint, **choices).unstacked()
+        # What outputs depend on: not the batch, which may turn out too large.
+        self.outputs = {"settings": repr(dataclasses.replace(self.settings, batch_size=1)), "weights": weights}
+
+        def load(directory: Path):
+            model = checkpoints.load(directory, **choices)
+            return (model if weights is None else quantize(model, weights)).unstacked()
+
+        self.draft = None
+        if draft is not None:
+            draft_contents = checkpoints.read(draft, **choices)
+            check_draft(contents.config, draft_contents.config, draft_tokens)
+            _check_same_tokenizer(self.vocabulary.path, draft)
+            self.outputs["draft"] = [_identity(draft_contents.weight_files), draft_tokens]
+            self.draft = batches.Draft(load(draft), draft_tokens)
+        self.model = load(checkpoint)
+
+    def kept(self) -> str:
+        """What the draft was worth so far, to be added to a line."""
+        if self.draft is None or not self.draft.num_proposed:
+            return ""
+        share = self.draft.num_accepted / self.draft.num_proposed
+        return f", {share:.0%} of the draft's {self.draft.num_proposed} tokens kept"
 
     def tokens(self, prompt: str) -> list[int]:
         """What the model reads for `prompt`; raises `InputError` where it cannot."""
@@ -161,14 +197,33 @@ class _Generator:
             printed = max(printed, len(text))
         print(self.text(prompt, new)[printed:], flush=True)
         seconds = time.perf_counter() - start
-        to_first = "" if self.settings.num_beams > 1 else f", the first after {first - start:.2f} s"
-        print(f"{len(new)} tokens, {len(new) / seconds:.1f} tokens/s{to_first}", file=sys.stderr)
+        to_first = f", the first after {first - start:.2f} s" if self._streams() else ""
+        print(f"{len(new)} tokens, {len(new) / seconds:.1f} tokens/s{to_first}{self.kept()}", file=sys.stderr)
         return new
 
     def _chunks(self, prompt: list[int]) -> Iterator[list[int]]:
-        if self.settings.num_beams == 1:
+        if self._streams():
             return self.batches.stream(self.model, prompt, self.settings, CHUNK)
-        return (new for _, new in self.batches.generate_all(self.model, {0: prompt}, self.settings))
+        return (new for _, new in self.all_tokens({0: prompt}))
+
+    def _streams(self) -> bool:
+        return self.settings.num_beams == 1 and self.draft is None
+
+    def all_tokens(self, prompts: Mapping[int, list[int]]) -> Iterator[tuple[int, list[int]]]:
+        """New tokens of every prompt with its number, as they finish."""
+        return self.batches.generate_all(self.model, prompts, self.settings, self.draft)
+
+
+def _identity(files: Iterable[Path]) -> dict[str, list[int]]:
+    """What tells whether files are still the same."""
+    return {str(file.absolute()): [file.stat().st_size, file.stat().st_mtime_ns] for file in files}
+
+
+def _check_same_tokenizer(vocabulary: Path, draft: Path) -> None:
+    """Raises `InputError` where the draft's folder has a tokenizer that is not the model's."""
+    for file in sorted(draft.glob("*.model")):
+        if file.read_bytes() != vocabulary.read_bytes():
+            raise InputError(f"--draft={draft}: {file.name} is another vocabulary than {vocabulary}; expected the same")
 
 
 def _vocabulary_file(checkpoint: Path) -> Path:
@@ -261,8 +316,7 @@ def _generate_file(generator: _Generator, source: Path, output: Path) -> None:
     identity = {
         "input": hashlib.sha256(content).hexdigest(),
         "checkpoint": generator.identity,
-        # Outputs do not depend on the batch, which may turn out too large.
-        "settings": repr(dataclasses.replace(generator.settings, batch_size=1)),
+        **generator.outputs,
     }
     partial = output.with_name(f".{output.name}.partial")
     with open(partial, "ab+") as journal:
@@ -271,7 +325,7 @@ def _generate_file(generator: _Generator, source: Path, output: Path) -> None:
         start, first, num_tokens = time.perf_counter(), None, 0
         bar = tqdm(total=len(lines) - len(bad), initial=len(done), unit="prompt", delay=1, dynamic_ncols=True)
         with bar:
-            for number, new in generator.batches.generate_all(generator.model, prompts, generator.settings):
+            for number, new in generator.all_tokens(prompts):
                 journal.write(json.dumps([number, new]).encode() + b"\n")
                 journal.flush()
                 first = first or time.perf_counter()
@@ -294,7 +348,8 @@ def _generate_file(generator: _Generator, source: Path, output: Path) -> None:
         os.replace(finished, output)
         partial.unlink()
     to_first = f", the first prompt done after {first - start:.2f} s" if first else ""
-    print(f"wrote {output}: {len(prompts)} prompts, {num_tokens} tokens, {num_tokens / seconds:.1f} tokens/s{to_first}")
+    rate = f"{num_tokens / seconds:.1f} tokens/s{to_first}{generator.kept()}"
+    print(f"wrote {output}: {len(prompts)} prompts, {num_tokens} tokens, {rate}")
     if bad:
         raise InputError(f"{len(bad)} of {len(lines)} lines of {source} are bad, the rest is done; first: {bad[0]}")
 

@@ -1,5 +1,6 @@
 import io
 import json
+import re
 import signal
 import sys
 
@@ -11,6 +12,7 @@ from gqa import command_line, generate, models
 from gqa.checkpoints import hf
 from gqa.data.vocabulary import Vocabulary
 from gqa.decode.batches import Settings, generate_all
+from gqa.models.quantize import quantize
 
 PROMPTS = ["def f(x)", "x", "return y * z + 1", "abc", "function 7 of 9", "z"]
 
@@ -41,14 +43,18 @@ def call(monkeypatch, capsys):
     return run
 
 
-def expected_outputs(checkpoints, name, prompts, max_new_tokens=8):
+def expected_outputs(checkpoints, name, prompts, max_new_tokens=8, weights=None, cache_dtype=None):
     """Text and number of tokens of each prompt's continuation, by the library."""
     from gqa import checkpoints as formats
 
     choices = dict(dtype="float32", param_dtype="float32", scan_layers=False, remat="none", dropout_rate=0.0)
     network = formats.load(checkpoints / name, **choices)
+    if weights is not None:
+        network = quantize(network, weights)
     vocabulary = Vocabulary(checkpoints / name / "characters.model")
-    settings = Settings(max_new_tokens, (1, 40), None, 0, num_beams=1, length_penalty=1.0, batch_size=8)
+    settings = Settings(
+        max_new_tokens, (1, 40), None, 0, num_beams=1, length_penalty=1.0, batch_size=8, cache_dtype=cache_dtype
+    )
     ends = [] if name == "llama" else [1]
     tokens = {i: [*vocabulary.encode(prompt), *ends] for i, prompt in enumerate(prompts)}
     found = dict(generate_all(network, tokens, settings))
@@ -101,6 +107,46 @@ def test_prompt_file_and_terminal_agree(name, checkpoints, call, tmp_path):
         assert out != 3 * (first + "\n")
 
 
+def test_fewer_bits_and_a_draft(checkpoints, call, tmp_path):
+    expected = expected_outputs(checkpoints, "llama", PROMPTS, weights="int4", cache_dtype="int8")
+    common = [f"--checkpoint={checkpoints / 'llama'}", "--max_new_tokens=8", "--weights=int4", "--cache=int8"]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in PROMPTS))
+    for number, arguments in enumerate(([], [f"--draft={checkpoints / 'llama'}", "--draft_tokens=2"])):
+        files = [f"--input={tmp_path / 'in.jsonl'}", f"--output={tmp_path / f'{number}.jsonl'}"]
+        code, out, _ = call(*common, *files, *arguments)
+        assert code == 0 and bool(arguments) == bool(
+            re.search(r"tokens/s.*, 100% of the draft's \d+ tokens kept$", out)
+        )
+        found = [json.loads(line) for line in (tmp_path / f"{number}.jsonl").read_text().splitlines()]
+        assert [(entry["output"], entry["num_tokens"]) for entry in found] == expected
+    code, out, err = call(*common, f"--prompt={PROMPTS[0]}", f"--draft={checkpoints / 'llama'}")
+    assert (code, out) == (0, expected[0][0] + "\n")
+    assert err.startswith(f"{expected[0][1]} tokens, ") and "of the draft's " in err
+
+
+def test_drafts_that_are_refused(checkpoints, call, tmp_path, tiny_vocabulary):
+    network = models.create(models.replace(models.size("llama_mini"), vocab_size=200), jax.random.key(3))
+    hf.save(network, tmp_path / "other", dtype="float32")
+    network = models.create(models.size("llama_mini"), jax.random.key(3))
+    hf.save(network, tmp_path / "tokenizer", dtype="float32")
+    (tmp_path / "tokenizer" / "other.model").write_bytes(b"another")
+    for arguments, message in (
+        (
+            [f"--draft={tmp_path / 'other'}"],
+            "the draft is a Llama of 200 tokens; expected the model's kind: a Llama of 256",
+        ),
+        ([f"--draft={checkpoints / 't5'}"], "the draft is a T5 of 256 tokens; expected the model's kind: a Llama"),
+        ([f"--draft={tmp_path / 'tokenizer'}"], f"--draft={tmp_path / 'tokenizer'}: other.model is another vocabulary"),
+        ([f"--draft={tmp_path / 'none'}"], f"{tmp_path / 'none'} is not a directory; expected a checkpoint's"),
+        ([f"--draft={tmp_path / 'other'}", "--beams=2"], "--beams=2 with --draft; expected one of them"),
+        ([f"--draft={checkpoints / 'llama'}", "--draft_tokens=0"], "num_drafted=0 is below 1; expected 1 or more"),
+        (["--draft_tokens=3"], "--draft_tokens=3 is of speculative decoding; add --draft=DIR"),
+    ):
+        code, out, err = call(f"--checkpoint={checkpoints / 'llama'}", "--prompt=x", *arguments)
+        assert (code, out, err.count("\n")) == (2, "", 1), err
+        assert err.startswith(f"error: {message}"), err
+
+
 def test_a_killed_run_goes_on(checkpoints, call, tmp_path, run_python):
     prompts = [{"prompt": PROMPTS[i % 6][: 1 + i % 5]} for i in range(40)]
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(prompt) + "\n" for prompt in prompts))
@@ -149,6 +195,11 @@ def test_bad_arguments(checkpoints, call, tmp_path):
         (["--prompt=x", "--max_new_tokens=0"], "--max_new_tokens=0 is below 1; expected 1 or more"),
         (["--prompt="], "the prompt is empty; expected some text"),
         (["--prompt=x", "--max_new_tokens=5000"], "a prompt of 1 tokens and max_new_tokens=5000 exceed the model's"),
+        (
+            ["--prompt=x", "--weights=int3"],
+            "weights='int3'; expected int8 or int4, or none for the model's own; nearest",
+        ),
+        (["--prompt=x", "--cache=int4"], "cache type 'int4' is unknown; expected int8, or none for the model's own"),
         (["--prompt=x", "--topk=5"], "unknown option --topk; nearest: --top_k"),
     ):
         code, out, err = call(llama, *arguments)

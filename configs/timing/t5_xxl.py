@@ -15,7 +15,8 @@ def get_config() -> ConfigDict:
             changes=dict(),
             kv_heads=(1, 4, 8, 16, 32, 64),
             dtype="bfloat16",
-            cache_dtype=None,
+            weights=(None,),  # with cache, a pair for each row: None, int8 or int4
+            cache=(None,),  # None or int8
             max_batch_size=32,
             inputs_length=2048,
             new_tokens=512,

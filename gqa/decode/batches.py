@@ -13,12 +13,13 @@ from collections.abc import Iterator, Mapping, Sequence
 import jax
 import numpy as np
 
-from gqa.decode import generate
+from gqa.decode import generate, speculative
 from gqa.decode.beam import beam_search, check_beams
 from gqa.decode.buckets import bucket, padded
 from gqa.decode.sampling import Sampling
 from gqa.errors import InputError
 from gqa.models import Model, ModelConfig, llama
+from gqa.nn.cache import check_cache_dtype
 
 STEPS = 64  # most steps between two looks at the rows
 
@@ -42,8 +43,17 @@ class Settings:
             raise InputError(f"beams={self.num_beams} with sampling; expected beams=1 or no temperature, top_k, top_p")
         if self.batch_size < 1:
             raise InputError(f"batch_size={self.batch_size} is below 1; expected 1 or more")
-        if self.cache_dtype not in (None, "int8"):
-            raise InputError(f"cache_dtype={self.cache_dtype!r} is unknown; expected int8, or none for the model's own")
+        check_cache_dtype(self.cache_dtype)
+
+
+@dataclasses.dataclass
+class Draft:
+    """A model that proposes tokens (speculative decoding), and what became of them so far."""
+
+    model: Model  # of the same kind and vocabulary
+    num_tokens: int  # proposed for each reading of the model
+    num_proposed: int = 0
+    num_accepted: int = 0
 
 
 def check_prompt(config: ModelConfig, tokens: Sequence[int], max_new_tokens: int) -> None:
@@ -55,8 +65,8 @@ def check_prompt(config: ModelConfig, tokens: Sequence[int], max_new_tokens: int
     generate.check_lengths(config, len(tokens), max_new_tokens)
 
 
-def check_memory(model: Model, settings: Settings, length: int) -> None:
-    """Raises `InputError` when the cache of a batch of prompts of `length` tokens exceeds the device's memory."""
+def check_memory(model: Model, settings: Settings, length: int, draft: Draft | None = None) -> None:
+    """Raises `InputError` when the caches of a batch of prompts of `length` tokens exceed the device's memory."""
     device = jax.devices()[0]
     statistics = device.memory_stats()
     if statistics:
@@ -65,7 +75,10 @@ def check_memory(model: Model, settings: Settings, length: int) -> None:
         free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     # Beams have a cache each, and a second while they are reordered.
     rows = settings.num_beams * (2 if settings.num_beams > 1 else 1)
-    row = rows * generate.state_bytes(model, 1, bucket(length), settings.max_new_tokens, settings.cache_dtype)
+    row = rows * sum(
+        generate.state_bytes(each, 1, bucket(length), settings.max_new_tokens, settings.cache_dtype)
+        for each in [model, *([draft.model] if draft else [])]
+    )
     if settings.batch_size * row > free:
         raise InputError(
             f"batch_size={settings.batch_size} needs {settings.batch_size * row / 1e9:.1f} GB of cache for "
@@ -75,7 +88,7 @@ def check_memory(model: Model, settings: Settings, length: int) -> None:
 
 
 def generate_all(
-    model: Model, prompts: Mapping[int, Sequence[int]], settings: Settings
+    model: Model, prompts: Mapping[int, Sequence[int]], settings: Settings, draft: Draft | None = None
 ) -> Iterator[tuple[int, list[int]]]:
     """The new tokens of every prompt with its number, as they finish.
 
@@ -83,20 +96,26 @@ def generate_all(
       model: T5 or Llama, best `unstacked()`.
       prompts: tokens by number; a prompt's draws are a function of the seed and its number.
       settings: how to decode.
+      draft: a model for speculative decoding, which takes batches of prompts of about one length; counts are added.
 
-    Raises `InputError` for a prompt that `check_prompt` refuses and for a batch that does not fit the memory.
+    Raises `InputError` for a prompt that `check_prompt` refuses, for a batch that does not fit the memory, and for a
+    draft with beams or of another kind or vocabulary.
     """
+    if draft is not None:
+        if settings.num_beams > 1:
+            raise InputError(f"beams={settings.num_beams} with a draft; expected beams=1 or no draft")
+        speculative.check_draft(model.config, draft.model.config, draft.num_tokens)
     for tokens in prompts.values():
         check_prompt(model.config, tokens, settings.max_new_tokens)
     if not prompts:
         return
     settings = dataclasses.replace(settings, batch_size=min(settings.batch_size, len(prompts)))
     longest = max(map(len, prompts.values()))
-    check_memory(model, settings, longest)
-    if isinstance(model, llama.Llama) and settings.num_beams == 1:
+    check_memory(model, settings, longest, draft)
+    if isinstance(model, llama.Llama) and settings.num_beams == 1 and draft is None:
         yield from _continuous(model, prompts, settings, bucket(longest))
     else:
-        yield from _by_length(model, prompts, settings)
+        yield from _by_length(model, prompts, settings, draft)
 
 
 def stream(model: Model, prompt: Sequence[int], settings: Settings, chunk: int) -> Iterator[list[int]]:
@@ -144,11 +163,12 @@ def _continuous(model, prompts, settings, longest: int) -> Iterator[tuple[int, l
             yield running.pop(place), tokens_BN[place, : counts_B[place]].tolist()
 
 
-def _by_length(model, prompts, settings) -> Iterator[tuple[int, list[int]]]:
+def _by_length(model, prompts, settings, draft: Draft | None) -> Iterator[tuple[int, list[int]]]:
     B = settings.batch_size
     numbers = sorted(prompts, key=lambda number: len(prompts[number]))
     for batch in (numbers[first : first + B] for first in range(0, len(numbers), B)):
         inputs, lengths = padded([prompts[number] for number in batch], B, bucket(len(prompts[batch[-1]])))
+        rows = np.pad(np.array(batch, np.int32), (0, B - len(batch)))
         if settings.num_beams > 1:
             beams = beam_search(
                 model,
@@ -161,8 +181,24 @@ def _by_length(model, prompts, settings) -> Iterator[tuple[int, list[int]]]:
                 cache_dtype=settings.cache_dtype,
             )
             tokens_BN, counts_B = jax.device_get((beams.tokens_BWN[:, 0], beams.counts_BW[:, 0]))
+        elif draft is not None:
+            made = speculative.generate(
+                model,
+                draft.model,
+                inputs,
+                lengths,
+                max_new_tokens=settings.max_new_tokens,
+                eos_ids=settings.eos_ids,
+                sampling=settings.sampling,
+                seed=settings.seed,
+                num_drafted=draft.num_tokens,
+                rows_B=rows,
+                cache_dtype=settings.cache_dtype,
+            )
+            tokens_BN, counts_B, num_proposed, num_accepted = jax.device_get(tuple(made))
+            draft.num_proposed += int(num_proposed)
+            draft.num_accepted += int(num_accepted)
         else:
-            rows = np.pad(np.array(batch, np.int32), (0, B - len(batch)))
             state = generate.prefill(
                 model, inputs, lengths, settings.max_new_tokens, rows, cache_dtype=settings.cache_dtype
             )

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from gqa.decode.generate import PAD_ID, State, eos_array, prefill
 from gqa.decode.sampling import Sampling, next_tokens, processed_logits, row_keys
 from gqa.errors import InputError
-from gqa.models import Model
+from gqa.models import FAMILIES, Model, ModelConfig, family_of
 
 
 class Speculated(NamedTuple):
@@ -44,21 +44,31 @@ def generate(
     sampling: Sampling | None = None,
     seed: int = 0,
     num_drafted: int,
+    rows_B: Sequence[int] | None = None,
+    cache_dtype: str | None = None,
 ) -> Speculated:
     """As `gqa.decode.generate.generate`, with up to `num_drafted + 1` tokens of every row for each reading of `model`.
 
-    `draft` is any model of the same vocabulary that reads the same inputs. Rows go on at their own pace. Raises
-    `InputError` for another vocabulary, another family and `num_drafted` below 1.
+    `draft` is any model of the same vocabulary that reads the same inputs; `rows_B` and `cache_dtype` (of both models)
+    are as of `prefill`. Rows go on at their own pace. Raises `InputError` as `check_draft` does.
     """
-    if num_drafted < 1:
-        raise InputError(f"num_drafted={num_drafted} is below 1; expected 1 or more")
-    if type(draft) is not type(model) or draft.config.vocab_size != model.config.vocab_size:
-        found, expected = (f"{type(m).__name__} of {m.config.vocab_size} tokens" for m in (draft, model))
-        raise InputError(f"the draft is a {found}; expected the model's kind: a {expected}")
-    states = [prefill(m, inputs_BS, lengths_B, max_new_tokens, spare=num_drafted) for m in (model, draft)]
+    check_draft(model.config, draft.config, num_drafted)
+    states = [
+        prefill(m, inputs_BS, lengths_B, max_new_tokens, rows_B, spare=num_drafted, cache_dtype=cache_dtype)
+        for m in (model, draft)
+    ]
     key = jax.random.key(seed)
     loop = _generate(model, draft, states[0], states[1].cache, eos_array(eos_ids), sampling, key, num_drafted)
     return Speculated(loop.state.tokens_BN, loop.state.counts_B, loop.num_proposed, loop.num_accepted)
+
+
+def check_draft(config: ModelConfig, draft: ModelConfig, num_drafted: int) -> None:
+    """Raises `InputError` for a draft of another vocabulary or family than the model's, and `num_drafted` below 1."""
+    if num_drafted < 1:
+        raise InputError(f"num_drafted={num_drafted} is below 1; expected 1 or more")
+    if type(draft) is not type(config) or draft.vocab_size != config.vocab_size:
+        found, expected = (f"{FAMILIES[family_of(c)].model.__name__} of {c.vocab_size} tokens" for c in (draft, config))
+        raise InputError(f"the draft is a {found}; expected the model's kind: a {expected}")
 
 
 @functools.partial(jax.jit, static_argnames="num_drafted", donate_argnames=("state", "draft_cache"))

@@ -24,7 +24,7 @@ from gqa.nn.attention import (
     sliding_window_mask,
 )
 from gqa.nn.cache import Cache, empty_cache
-from gqa.nn.layers import ACTIVATIONS, Dropout, GatedMLP, RMSNorm, dropped, embed, linear, parameter
+from gqa.nn.layers import ACTIVATIONS, Dropout, GatedMLP, RMSNorm, dropped, embed, linear, parameter, unembed
 from gqa.nn.position import RopeScaling, rotary_angles, rotary_frequencies, rotate
 from gqa.sharding import constrain
 
@@ -254,7 +254,7 @@ class Llama(nnx.Module):
     def _logits(self, x_BTD) -> jax.Array:
         x_BTD = self.decoder_norm(x_BTD)
         if self.config.tied_logits:
-            logits_BTV = linear("BTD,DV->BTV", x_BTD, self.embedding[...].T, x_BTD.dtype)
+            logits_BTV = unembed(self.embedding, x_BTD)
         else:
             logits_BTV = linear("BTD,DV->BTV", x_BTD, self.logits, x_BTD.dtype)
         return constrain(logits_BTV.astype(jnp.float32), "batch", "length", "vocab")

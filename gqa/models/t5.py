@@ -20,7 +20,7 @@ from gqa.nn.attention import (
     segment_mask,
 )
 from gqa.nn.cache import Cache, KVCache, empty_cache, filled_cache
-from gqa.nn.layers import ACTIVATIONS, Dropout, GatedMLP, RMSNorm, dropped, embed, linear, parameter
+from gqa.nn.layers import ACTIVATIONS, Dropout, GatedMLP, RMSNorm, dropped, embed, linear, parameter, unembed
 from gqa.nn.position import RelativePositionBias
 from gqa.sharding import constrain
 
@@ -355,7 +355,7 @@ class T5(nnx.Module):
         x_BTD = dropped(self.decoder_norm(x_BTD), dropout, 1)
         if self.config.tied_logits:
             x_BTD = x_BTD * jnp.asarray(self.config.d_model**-0.5, x_BTD.dtype)
-            logits_BTV = linear("BTD,DV->BTV", x_BTD, self.embedding[...].T, x_BTD.dtype)
+            logits_BTV = unembed(self.embedding, x_BTD)
         else:
             logits_BTV = linear("BTD,DV->BTV", x_BTD, self.logits, x_BTD.dtype)
         return constrain(logits_BTV.astype(jnp.float32), "batch", "length", "vocab")

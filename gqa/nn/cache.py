@@ -5,6 +5,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from gqa.errors import InputError
+
 
 class KVCache(NamedTuple):
     """Keys and values `[B, K, S, d]` of up to `S` positions; stacked layers put `L` in front."""
@@ -62,6 +64,12 @@ class Int8KVCache(NamedTuple):
 
 
 Cache = KVCache | Int8KVCache
+
+
+def check_cache_dtype(name: str | None) -> None:
+    """Raises `InputError` unless `name` is a quantised cache's type, int8, or `None` for the model's own."""
+    if name not in (None, "int8"):
+        raise InputError(f"cache type {name!r} is unknown; expected int8, or none for the model's own")
 
 
 def empty_cache(*shape: int, dtype) -> Cache:

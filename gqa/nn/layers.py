@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from gqa.nn.quantized import QuantizedKernel
+
 # Named functions: a lambda held by a module would retrace for every instance.
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu_new": jax.nn.gelu,  # tanh approximation, as in T5X and transformers' T5.1.1
@@ -36,21 +38,25 @@ def parameter(
     return nnx.Param(value, axes=axes)
 
 
-def linear(equation: str, x: jax.Array, kernel: nnx.Param | jax.Array, dtype) -> jax.Array:
+def linear(equation: str, x: jax.Array, kernel: nnx.Param | jax.Array | QuantizedKernel, dtype) -> jax.Array:
     """`einsum` of an activation with a kernel, in the compute dtype.
 
     The axes summed over are the last of `x` and the first of the kernel, as in `BTHd,HdD->BTD`.
     """
-    x, kernel = x.astype(dtype), kernel[...].astype(dtype)
-    if jax.default_backend() != "cpu":
-        return jnp.einsum(equation, x, kernel)
+    x = x.astype(dtype)
+    quantized = isinstance(kernel, QuantizedKernel)
+    if not quantized:
+        kernel = kernel[...].astype(dtype)
+        if jax.default_backend() != "cpu":
+            return jnp.einsum(equation, x, kernel)
     # XLA:CPU turns the operands of a product of more than two dimensions, its gradient's with all that was fused into
     # them: forward and backward with a GELU at 4096 x 192 x 512, two cores, 39 ms; as matrices 13 ms.
     inputs, result = equation.split("->")
     of_x, of_kernel = inputs.split(",")
     n = sum(axis in of_x for axis in of_kernel)
     assert of_x[-n:] == of_kernel[:n], equation
-    flat = x.reshape(-1, math.prod(x.shape[-n:])) @ kernel.reshape(math.prod(kernel.shape[:n]), -1)
+    flat = x.reshape(-1, math.prod(x.shape[-n:]))
+    flat = kernel.product(flat) if quantized else flat @ kernel.reshape(flat.shape[1], -1)
     return jnp.einsum(f"{of_x[:-n]}{of_kernel[n:]}->{result}", flat.reshape(x.shape[:-n] + kernel.shape[n:]))
 
 
@@ -103,6 +109,14 @@ class GatedMLP(nnx.Module):
         return linear("BTF,FD->BTD", hidden_BTF, self.down, x_BTD.dtype)
 
 
-def embed(table: nnx.Param, tokens_BT: jax.Array, dtype) -> jax.Array:
+def embed(table: nnx.Param | QuantizedKernel, tokens_BT: jax.Array, dtype) -> jax.Array:
     """Rows of an embedding table `[V, D]` for `tokens_BT`, in `dtype`."""
+    if isinstance(table, QuantizedKernel):
+        return table.rows(tokens_BT, dtype)
     return table[...][tokens_BT].astype(dtype)
+
+
+def unembed(table: nnx.Param | QuantizedKernel, x_BTD: jax.Array) -> jax.Array:
+    """Logits `[B, T, V]` by the rows of an embedding table, in the dtype of `x`."""
+    kernel = table if isinstance(table, QuantizedKernel) else table[...].T
+    return linear("BTD,DV->BTV", x_BTD, kernel, x_BTD.dtype)

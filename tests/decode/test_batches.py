@@ -4,13 +4,16 @@ import functools
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 
 from gqa import models
 from gqa.decode import batches, generate
-from gqa.decode.batches import Settings, generate_all, stream
+from gqa.decode.batches import Draft, Settings, generate_all, stream
 from gqa.decode.buckets import bucket, padded
 from gqa.decode.sampling import sampling
 from gqa.errors import InputError
+from gqa.models.quantize import quantize
+from gqa.nn.quantized import QuantizedKernel
 
 GREEDY = Settings(
     max_new_tokens=6, eos_ids=(7, 50), sampling=None, seed=0, num_beams=1, length_penalty=1.0, batch_size=3
@@ -123,3 +126,41 @@ def test_an_int8_cache_moves_the_logits_by_little(name):
     settings = dataclasses.replace(GREEDY, cache_dtype="int8")
     found = dict(generate_all(network, PROMPTS, settings))
     assert dict(generate_all(network, {3: PROMPTS[3]}, settings)) == {3: found[3]}
+
+
+@pytest.mark.parametrize(
+    ("name", "weights", "choice"),
+    [("t5_1_1_mini", "int4", "beams"), ("llama_mini", "int8", "continuous"), ("llama_mini", "int4", "draft")],
+)
+def test_quantised_kernels_give_the_tokens_of_their_values(name, weights, choice):
+    quantized = quantize(model(name), weights)
+    is_kernel = lambda node: isinstance(node, QuantizedKernel)  # noqa: E731
+    values = jax.tree.map(
+        lambda node: nnx.Param(node.kernel("float32")) if is_kernel(node) else node, quantized, is_leaf=is_kernel
+    )
+    settings = dataclasses.replace(GREEDY, num_beams=2 if choice == "beams" else 1)
+    draft = Draft(values, 3) if choice == "draft" else None
+    found = dict(generate_all(quantized, PROMPTS, settings, draft))
+    assert found == dict(generate_all(values, PROMPTS, settings))
+    if draft is not None:
+        # It proposes what the model says, but for what comes after an end.
+        assert draft.num_accepted > 0.5 * draft.num_proposed > 0
+
+
+@pytest.mark.parametrize("name", ["t5_1_1_mini", "llama_mini"])
+def test_a_draft_changes_no_output(name):
+    draft = Draft(quantize(model(name), "int4"), 3)
+    settings = dataclasses.replace(GREEDY, cache_dtype="int8")
+    assert dict(generate_all(model(name), PROMPTS, settings, draft)) == dict(
+        generate_all(model(name), PROMPTS, settings)
+    )
+    assert 0 < draft.num_accepted <= draft.num_proposed
+    with pytest.raises(InputError, match="beams=2 with a draft; expected beams=1 or no draft"):
+        dict(generate_all(model(name), PROMPTS, dataclasses.replace(GREEDY, num_beams=2), draft))
+
+
+def test_drawn_tokens_of_a_draft_depend_on_the_seed_and_the_prompts_number():
+    settings = dataclasses.replace(GREEDY, sampling=sampling(1.2))
+    draft = Draft(model("llama_mini"), 3)
+    found = dict(generate_all(model("llama_mini"), PROMPTS, settings, draft))
+    assert dict(generate_all(model("llama_mini"), {6: PROMPTS[6]}, settings, draft)) == {6: found[6]}
