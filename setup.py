@@ -34,7 +34,7 @@ EXTRAS = {
         "sacrebleu",
     ],
     # The other implementations that the tests compare against.
-    "parity": ["torch==2.13.0", "transformers>=5.23,<6"],
+    "parity": ["torch==2.13.0", "transformers>=5.23,<6", "ctranslate2>=4.8,<5"],
     # TPUs, and compiling for TPUs that are not there.
     "tpu": ["jax[tpu]>=0.10,<0.13"],
     "dev": ["pytest", "pytest-xdist", "ruff", "hypothesis"],

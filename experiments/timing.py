@@ -3,7 +3,9 @@
 Time per sample against the number of key/value heads (GQA §3.1, fig. 6), on random weights of a model's shapes: the
 largest batch that fits, a warm-up, the median and spread of repetitions; apart, what a decoding step takes, the bytes
 that it has to read by arithmetic (weights, self- and cross-attention cache, as allocated) and the share that this is of
-the bandwidth which a large copy reaches in the same run. A table, timing.json and timing.png.
+the bandwidth which a large copy reaches in the same run. Below: a file of prompts of mixed length with and without
+continuous batching (decoders), and speculation with a more grouped draft. A table, timing.json, written after every
+row, and timing.png.
 
 Each pair of config.weights (None, int8, int4) and config.cache (None, int8) is measured with every number of heads.
 """
@@ -38,6 +40,11 @@ def main() -> None:
         raise InputError("config.new_tokens=1; expected at least 2, so that steps can be told from reading the input")
     if arguments.output and arguments.output.exists():
         raise InputError(f"--output={arguments.output} exists already; name a new folder")
+    measure(config, " ".join(["python -m experiments.timing", *sys.argv[1:]]), arguments.output)
+
+
+def measure(config, command: str, output: Path | None, may_go_on: Callable[[], bool] = lambda: True) -> dict[str, Any]:
+    """The results of all rows of `config`, written to `output` after every row; stops when it may not go on."""
     from gqa.training.memory import keep_freed_memory
 
     keep_freed_memory()
@@ -57,28 +64,31 @@ def main() -> None:
         models.size(config.size), **config.changes, dtype=config.dtype, param_dtype=config.dtype, remat="none"
     )
     family = models.FAMILIES[models.family_of(architecture)]
-    architectures = [
-        models.replace(architecture, **{f"{site}_kv_heads": K for site in family.converted_sites})
-        for K in sorted(config.kv_heads)
-    ]  # refuses what does not divide, before anything is allocated
+    architectures = {
+        K: models.replace(architecture, **{f"{site}_kv_heads": K for site in family.converted_sites})
+        for K in config.kv_heads
+    }  # refuses what does not divide, before anything is allocated
     bandwidth = copy_bandwidth()
-    models_by_heads = list(zip(sorted(config.kv_heads), architectures, strict=True))
-    rows = [
-        row(config, each, K, weights, cache, bandwidth)
-        for (weights, cache), (K, each) in tqdm(list(itertools.product(formats, models_by_heads)), desc="models")
-    ]
     results = {
-        "command": " ".join(["python -m experiments.timing", *sys.argv[1:]]),
+        "command": command,
         "machine": machine(),
         "commit": commit(),
         "config": config.to_dict(),
         "copy_gb_per_second": bandwidth / 1e9,
-        "rows": rows,
+        "rows": [],
     }
-    print(table(results))
-    if arguments.output:
-        write_json(arguments.output / "timing.json", results)
-        draw(results, arguments.output / "timing.png")
+    for (weights, cache), K in tqdm(list(itertools.product(formats, config.kv_heads)), desc="models", unit="model"):
+        if not may_go_on():
+            break
+        results["rows"].append(row(config, architectures[K], K, weights, cache, bandwidth))
+        results["rows"].sort(key=lambda row: (formats.index((row["weights"], row["cache"])), row["kv_heads"]))
+        if output:
+            write_json(output / "timing.json", results)
+    if results["rows"]:
+        print(table(results), flush=True)
+        if output:
+            draw(results, output / "timing.png")
+    return results
 
 
 def copy_bandwidth(num_bytes: int = COPY_BYTES) -> float:
@@ -151,15 +161,108 @@ def row(
         return (model if weights is None else quantize(model, weights)).unstacked()
 
     model = jax.block_until_ready(jax.jit(make)(jax.random.key(0)))
+    for site in models.FAMILIES[models.family_of(architecture)].converted_sites:
+        for attention in models.site_attention(model, site):
+            attention.split_k = config.split_k
     kind = {"kv_heads": num_kv_heads, "weights": weights, "cache": cache}
     batch_size = config.max_batch_size
     while True:
         try:
-            return kind | {"batch_size": batch_size} | _times(config, model, batch_size, kind, bandwidth)
+            times = _times(config, model, batch_size, kind, bandwidth)
+            break
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error) or batch_size == 1:
                 raise
             batch_size //= 2
+    row = kind | {"batch_size": batch_size} | times
+    if weights or cache:
+        return row
+    if config.num_prompts and isinstance(model, models.llama.Llama):
+        row["mixed_prompts"] = mixed_prompts(config, model, batch_size)
+    if config.num_drafted and num_kv_heads > config.draft_kv_heads:
+        row["speculation"] = speculation(config, model)
+    return row
+
+
+def mixed_prompts(config, model, batch_size: int) -> dict[str, Any]:
+    """New tokens a second of many prompts of mixed length: whole batches in turn, and rows replaced as they finish.
+
+    Prompts have an eighth to all of `inputs_length` tokens. Tokens are drawn, and so many of the vocabulary end a row
+    that it has about a quarter of `new_tokens`. Both make the same tokens.
+    """
+    import jax
+
+    from gqa.decode import batches, generate
+    from gqa.decode.buckets import bucket, padded
+    from gqa.decode.sampling import sampling
+
+    rng = np.random.default_rng(0)
+    vocab_size, longest = model.config.vocab_size, config.inputs_length
+    lengths = rng.integers(max(1, longest // 8), longest + 1, config.num_prompts)
+    prompts = {number: rng.integers(3, vocab_size, length).tolist() for number, length in enumerate(lengths)}
+    settings = batches.Settings(
+        max_new_tokens=config.new_tokens,
+        eos_ids=tuple(range(-(-4 * vocab_size // config.new_tokens))),
+        sampling=sampling(1.0),
+        seed=0,
+        num_beams=1,
+        length_penalty=1.0,
+        batch_size=batch_size,
+        cache_dtype=None,
+    )
+
+    def in_turn() -> int:
+        total = 0
+        for first in range(0, len(prompts), batch_size):
+            numbers = range(first, min(first + batch_size, len(prompts)))
+            inputs, lengths = padded([prompts[number] for number in numbers], batch_size, bucket(longest))
+            rows = np.arange(first, first + batch_size, dtype=np.int32)
+            state = generate.prefill(model, inputs, lengths, config.new_tokens, rows)
+            ends = dict(eos_ids=settings.eos_ids, sampling=settings.sampling, seed=settings.seed)
+            total += int(jax.device_get(generate.decode(model, state, config.new_tokens, **ends).counts_B).sum())
+        return total
+
+    def continuous() -> int:
+        return sum(len(tokens) for _, tokens in batches.generate_all(model, prompts, settings))
+
+    result: dict[str, Any] = {"num_prompts": config.num_prompts}
+    for name, run in (("in_turn", in_turn), ("continuous", continuous)):
+        run()  # compiles
+        start = time.perf_counter()
+        result["new_tokens"] = run()
+        result[f"{name}_tokens_per_second"] = result["new_tokens"] / (time.perf_counter() - start)
+    return result
+
+
+def speculation(config, model) -> dict[str, Any]:
+    """Greedy decoding of one row alone and with a draft made of the model by conversion, in turns.
+
+    The draft's proposals are accepted as random weights have it, which says nothing of trained ones.
+    """
+    import jax
+
+    from gqa import convert, models
+    from gqa.decode import generate, speculative
+
+    kv_heads = dict.fromkeys(models.FAMILIES[models.family_of(model.config)].converted_sites, config.draft_kv_heads)
+    make = jax.jit(lambda model: convert.convert(model, kv_heads, "mean", jax.random.key(0)).unstacked())
+    draft = jax.block_until_ready(make(model))
+    tokens = np.random.default_rng(0).integers(3, model.config.vocab_size, (1, config.inputs_length), np.int32)
+    settings = dict(max_new_tokens=config.new_tokens, eos_ids=())
+    runs = {
+        "seconds_alone": lambda: generate.generate(model, tokens, None, **settings),
+        "seconds_with_draft": lambda: speculative.generate(
+            model, draft, tokens, None, num_drafted=config.num_drafted, **settings
+        ),
+    }
+    made = {name: jax.block_until_ready(run()) for name, run in runs.items()}["seconds_with_draft"]  # compiles
+    times = [{name: seconds(run) for name, run in runs.items()} for _ in range(config.repetitions)]
+    return {
+        "draft_kv_heads": config.draft_kv_heads,
+        "num_drafted": config.num_drafted,
+        "accepted": int(made.num_accepted) / int(made.num_proposed),
+        **{name: float(np.median([each[name] for each in times])) for name in runs},
+    }
 
 
 def _times(config, model, batch_size: int, kind: dict, bandwidth: float) -> dict[str, Any]:
@@ -176,9 +279,9 @@ def _times(config, model, batch_size: int, kind: dict, bandwidth: float) -> dict
     def decode(state):
         return generate.decode(model, state, config.new_tokens, eos_ids=())
 
-    compilation = [seconds(read)]
+    first_calls = [seconds(read)]
     state = jax.block_until_ready(read())
-    compilation.append(seconds(lambda: decode(state)))
+    first_calls.append(seconds(lambda: decode(state)))
     reading, decoding = [], []
     for _ in range(config.repetitions):
         start = time.perf_counter()
@@ -196,7 +299,7 @@ def _times(config, model, batch_size: int, kind: dict, bandwidth: float) -> dict
         "reading_seconds": float(np.median(reading)),
         "step_ms": 1e3 * step,
         "step_ms_range": [1e3 * min(decoding) / config.new_tokens, 1e3 * max(decoding) / config.new_tokens],
-        "first_call_seconds": sum(compilation),
+        "compile_seconds": max(0.0, sum(first_calls) - float(np.median(reading)) - float(np.median(decoding))),
         "step_bytes": predicted,
         "gb_per_second": total / step / 1e9,
         "share_of_copy": total / step / bandwidth,
@@ -204,12 +307,12 @@ def _times(config, model, batch_size: int, kind: dict, bandwidth: float) -> dict
 
 
 def table(results: dict[str, Any]) -> str:
-    """The results as a Markdown table."""
+    """The results as Markdown tables."""
     base = max(results["rows"], key=lambda row: row["kv_heads"])  # of several in the first format
     lines = [
         "| K | weights, cache | batch | s a sample | reading, s | step, ms | step, GB: weights + self + cross | GB/s "
-        f"| of copy | time, bytes against K = {base['kv_heads']} |",
-        "|--:|---|--:|--:|--:|--:|--:|--:|--:|--:|",
+        f"| of copy | time, bytes against K = {base['kv_heads']} | compiling, s |",
+        "|--:|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     base_bytes = sum(base["step_bytes"].values())
     for row in results["rows"]:
@@ -221,8 +324,27 @@ def table(results: dict[str, Any]) -> str:
             f"| {row['kv_heads']} | {kind} | {row['batch_size']} "
             f"| {row['seconds_per_sample']:.4f} ({low:.4f} to {high:.4f}) "
             f"| {row['reading_seconds']:.3f} | {row['step_ms']:.2f} | {parts} | {row['gb_per_second']:.1f} "
-            f"| {row['share_of_copy']:.0%} | {row['step_ms'] / base['step_ms']:.2f}, {total / base_bytes:.2f} |"
+            f"| {row['share_of_copy']:.0%} | {row['step_ms'] / base['step_ms']:.2f}, {total / base_bytes:.2f} "
+            f"| {row['compile_seconds']:.1f} |"
         )
+    lines += _table_of(
+        "| K | prompts of mixed length | whole batches in turn, new tokens/s | continuous batching, new tokens/s |",
+        results["rows"],
+        "mixed_prompts",
+        lambda found: (
+            f"{found['num_prompts']} | {found['in_turn_tokens_per_second']:.1f} "
+            f"| {found['continuous_tokens_per_second']:.1f}"
+        ),
+    )
+    lines += _table_of(
+        "| K | draft | accepted | one sample alone, s | with the draft, s |",
+        results["rows"],
+        "speculation",
+        lambda found: (
+            f"K = {found['draft_kv_heads']}, {found['num_drafted']} tokens | {found['accepted']:.0%} "
+            f"| {found['seconds_alone']:.3f} | {found['seconds_with_draft']:.3f}"
+        ),
+    )
     config = results["config"]
     machine = results["machine"]
     return "\n".join(
@@ -236,8 +358,14 @@ def table(results: dict[str, Any]) -> str:
     )
 
 
+def _table_of(header: str, rows: list[dict[str, Any]], name: str, cells: Callable[[dict], str]) -> list[str]:
+    """A further table, of the rows that measured `name`."""
+    found = [f"| {row['kv_heads']} | {cells(row[name])} |" for row in rows if name in row]
+    return ["", header, "|" + "--:|" * (header.count("|") - 1), *found] if found else []
+
+
 def draw(results: dict[str, Any], path: Path) -> None:
-    """Time per sample against groups (GQA fig. 6), and what the bytes alone would take at the copy's bandwidth."""
+    """Time per sample against groups (GQA fig. 6), and what reading the input and the steps' bytes alone would take."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -251,12 +379,15 @@ def draw(results: dict[str, Any], path: Path) -> None:
     times = np.array([row["seconds_per_sample"] for row in rows])
     spread = np.abs(np.array([row["seconds_per_sample_range"] for row in rows]).T - times)
     figure, axes = plt.subplots(figsize=(6.5, 4.2), layout="constrained")
-    axes.errorbar(K, times, spread, fmt="o-", color="black", capsize=3, label="measured")
     copy = 1e9 * results["copy_gb_per_second"]
-    at_copy_speed = [config["new_tokens"] * sum(row["step_bytes"].values()) / copy for row in rows]
-    bytes_alone = [(row["reading_seconds"] + t) / row["batch_size"] for row, t in zip(rows, at_copy_speed, strict=True)]
-    label = "reading, and the steps' bytes at copy speed"
-    axes.plot(K, bytes_alone, "s--", color="0.5", markerfacecolor="white", label=label)
+    parts = {"reading the input": [row["reading_seconds"] / row["batch_size"] for row in rows]}
+    for name in ("weights", "self_cache", "cross_cache"):
+        of_sample = [config["new_tokens"] * row["step_bytes"][name] / row["batch_size"] for row in rows]
+        if any(of_sample):
+            parts[f"{name.replace('_', ' ')} at copy speed"] = [number / copy for number in of_sample]
+    colors = ["0.9", "0.78", "0.66", "0.54"][: len(parts)]
+    axes.stackplot(K, *parts.values(), labels=parts.keys(), colors=colors)
+    axes.errorbar(K, times, spread, fmt="o-", color="black", capsize=3, label="measured")
     for number, row in zip(K, rows, strict=True):
         axes.annotate(
             f"batch {row['batch_size']}",

@@ -14,6 +14,8 @@ A command is
 Nothing here imports JAX, so `--help` answers at once.
 """
 
+from __future__ import annotations
+
 import argparse
 import ast
 import difflib
@@ -25,10 +27,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import ml_collections
-from ml_collections.config_dict import RequiredValueError
-
 from gqa.errors import InputError
+
+try:
+    import ml_collections
+    from ml_collections.config_dict import RequiredValueError
+except ImportError:  # what needs no configuration, such as experiments.gpu_timing, runs without
+    ml_collections = None
 
 # A path or disk that the user has to mend. Any other OSError is a bug and keeps its traceback.
 _USER_ERRNOS = frozenset(
@@ -118,6 +123,10 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> ml_collectio
     last holds. Raises `InputError` for a missing or broken file, an unknown key (naming the nearest), a value of
     another type and a `required_placeholder` left empty.
     """
+    if ml_collections is None:
+        raise InputError(
+            "ml-collections, which configurations are made of, is not installed; expected pip install -e ."
+        )
     config = _run_config_file(Path(path))
     values = {}
     for override in overrides:

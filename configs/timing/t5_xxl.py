@@ -21,5 +21,9 @@ def get_config() -> ConfigDict:
             inputs_length=2048,
             new_tokens=512,
             repetitions=3,
+            num_prompts=0,  # of mixed length, with and without continuous batching (decoders); 0: none
+            num_drafted=4,  # tokens that a draft proposes; 0: no speculation
+            draft_kv_heads=1,  # key/value heads of the draft, made by conversion
+            split_k=False,  # the kernel of that name where it applies (GPU)
         )
     )

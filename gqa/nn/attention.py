@@ -1,14 +1,15 @@
 """Grouped-query attention, one equation for multi-head (K=H), grouped and multi-query (K=1) attention; its masks."""
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.extend.backend import get_backend
 
+from gqa.nn import kernels
 from gqa.nn.layers import Dropout, RMSNorm, dropped, linear, parameter
-
-MASKED_SCORE = -1e30  # finite: a query that may attend to nothing (padding) stays finite too
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +49,7 @@ class GroupedQueryAttention(nnx.Module):
         self.value = parameter(v_key, (D, K, d), ("embed", "kv_heads", "head_dim"), init.key_value, param_dtype)
         self.out = parameter(o_key, (H, d, D), ("heads", "head_dim", "embed"), init.out, param_dtype)
         self.scale = shape.scale
+        self.split_k = False  # set to True, a model decodes through `kernels.split_k_decode` where that applies
         self.qkv_bias = shape.qkv_bias
         if shape.qkv_bias:
             self.query_bias = parameter(None, (H, d), ("heads", "head_dim"), 0.0, param_dtype)
@@ -103,6 +105,7 @@ class GroupedQueryAttention(nnx.Module):
             mask_BTS=mask_BTS,
             dropout=dropout,
             site=site,
+            split_k=self.split_k,
         )
 
     def project_out(self, heads_BTHd: jax.Array) -> jax.Array:
@@ -119,6 +122,7 @@ def grouped_query_attention(
     mask_BTS: jax.Array | None,
     dropout: Dropout | None = None,
     site: int = 0,
+    split_k: bool = False,
 ) -> jax.Array:
     """`softmax(q kᵀ + bias) v` with each key/value head shared by a group of G = H/K query heads (GQA §2.2).
 
@@ -130,85 +134,69 @@ def grouped_query_attention(
       mask_BTS: bool, True where a query may attend; B and T may be 1.
       dropout: applied to the attention weights.
       site: the dropout site's number.
+      split_k: allows the kernel of that name, which has no gradient.
 
     Returns:
       `[B, T, H, d]` in the queries' dtype; softmax is computed in float32.
     """
+    kernel = choose_kernel(_backend(), query_BTHd, key_BKSd, bias_HTS, dropout, split_k)
+    if kernel is None:
+        arguments = dict(bias_HTS=bias_HTS, mask_BTS=mask_BTS, dropout=dropout, site=site)
+        return plain_attention(query_BTHd, key_BKSd, value_BKSd, **arguments)
+    query_BTKGd, bias_KGTS = _grouped(query_BTHd, bias_HTS, key_BKSd.shape[1])
+    return kernel(query_BTKGd, key_BKSd, value_BKSd, bias_KGTS, mask_BTS).reshape(query_BTHd.shape)
+
+
+def choose_kernel(
+    backend: str, query_BTHd, key_BKSd, bias_HTS, dropout: Dropout | None, split_k: bool
+) -> Callable | None:
+    """The kernel of `gqa.nn.kernels` for arguments of these shapes and dtypes; `None`: `plain_attention`.
+
+    `backend` is `cpu`, `tpu`, `cuda` or another that has no kernels here.
+    """
+    T, d, S = query_BTHd.shape[1], query_BTHd.shape[3], key_BKSd.shape[2]
+    long = T >= kernels.BLOCK  # few queries: turning the cache's keys for a kernel costs more than the scores
+    if dropout is not None:  # none of them drops weights
+        return None
+    if backend == "cpu":
+        return kernels.on_cpu
+    if backend == "tpu" and long and bias_HTS is None and T % kernels.BLOCK == S % kernels.BLOCK == 0:
+        return kernels.splash
+    if backend == "cuda" and split_k and T == 1 and S >= kernels.SPLIT_K_LENGTH and d in kernels.SPLIT_K_HEAD_DIMS:
+        return kernels.split_k_decode
+    if backend == "cuda" and long and T % 2 == S % 2 == d % 8 == 0 and d <= 128 and query_BTHd.dtype in _HALF:
+        return kernels.cudnn
+    return None
+
+
+_HALF = (jnp.bfloat16, jnp.float16)
+
+
+def _backend() -> str:
+    backend = jax.default_backend()
+    if backend == "gpu":  # CUDA or ROCm
+        return "cuda" if "cuda" in get_backend().platform_version else "rocm"
+    return backend
+
+
+def plain_attention(
+    query_BTHd, key_BKSd, value_BKSd, *, bias_HTS, mask_BTS, dropout: Dropout | None = None, site: int = 0
+) -> jax.Array:
+    """`grouped_query_attention` as its equation says it: the reference of all kernels."""
+    query_BTKGd, bias_KGTS = _grouped(query_BTHd, bias_HTS, key_BKSd.shape[1])
+    scores_BKGTS = jnp.einsum("BTKGd,BKSd->BKGTS", query_BTKGd, key_BKSd, preferred_element_type=jnp.float32)
+    scores_BKGTS = kernels.masked(scores_BKGTS, bias_KGTS, mask_BTS)
+    weights_BKGTS = dropped(jax.nn.softmax(scores_BKGTS, axis=-1).astype(query_BTHd.dtype), dropout, site)
+    return jnp.einsum("BKGTS,BKSd->BTKGd", weights_BKGTS, value_BKSd).reshape(query_BTHd.shape)
+
+
+def _grouped(query_BTHd, bias_HTS, K: int) -> tuple[jax.Array, jax.Array | None]:
+    """Queries and bias with their heads in groups."""
     B, T, H, d = query_BTHd.shape
-    K = key_BKSd.shape[1]
-    query_BTKGd = query_BTHd.reshape(B, T, K, H // K, d)
-    bias_KGTS = bias_HTS
     if bias_HTS is not None:
         *rows, _, _, S = bias_HTS.shape
-        bias_KGTS = bias_HTS.reshape(*rows, K, H // K, T, S)
-    if dropout is None and jax.default_backend() == "cpu":
-        return _attention_on_cpu(query_BTKGd, key_BKSd, value_BKSd, bias_KGTS, mask_BTS).reshape(B, T, H, d)
-    scores_BKGTS = jnp.einsum("BTKGd,BKSd->BKGTS", query_BTKGd, key_BKSd, preferred_element_type=jnp.float32)
-    scores_BKGTS = _masked(scores_BKGTS, bias_KGTS, mask_BTS)
-    weights_BKGTS = dropped(jax.nn.softmax(scores_BKGTS, axis=-1).astype(query_BTHd.dtype), dropout, site)
-    return jnp.einsum("BKGTS,BKSd->BTKGd", weights_BKGTS, value_BKSd).reshape(B, T, H, d)
-
-
-def _masked(scores_BKGTS, bias_KGTS, mask_BTS) -> jax.Array:
-    if bias_KGTS is not None:
-        scores_BKGTS += bias_KGTS
-    if mask_BTS is not None:
-        # Added, not selected: XLA:CPU does not vectorise a selection inside the softmax.
-        scores_BKGTS += jnp.where(mask_BTS, 0.0, MASKED_SCORE)[:, None, None]
-    return scores_BKGTS
-
-
-# The same equation as XLA:CPU runs it fastest. The queries of a group are the R = G * T rows of one matrix: products
-# with more than two dimensions beside the batch's turn and copy scores and weights, the largest arrays. And automatic
-# differentiation adds a sum over a leading axis and products that miss the fast kernel. Forward and backward in
-# float32, two cores: B=32, H=8, T=S=128, d=32 25 ms (40 ms with the general products); B=8, T=S=512 128 ms (220 ms).
-
-
-@jax.custom_vjp
-def _attention_on_cpu(query_BTKGd, key_BKSd, value_BKSd, bias_KGTS, mask_BTS):
-    return _attention_on_cpu_forward(query_BTKGd, key_BKSd, value_BKSd, bias_KGTS, mask_BTS)[0]
-
-
-def _attention_on_cpu_forward(query_BTKGd, key_BKSd, value_BKSd, bias_KGTS, mask_BTS):
-    B, T, K, G, _ = query_BTKGd.shape
-    query_BKRd = _rows(query_BTKGd)
-    scores_BKRS = jnp.einsum("BKRd,BKSd->BKRS", query_BKRd, key_BKSd, preferred_element_type=jnp.float32)
-    scores_BKGTS = _masked(scores_BKRS.reshape(B, K, G, T, -1), bias_KGTS, mask_BTS)
-    weights_BKRS = jax.nn.softmax(scores_BKGTS, axis=-1).reshape(scores_BKRS.shape)
-    out_BKRd = jnp.einsum("BKRS,BKSd->BKRd", weights_BKRS.astype(value_BKSd.dtype), value_BKSd)
-    return _from_rows(out_BKRd, query_BTKGd.shape), (query_BKRd, key_BKSd, value_BKSd, weights_BKRS, bias_KGTS)
-
-
-def _attention_on_cpu_backward(residuals, gradient_BTKGd):
-    query_BKRd, key_BKSd, value_BKSd, weights_BKRS, bias_KGTS = residuals
-    gradient_BKRd = _rows(gradient_BTKGd)
-    of_weights = jnp.einsum("BKRd,BKSd->BKRS", gradient_BKRd, value_BKSd, preferred_element_type=jnp.float32)
-    of_scores = weights_BKRS * (of_weights - (weights_BKRS * of_weights).sum(-1, keepdims=True))
-    narrow_weights, narrow_scores = weights_BKRS.astype(value_BKSd.dtype), of_scores.astype(value_BKSd.dtype)
-    # Computed with d in front, then turned: the direct products miss the fast kernel.
-    barrier = jax.lax.optimization_barrier
-    of_value = barrier(jnp.einsum("BKRd,BKRS->BKdS", gradient_BKRd, narrow_weights)).swapaxes(2, 3)
-    of_key = barrier(jnp.einsum("BKRd,BKRS->BKdS", query_BKRd, narrow_scores)).swapaxes(2, 3)
-    of_query = _from_rows(jnp.einsum("BKRS,BKSd->BKRd", narrow_scores, key_BKSd), gradient_BTKGd.shape)
-    of_bias = None
-    if bias_KGTS is not None:
-        # A sum over the leading axis as a product: 40 times faster.
-        flat = of_scores.reshape(of_scores.shape[0], -1)
-        of_bias = (jnp.ones((1, flat.shape[0])) @ flat).reshape(bias_KGTS.shape)
-    return of_query, of_key, of_value, of_bias, None
-
-
-def _rows(x_BTKGd) -> jax.Array:
-    B, T, K, G, d = x_BTKGd.shape
-    return x_BTKGd.transpose(0, 2, 3, 1, 4).reshape(B, K, G * T, d)
-
-
-def _from_rows(x_BKRd, shape: tuple[int, ...]) -> jax.Array:
-    B, T, K, G, d = shape
-    return x_BKRd.reshape(B, K, G, T, d).transpose(0, 3, 1, 2, 4)
-
-
-_attention_on_cpu.defvjp(_attention_on_cpu_forward, _attention_on_cpu_backward)
+        bias_HTS = bias_HTS.reshape(*rows, K, H // K, T, S)
+    return query_BTHd.reshape(B, T, K, H // K, d), bias_HTS
 
 
 # Masks: bool [B, T, S] (B or T may be 1), True where a query may attend; combine them with `&`.

@@ -45,6 +45,7 @@ def run(tmp_path, monkeypatch):
     config = tmp_path / "config.py"
     values = dict(size="t5_1_1_mini", changes={}, kv_heads=(1, 4), dtype="float32", weights=(None,), cache=(None,))
     values |= dict(max_batch_size=2, inputs_length=16, new_tokens=4, repetitions=2)
+    values |= dict(num_prompts=0, num_drafted=0, draft_kv_heads=1, split_k=False)
     config.write_text(
         f"from ml_collections import ConfigDict\n\n\ndef get_config():\n    return ConfigDict({values!r})\n"
     )
@@ -69,6 +70,24 @@ def test_table_json_and_picture(run, tmp_path, capsys):
     assert (tmp_path / "out" / "timing.png").read_bytes().startswith(b"\x89PNG")
     out = capsys.readouterr().out
     assert "| 4 | float32, float32 | 2 |" in out and "| 4 | int4, int8 | 2 |" in out
+
+
+def test_continuous_batching_and_speculation(run, tmp_path, capsys):
+    run(
+        "--config.size=llama_mini",
+        "--config.kv_heads=4",
+        "--config.num_prompts=5",
+        "--config.num_drafted=2",
+        f"--output={tmp_path / 'out'}",
+    )
+    (row,) = json.loads((tmp_path / "out" / "timing.json").read_text())["rows"]
+    mixed, speculation = row["mixed_prompts"], row["speculation"]
+    assert 5 <= mixed["new_tokens"] <= 20
+    assert 0 <= speculation["accepted"] <= 1 and speculation["draft_kv_heads"] == 1
+    found = capsys.readouterr().out
+    tokens_per_second = [f"{mixed[f'{name}_tokens_per_second']:.1f}" for name in ("in_turn", "continuous")]
+    assert f"| 4 | 5 | {' | '.join(tokens_per_second)} |" in found
+    assert f"| 4 | K = 1, 2 tokens | {speculation['accepted']:.0%} |" in found
 
 
 @pytest.mark.parametrize(
