@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from gqa.nn.layers import Dropout, RMSNorm, dropped, linear, parameter
+from gqa.nn.layers import Dropout, RMSNorm, dropped, for_cpu, linear, parameter
 
 MASKED_SCORE = -1e30  # finite: a query that may attend to nothing (padding) stays finite too
 
@@ -141,7 +141,7 @@ def grouped_query_attention(
     if bias_HTS is not None:
         *rows, _, _, S = bias_HTS.shape
         bias_KGTS = bias_HTS.reshape(*rows, K, H // K, T, S)
-    if dropout is None and jax.default_backend() == "cpu":
+    if dropout is None and for_cpu():
         return _attention_on_cpu(query_BTKGd, key_BKSd, value_BKSd, bias_KGTS, mask_BTS).reshape(B, T, H, d)
     scores_BKGTS = jnp.einsum("BTKGd,BKSd->BKGTS", query_BTKGd, key_BKSd, preferred_element_type=jnp.float32)
     scores_BKGTS = _masked(scores_BKGTS, bias_KGTS, mask_BTS)
