@@ -1,5 +1,5 @@
-"""Uptrains T5.1.1-XXL, converted to GQA-8, as GQA §3.1 does: α = 0.05 of a million steps, batch 2048 x 512/114, T5's own
-Adafactor and schedule, decoder and cross-attention with 8 key/value heads.
+"""Uptrains T5.1.1-XXL, converted to GQA-8, as GQA §3.1 does: α = 0.05 of a million steps, batch 2048 x 512/114, T5's
+own Adafactor and schedule, 8 key/value heads in the decoder's self- and cross-attention.
 
 What it takes is `python -m gqa.plan --config=configs/uptrain_t5_xxl_gqa8.py --topology=v4:4x4x4`. Quality to expect
 (GQA table 1): 47.1 on average, where MHA-XXL has 47.2. To run it, put text in `c4/`, the public checkpoint in

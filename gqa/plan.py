@@ -37,7 +37,8 @@ def main() -> None:
         raise InputError(f"--price={arguments.price}; expected USD per chip-hour, at least 0")
     if arguments.output and not arguments.output.parent.is_dir():
         raise InputError(f"--output={arguments.output}: there is no folder {arguments.output.parent}")
-    # Before JAX is imported, which reads them once.
+    # Before JAX is imported, which reads them once. Warnings of the partitioner are of no use to who reads a plan.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     if topology.chip.platform != "gpu":
         os.environ["JAX_PLATFORMS"] = "cpu"
     if topology.chip.platform == "cpu":

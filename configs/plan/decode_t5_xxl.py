@@ -1,7 +1,7 @@
 """Decoding T5-XXL as GQA §3.1 times it: 2048 tokens in, 512 out, 32 rows a chip; MHA, GQA-8 and MQA.
 
-`python -m gqa.plan --config=configs/plan/decode_t5_xxl.py --topology=v4:2x2x2` says what fits and how fast it can be; on
-8 such chips the paper has 1.51, 0.28 and 0.24 s a sample and chip.
+`python -m gqa.plan --config=configs/plan/decode_t5_xxl.py --topology=v4:2x2x2` says what fits and how fast it can be;
+on 8 such chips the paper has 1.51, 0.28 and 0.24 s a sample and chip.
 """
 
 from ml_collections import ConfigDict

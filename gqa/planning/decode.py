@@ -13,7 +13,6 @@ from gqa.errors import InputError
 from gqa.models.heads import divisors
 from gqa.planning import hlo, roofline
 from gqa.planning.chips import Topology
-from gqa.planning.hlo import Collective
 from gqa.planning.programs import (
     Compiled,
     bytes_per_device,

@@ -105,18 +105,17 @@ def _needed(message: str) -> int | None:
 
 def bytes_per_device(tree) -> int:
     """Bytes of a tree of shapes on the device that holds most of it."""
-    return sum(
-        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree)
-    )
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def batch_shapes(config: RunConfig, architecture: models.ModelConfig) -> dict[str, jax.ShapeDtypeStruct]:
     """The arrays of a training batch, as `gqa.data.packing.packed_row` makes them; no records are needed."""
     data = config.data
     task = make_task(data.task, data.inputs_length, data.targets_length, architecture.vocab_size)
-    has_inputs = task.inputs_length > 0
-    if has_inputs != (models.family_of(architecture) == "t5"):
-        raise InputError(f"data.task={data.task!r} is not for a {models.family_of(architecture)} model")
+    has_inputs, family = task.inputs_length > 0, models.family_of(architecture)
+    if has_inputs != (family == "t5"):
+        tasks = "span_corruption, prefix_lm" if family == "t5" else "causal_lm"
+        raise InputError(f"data.task={data.task!r} is not for a {family} model; expected one of {tasks}")
     rows = config.train.batch_size
     lengths = {"targets": jnp.int32, "targets_segments": jnp.int32, "decoder_inputs": jnp.int32}
     shapes = {
@@ -246,5 +245,3 @@ def dot_flops(jaxpr, while_trips: int = 1) -> int:
             if hasattr(inner, "eqns"):
                 total += runs * dot_flops(inner, while_trips)
     return total
-
-

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh, Mesh
+from jax.sharding import AbstractMesh
 
 from gqa import models, sharding
 from gqa.errors import InputError
@@ -251,5 +251,3 @@ def variant(
         model=dataclasses.replace(config.model, remat=remat),
     )
     return changed, models.replace(architecture, remat=remat)
-
-
