@@ -15,7 +15,7 @@ ROOMS = [
     {"models"},
     {"convert", "checkpoints", "decode", "objectives", "adapters", "data"},
     {"training"},
-    {"posttraining", "evaluation"},
+    {"posttraining", "evaluation", "planning"},
     {"config"},
     {"train", "evaluate", "generate", "plan"},
 ]

@@ -80,7 +80,7 @@ def prefill(
     lengths_B = np.full(B, S, np.int32) if lengths_B is None else np.asarray(lengths_B, np.int32)
     check_lengths(model.config, int(lengths_B.max()), max_new_tokens)
     rows_B = np.arange(B, dtype=np.int32) if rows_B is None else np.asarray(rows_B, np.int32)
-    return _prefill(model, jnp.asarray(inputs_BS), lengths_B, rows_B, max_new_tokens, spare, cache_dtype)
+    return prefill_program(model, jnp.asarray(inputs_BS), lengths_B, rows_B, max_new_tokens, spare, cache_dtype)
 
 
 def check_lengths(config: ModelConfig, length: int, max_new_tokens: int) -> None:
@@ -97,7 +97,10 @@ def check_lengths(config: ModelConfig, length: int, max_new_tokens: int) -> None
 
 
 @functools.partial(jax.jit, static_argnums=(4, 5, 6))
-def _prefill(model: Model, inputs_BS, lengths_B, rows_B, max_new_tokens: int, spare: int, cache_dtype) -> State:
+def prefill_program(
+    model: Model, inputs_BS, lengths_B, rows_B, max_new_tokens: int, spare: int, cache_dtype: str | None
+) -> State:
+    """What `prefill` runs, to be lowered or traced without arrays."""
     B, S = inputs_BS.shape
     if isinstance(model, t5.T5):
         segments_BS = (jnp.arange(S) < lengths_B[:, None]).astype(jnp.int32)
@@ -143,7 +146,7 @@ def decode(
     Ends earlier when fewer than `min_running` rows are left to go on. Other arguments as of `generate`.
     """
     eos_E = eos_array(eos_ids)
-    return _decode(model, state, np.int32(steps), np.int32(min_running), eos_E, sampling, jax.random.key(seed))
+    return decode_program(model, state, np.int32(steps), np.int32(min_running), eos_E, sampling, jax.random.key(seed))
 
 
 def eos_array(eos_ids: Sequence[int]) -> np.ndarray:
@@ -155,12 +158,13 @@ def state_bytes(model: Model, batch_size: int, length: int, max_new_tokens: int,
     """Bytes of the `State` that `prefill` makes of inputs of `length` tokens, nearly all of them the cache's."""
     inputs_BS = jax.ShapeDtypeStruct((batch_size, length), jnp.int32)
     of_rows_B = jax.ShapeDtypeStruct((batch_size,), jnp.int32)
-    state = jax.eval_shape(_prefill, model, inputs_BS, of_rows_B, of_rows_B, max_new_tokens, 0, cache_dtype)
+    state = jax.eval_shape(prefill_program, model, inputs_BS, of_rows_B, of_rows_B, max_new_tokens, 0, cache_dtype)
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
 
 
 @functools.partial(jax.jit, donate_argnames="state")
-def _decode(model: Model, state: State, steps, min_running, eos_E, sampling: Sampling | None, key) -> State:
+def decode_program(model: Model, state: State, steps, min_running, eos_E, sampling: Sampling | None, key) -> State:
+    """What `decode` runs, to be lowered or traced without arrays; the body of its loop is one step."""
     B = state.finished_B.shape[0]
 
     def unfinished(step_and_state):

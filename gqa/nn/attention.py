@@ -6,9 +6,9 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.extend.backend import get_backend
 
 from gqa.nn import kernels
+from gqa.nn.backend import backend
 from gqa.nn.layers import Dropout, RMSNorm, dropped, linear, parameter
 
 
@@ -139,7 +139,7 @@ def grouped_query_attention(
     Returns:
       `[B, T, H, d]` in the queries' dtype; softmax is computed in float32.
     """
-    kernel = choose_kernel(_backend(), query_BTHd, key_BKSd, bias_HTS, dropout, split_k)
+    kernel = choose_kernel(backend(), query_BTHd, key_BKSd, bias_HTS, dropout, split_k)
     if kernel is None:
         arguments = dict(bias_HTS=bias_HTS, mask_BTS=mask_BTS, dropout=dropout, site=site)
         return plain_attention(query_BTHd, key_BKSd, value_BKSd, **arguments)
@@ -148,35 +148,28 @@ def grouped_query_attention(
 
 
 def choose_kernel(
-    backend: str, query_BTHd, key_BKSd, bias_HTS, dropout: Dropout | None, split_k: bool
+    platform: str, query_BTHd, key_BKSd, bias_HTS, dropout: Dropout | None, split_k: bool
 ) -> Callable | None:
     """The kernel of `gqa.nn.kernels` for arguments of these shapes and dtypes; `None`: `plain_attention`.
 
-    `backend` is `cpu`, `tpu`, `cuda` or another that has no kernels here.
+    `platform` is `cpu`, `tpu`, `cuda` or another that has no kernels here.
     """
     T, d, S = query_BTHd.shape[1], query_BTHd.shape[3], key_BKSd.shape[2]
     long = T >= kernels.BLOCK  # few queries: turning the cache's keys for a kernel costs more than the scores
     if dropout is not None:  # none of them drops weights
         return None
-    if backend == "cpu":
+    if platform == "cpu":
         return kernels.on_cpu
-    if backend == "tpu" and long and bias_HTS is None and T % kernels.BLOCK == S % kernels.BLOCK == 0:
+    if platform == "tpu" and long and bias_HTS is None and T % kernels.BLOCK == S % kernels.BLOCK == 0:
         return kernels.splash
-    if backend == "cuda" and split_k and T == 1 and S >= kernels.SPLIT_K_LENGTH and d in kernels.SPLIT_K_HEAD_DIMS:
+    if platform == "cuda" and split_k and T == 1 and S >= kernels.SPLIT_K_LENGTH and d in kernels.SPLIT_K_HEAD_DIMS:
         return kernels.split_k_decode
-    if backend == "cuda" and long and T % 2 == S % 2 == d % 8 == 0 and d <= 128 and query_BTHd.dtype in _HALF:
+    if platform == "cuda" and long and T % 2 == S % 2 == d % 8 == 0 and d <= 128 and query_BTHd.dtype in _HALF:
         return kernels.cudnn
     return None
 
 
 _HALF = (jnp.bfloat16, jnp.float16)
-
-
-def _backend() -> str:
-    backend = jax.default_backend()
-    if backend == "gpu":  # CUDA or ROCm
-        return "cuda" if "cuda" in get_backend().platform_version else "rocm"
-    return backend
 
 
 def plain_attention(

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from gqa.errors import InputError
+from gqa.nn.backend import backend
 
 GROUP = 64  # inputs that share a scale in int4: 4.5 bits a weight with float32 scales
 LARGEST = {8: 127, 4: 7}  # symmetric: zero stays zero, and the error is at most half a scale
@@ -90,7 +91,7 @@ def _integers_and_scale(kernel, num_stacked: int, num_inputs: int, bits: int) ->
 
 def _product(x_RI: jax.Array, matrix_OI: jax.Array) -> jax.Array:
     R, width = x_RI.shape
-    if jax.default_backend() != "cpu" or R > 32 or (R == 1 and width < 4096):
+    if backend() != "cpu" or R > 32 or (R == 1 and width < 4096):
         return x_RI @ matrix_OI.T
     # XLA:CPU fuses the conversion into a product with a vector of less than 16 KB (int8, 4096 x 1024: 0.2 ms, float32
     # 1.1 ms), but would write out the floats before any other; into a sum of products of at least two rows it fuses

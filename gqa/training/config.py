@@ -29,7 +29,7 @@ class ModelChoice:
 
     size: str | None  # ready-made architecture to train from scratch, such as t5_1_1_base …
     changes: Mapping[str, Any]  # … fields of that architecture to change
-    checkpoint: str | None  # or: folder of a (converted) checkpoint that training goes on from
+    checkpoint: str | None  # folder of a (converted) checkpoint to go on from; beside a size: it must be of that one
     dropout_rate: float  # 0 in pre-training and uptraining, 0.1 in fine-tuning (GQA §3.1)
     dtype: str  # of activations and matrix products: float32 or bfloat16
     param_dtype: str  # of the parameters; float32 masters unless memory forbids
@@ -37,26 +37,40 @@ class ModelChoice:
     remat: str  # what the backward pass recomputes: none, dots, full
 
     def __post_init__(self):
-        if (self.size is None) == (self.checkpoint is None):
-            raise InputError(
-                "model.size (from scratch) or model.checkpoint (go on from a folder): set exactly one of them"
-            )
-        if self.checkpoint is not None and self.changes:
+        if self.size is None and self.checkpoint is None:
+            raise InputError("model.size (from scratch) or model.checkpoint (go on from a folder): set one of them")
+        if self.size is None and self.changes:
             raise InputError("model.changes belongs to model.size; a checkpoint has the architecture it has")
         _one_of("model.dtype", self.dtype, DTYPES)
         _one_of("model.param_dtype", self.param_dtype, DTYPES)
         _one_of("model.remat", self.remat, REMAT_POLICIES)
 
     def architecture(self) -> models.ModelConfig:
-        """The model's configuration, read from the checkpoint or from the ready-made sizes."""
+        """The model's configuration, read from the checkpoint or from the ready-made sizes.
+
+        Raises `InputError` where both are given and differ.
+        """
+        found = None
         if self.checkpoint is not None:
-            return checkpoints.read_config(self.checkpoint, **self.run_choices())
+            found = checkpoints.read_config(self.checkpoint, **self.run_choices())
+        if self.size is None:
+            return found
         base = models.size(self.size)
         hints = typing.get_type_hints(type(base))
         for name, value in self.changes.items():
             _one_of("model.changes", name, hints)
             _coerce(hints[name], value, f"model.changes.{name}")
-        return dataclasses.replace(base, **{**self.changes, **self.run_choices()})
+        wanted = dataclasses.replace(base, **{**self.changes, **self.run_choices()})
+        if found is not None and type(found) is not type(wanted):
+            raise InputError(f"model.checkpoint={self.checkpoint} is no {self.size}; name that one, or model.size=None")
+        for field in dataclasses.fields(wanted):
+            theirs, ours = (getattr(each, field.name) for each in (found or wanted, wanted))
+            if theirs != ours:
+                raise InputError(
+                    f"model.checkpoint={self.checkpoint} has {field.name}={theirs}, model.size={self.size} with "
+                    f"model.changes {ours}; expected the same"
+                )
+        return wanted
 
     def run_choices(self) -> dict[str, Any]:
         """Fields of the architecture that are a choice of the run, not of the checkpoint."""

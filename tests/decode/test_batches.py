@@ -55,11 +55,11 @@ def test_a_stream_is_the_same_tokens(name):
 
 def test_many_lengths_compile_a_program_for_each_bucket():
     llama = model("llama_mini", norm_epsilon=4e-6)  # a configuration that no other test has compiled
-    before = generate.admit._cache_size(), generate._decode._cache_size()
+    before = generate.admit._cache_size(), generate.decode_program._cache_size()
     lengths = [*range(1, 25, 3), *range(1, 25, 5)]
     prompts = {number: [3] * length for number, length in enumerate(lengths)}
     dict(generate_all(llama, prompts, dataclasses.replace(GREEDY, max_new_tokens=3)))
-    after = generate.admit._cache_size(), generate._decode._cache_size()
+    after = generate.admit._cache_size(), generate.decode_program._cache_size()
     assert (after[0] - before[0], after[1] - before[1]) == (len({bucket(length) for length in lengths}), 1) == (2, 1)
 
 

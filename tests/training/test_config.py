@@ -29,7 +29,8 @@ def test_shipped_configs_parse(path):
     config = run_config.parse(raw)
     config.check_devices(1)
     assert config.steps >= 1
-    assert (ROOT / config.data.vocabulary).is_file()
+    if config.data.vocabulary.startswith("assets/"):  # others come with their checkpoint
+        assert (ROOT / config.data.vocabulary).is_file()
     if config.model.size is not None:
         architecture = config.model.architecture()
         assert architecture.dtype == config.model.dtype
@@ -65,11 +66,7 @@ def test_configs_are_found():
         ({"train.accumulation": 16}, "train.accumulation=16 does not divide train.batch_size=8; nearest: 8"),
         (
             {"model.size": None},
-            "model.size (from scratch) or model.checkpoint (go on from a folder): set exactly one of them",
-        ),
-        (
-            {"model.checkpoint": "folder"},
-            "model.size (from scratch) or model.checkpoint (go on from a folder): set exactly one of them",
+            "model.size (from scratch) or model.checkpoint (go on from a folder): set one of them",
         ),
         (
             {"model.size": None, "model.checkpoint": "folder"},

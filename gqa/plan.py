@@ -1,0 +1,98 @@
+"""python -m gqa.plan --config=configs/NAME.py --topology=v4:4x4x8 [--search] [--price=USD] [--output=FILE.json]
+
+Will it fit, and how fast will it be? Compiles the very training step of the config (or, for a config of decoding, the
+very loop) for a topology that need not be there, and says per device: memory by part, FLOPs and memory traffic with
+scans counted in full, collectives by kind and bytes, the step's time at the chips' peaks and what binds it, the time
+and cost of the run.
+
+Topologies: v4:4x4x8, v5p:4x4x8 (3D), v5e:16x16, v6e:16x16 (2D): compiled by libtpu, `pip install 'jax[tpu]'`, no TPU
+needed; cpu:8: forced host devices; gpu or gpu:h100:8: compiled where the GPUs are, else an estimate, labelled so.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+from pathlib import Path
+
+from gqa import command_line
+from gqa.errors import InputError
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    command_line.add_config_argument(parser)
+    parser.add_argument("--topology", required=True, help="v4:4x4x8, v5e:16x16, v5p:4x4x8, v6e:16x16, cpu:8, gpu, …")
+    parser.add_argument(
+        "--search", action="store_true", help="try meshes, micro-batches and remat policies, recommend the fastest"
+    )
+    parser.add_argument("--price", type=float, help="USD per chip-hour, instead of the list price")
+    parser.add_argument("--output", type=Path, help="file for the plan as JSON")
+    arguments, raw_config = command_line.parse(parser)
+    from gqa.planning import chips
+
+    topology = chips.parse_topology(arguments.topology)
+    if arguments.price is not None and arguments.price < 0:
+        raise InputError(f"--price={arguments.price}; expected USD per chip-hour, at least 0")
+    if arguments.output and not arguments.output.parent.is_dir():
+        raise InputError(f"--output={arguments.output}: there is no folder {arguments.output.parent}")
+    # Before JAX is imported, which reads them once. Warnings of the partitioner are of no use to who reads a plan.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    if topology.chip.platform != "gpu":
+        os.environ["JAX_PLATFORMS"] = "cpu"
+    if topology.chip.platform == "cpu":
+        count = f"--xla_force_host_platform_device_count={topology.num_devices}"
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {count}".strip()
+    from tqdm import tqdm
+
+    bar = tqdm(total=1, desc=f"compiling for {topology}", delay=1, bar_format="{desc}: {elapsed}", leave=False)
+    with contextlib.closing(bar):
+        plan, text = make_plan(raw_config.to_dict(), topology, search=arguments.search, price=arguments.price)
+    print(text)
+    if arguments.output:
+        unfinished = arguments.output.with_suffix(".tmp")
+        unfinished.write_text(json.dumps(plan, indent=2) + "\n")
+        os.replace(unfinished, arguments.output)
+
+
+def make_plan(raw: dict, topology, *, search: bool, price: float | None) -> tuple[dict, str]:
+    """The plan of a config as plain values and as a text."""
+    import jax
+
+    from gqa.planning import decode, report, train
+    from gqa.planning import search as searching
+    from gqa.training import config as run_config
+
+    given = price is not None
+    price = price if given else topology.chip.price
+    found = topology.chip.platform != "gpu" or jax.default_backend() == "gpu"
+    if "train" not in raw:
+        config = decode.DecodeConfig.of(raw)
+        if search:
+            plan, _ = decode.search(config, topology, price, estimate=not found)
+        else:
+            plan = decode.plan(config, topology, price, estimate=not found)
+        texts = [report.decoding(plan, topology)]
+    else:
+        config = run_config.parse(raw)
+        architecture = config.model.architecture()
+        ranked = []
+        if search:
+            plan, ranked = searching.search(config, architecture, topology, price)
+        else:
+            plan = (train.plan if found else train.estimate)(config, architecture, topology, price)
+        texts = [report.training(plan, topology)]
+        if plan["memory"]["fits"] is False:
+            ranked = searching.candidates(config, architecture, topology, price)
+            plan["would_fit"] = searching.describe(ranked[0])
+            texts.append(report.would_fit(ranked[0]))
+        elif search:
+            plan["candidates"] = ranked[:8]
+            texts += ["", report.candidates(ranked), "", f"Recommended: {searching.describe(plan)}"]
+        texts.append(report.prices_line(price, given))
+    return plan, "\n".join(filter(None, texts)) if not search else "\n".join(texts)
+
+
+if __name__ == "__main__":
+    command_line.run(main)

@@ -1,0 +1,99 @@
+"""Meshes, micro-batches and remat policies for a run: ranked by estimate, the best confirmed by the compiler."""
+
+import math
+from collections.abc import Iterator
+
+from gqa import models
+from gqa.errors import InputError
+from gqa.models.heads import divisors
+from gqa.models.stacks import REMAT_POLICIES
+from gqa.planning import train
+from gqa.planning.chips import Topology
+from gqa.sharding import MeshConfig
+from gqa.training.config import RunConfig
+
+MARGIN = 0.9  # share of the memory that an estimate may fill: it is within a fifth
+LARGEST_TENSOR = 16  # beyond, every layer waits for sums over more than one host's chips
+CONFIRMED = 3  # candidates that are compiled at most
+
+
+def candidates(
+    config: RunConfig, architecture: models.ModelConfig, topology: Topology, price: float | None
+) -> list[train.Plan]:
+    """Estimated plans of all variants of a run, those that fit first, then by time of a step (or by memory)."""
+    plans = []
+    for mesh, accumulation, remat in _variants(config, architecture, topology):
+        changed, model = train.variant(config, architecture, mesh=mesh, accumulation=accumulation, remat=remat)
+        try:
+            plans.append(train.estimate(changed, model, topology, price))
+        except InputError:  # does not divide
+            continue
+    return sorted(plans, key=lambda plan: (not _probably_fits(plan), _rank(plan)))
+
+
+def _rank(plan: train.Plan) -> float:
+    if not _probably_fits(plan):
+        return plan["memory"]["total"]
+    return plan["seconds"]["without_overlap"] or plan["memory"]["total"]
+
+
+def _probably_fits(plan: train.Plan) -> bool:
+    limit = plan["memory"]["limit"]
+    return limit is None or plan["memory"]["total"] <= MARGIN * limit
+
+
+def _variants(config, architecture, topology) -> Iterator[tuple[MeshConfig, int, str]]:
+    n, rows = topology.num_devices, config.train.batch_size
+    for tensor in divisors(math.gcd(n, architecture.num_heads)):
+        if tensor > LARGEST_TENSOR:
+            continue
+        for fsdp in divisors(n // tensor):
+            ways = n // tensor
+            if rows % ways:
+                continue
+            for accumulation in divisors(rows // ways):
+                if accumulation & (accumulation - 1) == 0:  # powers of two
+                    for remat in REMAT_POLICIES:
+                        yield MeshConfig(ways // fsdp, fsdp, tensor), accumulation, remat
+
+
+def search(
+    config: RunConfig, architecture: models.ModelConfig, topology: Topology, price: float | None
+) -> tuple[train.Plan, list[train.Plan]]:
+    """The recommended plan, compiled where the topology can be, and the estimates that it was chosen from.
+
+    Raises `InputError` where nothing fits, with what comes nearest.
+    """
+    ranked = candidates(config, architecture, topology, price)
+    promising = [plan for plan in ranked if _probably_fits(plan)]
+    if not promising:
+        nearest = f"; {describe(ranked[0])} comes nearest" if ranked else ""
+        raise InputError(f"--search: no mesh, micro-batch and remat policy fits {topology}{nearest}; take more chips")
+    if topology.chip.platform == "gpu":
+        return promising[0], ranked
+    for plan in promising[:CONFIRMED]:
+        compiled = train.plan(*of_plan(config, architecture, plan), topology, price)
+        if compiled["memory"]["fits"] is not False:
+            return compiled, ranked
+    raise InputError(f"--search: the best {CONFIRMED} estimates do not fit {topology} once compiled; take more chips")
+
+
+def of_plan(config: RunConfig, architecture: models.ModelConfig, plan: train.Plan):
+    """The run that a plan is of."""
+    return train.variant(
+        config,
+        architecture,
+        mesh=MeshConfig(**plan["mesh"]),
+        accumulation=plan["accumulation"],
+        remat=plan["remat"],
+    )
+
+
+def describe(plan: train.Plan) -> str:
+    """A variant as overrides of its config: `--config.mesh.data=4 …`, and its memory."""
+    mesh = " ".join(f"--config.mesh.{axis}={size}" for axis, size in plan["mesh"].items())
+    total = plan["memory"]["total"] / 2**30
+    return (
+        f"{mesh} --config.train.accumulation={plan['accumulation']} --config.model.remat={plan['remat']} "
+        f"({plan['source']} {total:.1f} GiB a device)"
+    )
