@@ -142,7 +142,8 @@ class _Generator:
         self.bos_ids = [] if bos_id is None else ids.get("bos_token_id", [bos_id])[:1]
         self.settings = dataclasses.replace(settings, eos_ids=self.eos_ids)
         # What outputs depend on: not the batch, which may turn out too large.
-        self.outputs = {"settings": repr(dataclasses.replace(self.settings, batch_size=1)), "weights": weights}
+        settings = repr(dataclasses.replace(self.settings, batch_size=1))
+        self.outputs = {"settings": settings, "weights": weights, "draft": None}
 
         def load(directory: Path):
             model = checkpoints.load(directory, **choices)

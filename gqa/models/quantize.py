@@ -38,7 +38,8 @@ def quantize(model: Model, weights: str) -> Model:
 
 
 def _replace(module: nnx.Module, bits: int) -> None:
-    for name, value in list(vars(module).items()):
+    for name in list(vars(module)):  # not its values: a kernel is freed as soon as it is replaced
+        value = getattr(module, name)
         if isinstance(value, nnx.Param) and name in KERNELS:
             kernel = QuantizedKernel(value[...], KERNELS[name], value.get_metadata()["axes"], bits)
             setattr(module, name, kernel)
