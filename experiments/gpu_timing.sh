@@ -26,7 +26,7 @@ if $has_torch; then
   if [ ${#tiny[@]} -gt 0 ]; then family=mini; fi
   # Its rows are written one by one: what the time cuts off is only what is left.
   timeout $((limit - SECONDS)) "$python" -m experiments.compare_decode --family=$family --batch=32,1 --new_tokens=128 \
-    --repetitions=1 --output="$output/compare_decode.json" || echo 'the comparison with transformers was cut off'
+    --repetitions=1 --output="$output/compare_decode.json" || echo 'the comparison with transformers did not end'
 else
   echo 'no comparison with transformers: torch with CUDA, or transformers, is not there'
 fi

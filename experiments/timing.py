@@ -68,7 +68,7 @@ def measure(config, command: str, output: Path | None, may_go_on: Callable[[], b
         K: models.replace(architecture, **{f"{site}_kv_heads": K for site in family.converted_sites})
         for K in config.kv_heads
     }  # refuses what does not divide, before anything is allocated
-    bandwidth = copy_bandwidth()
+    bandwidth = copy_bandwidth(COPY_BYTES)
     results = {
         "command": command,
         "machine": machine(),
@@ -91,7 +91,7 @@ def measure(config, command: str, output: Path | None, may_go_on: Callable[[], b
     return results
 
 
-def copy_bandwidth(num_bytes: int = COPY_BYTES) -> float:
+def copy_bandwidth(num_bytes: int) -> float:
     """Bytes a second that reading and writing a large array reaches, the best of several."""
     import jax
     import jax.numpy as jnp
@@ -202,7 +202,7 @@ def mixed_prompts(config, model, batch_size: int) -> dict[str, Any]:
     prompts = {number: rng.integers(3, vocab_size, length).tolist() for number, length in enumerate(lengths)}
     settings = batches.Settings(
         max_new_tokens=config.new_tokens,
-        eos_ids=tuple(range(-(-4 * vocab_size // config.new_tokens))),
+        eos_ids=tuple(range(min(vocab_size // 2, 4 * vocab_size // config.new_tokens))),
         sampling=sampling(1.0),
         seed=0,
         num_beams=1,
