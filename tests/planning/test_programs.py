@@ -26,8 +26,8 @@ def test_heads_against_the_tensor_degree():
     llama = models.replace(models.size("llama_mini"), decoder_self_kv_heads=(4, 1))
     assert head_notes(llama, 1) == []
     assert head_notes(llama, 2) == [
-        "decoder_self: K=1 is not divisible by tensor=2: every device holds all 1 key/value head(s), 2 times what a cut "
-        "would leave; nearest tensor that divides: 1"
+        "decoder_self: K=1 is not divisible by tensor=2: every device holds all 1 key/value head(s), 2 times what a "
+        "cut would leave; nearest tensor that divides: 1"
     ]
-    with pytest.raises(InputError, match="^mesh.tensor=3 does not divide num_heads=4; nearest: 2$"):
+    with pytest.raises(InputError, match=r"^mesh\.tensor=3 does not divide num_heads=4; nearest: 2$"):
         head_notes(llama, 3)
