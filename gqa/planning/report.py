@@ -6,7 +6,6 @@ from gqa.planning.chips import PRICES_OF, Topology
 from gqa.planning.search import describe
 from gqa.planning.train import Plan
 
-
 OTHERS = ("batch", "temporaries", "padding", "program")  # of decoding, as one column
 
 
