@@ -145,6 +145,7 @@ def _row(config, architecture, topology, price, mesh: Mesh | AbstractMesh, wante
         "cache": cache,
         "batch": bytes_per_device(state) - cache,
         "temporaries": compiled.temporaries if compiled else 0,
+        "padding": max(0, compiled.arguments - fixed - bytes_per_device(state)) if compiled else 0,
         "program": compiled.code + compiled.results if compiled else 0,
     }
     row["memory"] = with_total(parts, topology, compiled.fits if compiled else None)

@@ -42,6 +42,7 @@ def devices(topology: Topology) -> list:
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v4-8")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # else two plans at once: one fails on a lock
     os.environ.setdefault("TPU_STDERR_LOG_LEVEL", "4")
     os.environ.setdefault("TPU_MIN_LOG_LEVEL", "4")
     from jax.experimental import topologies
@@ -78,7 +79,7 @@ def compile_program(lowered: jax.stages.Lowered, arguments: int) -> Compiled:
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-        needed = _needed(str(error))
+        needed = memory_needed(str(error))
         if needed is None:
             raise
         return Compiled(arguments, 0, max(needed - arguments, 0), 0, False, None, time.perf_counter() - start)
@@ -95,12 +96,19 @@ def compile_program(lowered: jax.stages.Lowered, arguments: int) -> Compiled:
     )
 
 
-def _needed(message: str) -> int | None:
-    """Bytes that libtpu says a program would use: `Used 40.30G of 15.75G hbm`."""
-    match = re.search(r"Used ([0-9.]+)([KMGT]?) of [0-9.]+[KMGT]? hbm", message)
-    if match is None:
-        return None
-    return int(float(match[1]) * 1024 ** " KMGT".index(match[2] or " "))
+# libtpu's words, by the pass that finds out.
+_NEEDS = (
+    r"Used ([0-9.]+)([KMGT]?) of [0-9.]+[KMGT]? hbm",
+    r"total memory required for HLO temporaries \(([0-9.]+)([KMGT]?)\) exceeds available HBM",
+)
+
+
+def memory_needed(message: str) -> int | None:
+    """Bytes that libtpu says a program would use, where it refuses one for that."""
+    for pattern in _NEEDS:
+        if match := re.search(pattern, message):
+            return int(float(match[1]) * 1024 ** " KMGT".index(match[2] or " "))
+    return None
 
 
 def bytes_per_device(tree) -> int:

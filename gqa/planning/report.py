@@ -6,6 +6,8 @@ from gqa.planning.chips import PRICES_OF, Topology
 from gqa.planning.search import describe
 from gqa.planning.train import Plan
 
+OTHERS = ("batch", "temporaries", "padding", "program")  # of decoding, as one column
+
 
 def chip_line(topology: Topology) -> str:
     """The figures that a plan stands on, and where they are from."""
@@ -94,7 +96,7 @@ def decoding(plan: Plan, topology: Topology) -> str:
         f"({plan['batch_wanted'] / devices:g} a chip)",
         f"{plan['topology']}: {devices} devices as {mesh}; {origin}",
         "",
-        "| K | batch wanted | largest batch (a chip) | planned at | parameters | cache | temporaries | total "
+        "| K | batch wanted | largest batch (a chip) | planned at | parameters | cache | the rest | total "
         "| step | binds | s a sample and chip |",
         "|--:|---|--:|--:|--:|--:|--:|--:|--:|---|--:|",
     ]
@@ -104,7 +106,7 @@ def decoding(plan: Plan, topology: Topology) -> str:
         lines.append(
             f"| {row['kv_heads']} | {'fits' if row['fits_wanted'] else '**does not fit**'} "
             f"| {largest} ({largest / devices:g}) | {row['batch']} | {gib(parts['parameters'])} "
-            f"| {gib(parts.get('cache', 0))} | {gib(parts.get('temporaries', 0) + parts.get('program', 0))} "
+            f"| {gib(parts.get('cache', 0))} | {gib(sum(parts.get(name, 0) for name in OTHERS))} "
             f"| {gib(row['memory']['total'])} | {_ms(seconds.get('step'))} | {seconds.get('binds') or ''} "
             f"| {_number(seconds.get('sample_chip'))} |"
         )

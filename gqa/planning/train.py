@@ -70,7 +70,8 @@ def plan(config: RunConfig, architecture: models.ModelConfig, topology: Topology
     with jax.set_mesh(mesh):
         lowered = program.traced.lower()
         compiled = compile_program(lowered, arguments)
-    parts = memory_parts(program.state, program.batch, compiled.temporaries, compiled.code + compiled.results)
+    parts = memory_parts(program.state, program.batch, compiled.temporaries)
+    parts |= {"padding": max(0, compiled.arguments - arguments), "program": compiled.code + compiled.results}
     collectives, traffic = [], None
     if compiled.program is not None:
         written = hlo.stacked_results(compiled.program, backward=False)
@@ -84,8 +85,8 @@ def plan(config: RunConfig, architecture: models.ModelConfig, topology: Topology
     )  # fmt: skip
 
 
-def memory_parts(state, batch, temporaries: int, program: int) -> dict[str, int]:
-    """Bytes per device by part, temporaries not split yet."""
+def memory_parts(state, batch, temporaries: int) -> dict[str, int]:
+    """Bytes per device by part, temporaries not split yet; `padding` is what tiled layouts of the state add."""
     return {
         "parameters": bytes_per_device(state.model),
         "optimizer": bytes_per_device((state.optimizer, state.step)),
@@ -93,7 +94,8 @@ def memory_parts(state, batch, temporaries: int, program: int) -> dict[str, int]
         "gradients": 0,
         "activations": 0,
         "temporaries": temporaries,
-        "program": program,
+        "padding": 0,
+        "program": 0,
     }
 
 
@@ -196,7 +198,7 @@ def _estimated(config, architecture, topology, price, mesh, state, batch, notes)
     weights = models.num_parameters(state.model) * itemsize // tensor
     layers = sum(site.layers for site in _sites(architecture, batch))
     gathered = 2 * weights // layers if fsdp > 1 else 0
-    parts = memory_parts(state, batch, int(1.1 * (working + logits + gathered)), 0)
+    parts = memory_parts(state, batch, int(1.1 * (working + logits + gathered)))
     parts |= {"gradients": model_bytes * (2 if config.train.accumulation > 1 else 1), "activations": int(1.1 * kept)}
     N = config.train.accumulation
     collectives = []

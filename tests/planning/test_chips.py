@@ -43,8 +43,8 @@ def test_topologies(text, chip, shape, devices):
         ("gpu:b1", "no GPU 'b1' in the table; expected one of a100, h100, h200"),
         (
             "v7:2x2",
-            "no chip 'v7'; expected v4:SHAPE, v5e:SHAPE, v5p:SHAPE, v6e:SHAPE, cpu:N, gpu or gpu:NAME:N, "
-            "such as v4:4x4x8",
+            "no chip 'v7'; expected v4:SHAPE, v5e:SHAPE, v5p:SHAPE, v6e:SHAPE, cpu:N, gpu or gpu:NAME:N, such as "
+            "v4:4x4x8",
         ),
     ],
 )

@@ -6,7 +6,7 @@ import pytest
 
 from gqa import models
 from gqa.errors import InputError
-from gqa.planning.programs import dot_flops
+from gqa.planning.programs import dot_flops, memory_needed
 from gqa.planning.train import head_notes
 
 
@@ -29,5 +29,26 @@ def test_heads_against_the_tensor_degree():
         "decoder_self: K=1 is not divisible by tensor=2: every device holds all 1 key/value head(s), 2 times what a "
         "cut would leave; nearest tensor that divides: 1"
     ]
-    with pytest.raises(InputError, match=r"^mesh.tensor=3 does not divide num_heads=4; nearest: 2$"):
+    with pytest.raises(InputError, match=r"^mesh\.tensor=3 does not divide num_heads=4; nearest: 2$"):
         head_notes(llama, 3)
+
+
+@pytest.mark.parametrize(
+    ("message", "needed"),
+    [
+        (
+            "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (128.00G) "
+            "exceeds available HBM (30.75G).",
+            128 * 2**30,
+        ),
+        (
+            "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used 40.50G "
+            "of 15.75G hbm. Exceeded hbm capacity by 24.75G.",
+            40.5 * 2**30,
+        ),
+        ("INTERNAL: Mosaic failed", None),
+    ],
+)
+def test_what_the_compiler_says_is_missing(message, needed):
+    """As libtpu 0.0.42 words it."""
+    assert memory_needed(message) == needed
