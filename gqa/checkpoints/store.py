@@ -55,7 +55,7 @@ class Store:
     def __init__(self, directory: Path, keep: int, *, keep_minutes: float | None = None, mirror: Path | None = None):
         self._directory, self._mirror = Path(directory).absolute(), mirror and Path(mirror).absolute()
         self._keep, self._keep_minutes = keep, keep_minutes
-        self._checkpointer = ocp.AsyncCheckpointer(ocp.StandardCheckpointHandler())
+        self._checkpointer = _checkpointer()
         self._background = ThreadPoolExecutor(1, thread_name_prefix="save")
         self._save: Future | None = None
         self._damaged: set[int] = set()
@@ -231,6 +231,10 @@ class Store:
                 _warn(f"checkpoint of step {step} has no copy in {self._mirror}: {_reason(error)}")
 
     def _failed(self, step: int, error: Exception) -> None:
+        # It may hold a second error of this save, and raise it in the next.
+        with contextlib.suppress(OSError, ValueError):
+            self._checkpointer.close()
+        self._checkpointer = _checkpointer()
         shutil.rmtree(self._directory / f"{step}{_UNFINISHED}", ignore_errors=True)  # its bytes may be missing
         _warn(f"checkpoint of step {step} could not be saved: {_reason(error)}; the run goes on, older ones stay")
 
@@ -242,6 +246,10 @@ class Store:
         wanted = retained(_steps(folder), self._keep, times, self._keep_minutes, losses)
         for step in set(_steps(folder)) - wanted:
             _remove(folder / str(step))
+
+
+def _checkpointer() -> ocp.AsyncCheckpointer:
+    return ocp.AsyncCheckpointer(ocp.StandardCheckpointHandler())
 
 
 def retained(
@@ -342,7 +350,7 @@ def _reason(error: Exception) -> str:
     """The system's own words, without the path of calls that TensorStore puts before them."""
     if isinstance(error, OSError):
         return error.strerror or str(error)
-    return " ".join(str(error).split()).rpartition(": ")[2]
+    return " ".join(str(error).split()).rpartition(": ")[2].partition(" [os_error_code")[0]
 
 
 def _warn(message: str) -> None:

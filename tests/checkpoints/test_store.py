@@ -204,6 +204,8 @@ def test_a_mirror_gives_back_what_is_lost_or_damaged(tmp_path, capfd):
     assert_equal(state, state_of(1))
 
 
+# TensorStore calls back into an event loop that Orbax closed when the first of several writes failed.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("limit", [0, 100_000, 500_000])
 def test_a_disk_that_fills_up_during_a_save(tmp_path, capsys, limit):
     """Files cannot grow beyond a limit: none of them, the arrays', the one that is written after these."""
@@ -224,9 +226,9 @@ def test_a_disk_that_fills_up_during_a_save(tmp_path, capsys, limit):
         for step in (1, 3):
             assert_equal(store.restore(step, abstract(state_of(0))), state_of(step))
     lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 1
-    assert lines[0].startswith("warning: checkpoint of step 2 could not be saved: File too large")
-    assert lines[0].endswith("; the run goes on, older ones stay")
+    assert lines == [
+        "warning: checkpoint of step 2 could not be saved: File too large; the run goes on, older ones stay"
+    ]
 
 
 def test_later_steps_are_discarded(tmp_path):
