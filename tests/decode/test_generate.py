@@ -226,7 +226,7 @@ def test_bad_input():
 
 @pytest.mark.parametrize(("name", "weights", "cache"), [("llama_mini", "int8", None), ("t5_1_1_mini", None, "int8")])
 def test_the_loop_keeps_no_floats_of_what_is_quantised(name, weights, cache):
-    """What a loop does not change, XLA would turn into floats before it: all kernels, or the inputs' keys and values."""
+    """XLA would make floats of what a loop does not change: of all kernels, or of the keys and values of the inputs."""
     network = models.abstract(models.replace(models.size(name), scan_layers=False))
     if weights is not None:
         network = jax.eval_shape(lambda network: quantize(network, weights), network)
@@ -235,4 +235,4 @@ def test_the_loop_keeps_no_floats_of_what_is_quantised(name, weights, cache):
     arguments = network, state, np.int32(4), np.int32(1), generate.eos_array([]), None, jax.random.key(0)
     temporary = generate._decode.lower(*arguments).compile().memory_analysis().temp_size_in_bytes
     floats = 4 * models.num_parameters(network) if weights else 4 * 2 * 2 * 4 * 8 * 512 * 16
-    assert temporary < floats / 2
+    assert temporary < 0.8 * floats  # those of one layer at a time
