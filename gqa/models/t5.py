@@ -19,7 +19,7 @@ from gqa.nn.attention import (
     padding_mask,
     segment_mask,
 )
-from gqa.nn.cache import Cache, KVCache, empty_cache, filled_cache
+from gqa.nn.cache import Cache, Int8KVCache, KVCache, empty_cache, filled_cache
 from gqa.nn.layers import ACTIVATIONS, Dropout, GatedMLP, RMSNorm, dropped, embed, linear, parameter, unembed
 from gqa.nn.position import RelativePositionBias
 from gqa.sharding import constrain
@@ -177,6 +177,9 @@ class DecoderLayer(nnx.Module):
         x_BTD = x_BTD + dropped(hidden, dropout, 1)
         # Rows that share an input (its beams) are further queries of it: its keys and values are not repeated.
         hidden = self.cross_attention_norm(x_BTD).reshape(cross.key.shape[0], -1, x_BTD.shape[-1])
+        if isinstance(cross, Int8KVCache):
+            # What a decoding loop does not change XLA would turn into floats before the loop.
+            hidden, cross = jax.lax.optimization_barrier((hidden, cross))
         query = self.cross_attention.project_query(hidden)
         hidden = self.cross_attention.attend(
             query, *cross.read(x_BTD.dtype), bias_HTS=None, mask_BTS=cross_mask_BTS, dropout=dropout, site=2

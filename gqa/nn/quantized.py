@@ -63,10 +63,13 @@ class QuantizedKernel(nnx.Module):
 
     def product(self, x_RI: jax.Array) -> jax.Array:
         """`[R, out]`: `R` rows of inputs times the kernel, in their dtype."""
+        # The barrier ties them to the inputs: what does not change in a loop XLA would compute before it, which is to
+        # decode from floats after all, and to keep both.
+        x_RI, integers = jax.lax.optimization_barrier((x_RI, self.integers[...]))
         if self.bits == 4:
-            return _product(x_RI, self.matrix(x_RI.dtype))
+            return _product(x_RI, self._scaled(integers, self.scale[...], x_RI.dtype))
         # The scale of a whole channel is left out of the sum.
-        return _product(x_RI, self.integers[...].astype(x_RI.dtype)) * self.scale[..., 0].astype(x_RI.dtype)
+        return _product(x_RI, integers.astype(x_RI.dtype)) * self.scale[..., 0].astype(x_RI.dtype)
 
     def _scaled(self, integers, scale, dtype) -> jax.Array:
         if self.bits == 4:  # shifts of int8 keep the sign

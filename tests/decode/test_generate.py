@@ -12,6 +12,7 @@ from gqa.decode import generate
 from gqa.decode.generate import PAD_ID
 from gqa.decode.sampling import sampling
 from gqa.errors import InputError
+from gqa.models.quantize import quantize
 
 N = 6  # new tokens
 NAMES = ["t5_1_1_mini", "llama_mini"]
@@ -221,3 +222,17 @@ def test_bad_input():
         generate.prefill(llama, sequences(2, 5), [5, 1], 6)
     with pytest.raises(InputError, match=r"8 positions; expected max_new_tokens below 8$"):
         generate.prefill(llama, sequences(1, 3), None, 9)
+
+
+@pytest.mark.parametrize(("name", "weights", "cache"), [("llama_mini", "int8", None), ("t5_1_1_mini", None, "int8")])
+def test_the_loop_keeps_no_floats_of_what_is_quantised(name, weights, cache):
+    """XLA would make floats of what a loop does not change: of all kernels, or of the keys and values of the inputs."""
+    network = models.abstract(models.replace(models.size(name), scan_layers=False))
+    if weights is not None:
+        network = jax.eval_shape(lambda network: quantize(network, weights), network)
+    inputs, rows = jax.ShapeDtypeStruct((8, 512), jnp.int32), jax.ShapeDtypeStruct((8,), jnp.int32)
+    state = jax.eval_shape(generate._prefill.__wrapped__, network, inputs, rows, rows, 4, 0, cache)
+    arguments = network, state, np.int32(4), np.int32(1), generate.eos_array([]), None, jax.random.key(0)
+    temporary = generate._decode.lower(*arguments).compile().memory_analysis().temp_size_in_bytes
+    floats = 4 * models.num_parameters(network) if weights else 4 * 2 * 2 * 4 * 8 * 512 * 16
+    assert temporary < 0.8 * floats  # those of one layer at a time
