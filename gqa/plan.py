@@ -11,8 +11,11 @@ needed; cpu:8: forced host devices; gpu or gpu:h100:8: compiled where the GPUs a
 
 import argparse
 import contextlib
+import importlib.metadata
 import json
 import os
+import resource
+import sys
 from pathlib import Path
 
 from gqa import command_line
@@ -49,6 +52,13 @@ def main() -> None:
     bar = tqdm(total=1, desc=f"compiling for {topology}", delay=1, bar_format="{desc}: {elapsed}", leave=False)
     with contextlib.closing(bar):
         plan, text = make_plan(raw_config.to_dict(), topology, search=arguments.search, price=arguments.price)
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    plan["planning"] = {
+        "command": " ".join(["python -m gqa.plan", *sys.argv[1:]]),
+        "cpu_seconds": usage.ru_utime + usage.ru_stime,
+        "peak_gib": usage.ru_maxrss * 1024 / 2**30,
+        "versions": _versions(),
+    }
     print(text)
     if arguments.output:
         unfinished = arguments.output.with_suffix(".tmp")
@@ -56,17 +66,27 @@ def main() -> None:
         os.replace(unfinished, arguments.output)
 
 
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in ("jax", "libtpu"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
 def make_plan(raw: dict, topology, *, search: bool, price: float | None) -> tuple[dict, str]:
     """The plan of a config as plain values and as a text."""
     import jax
 
-    from gqa.planning import decode, report, train
+    from gqa.planning import chips, decode, report, train
     from gqa.planning import search as searching
     from gqa.training import config as run_config
 
+    found = topology.chip.platform != "gpu" or jax.default_backend() == "gpu"
+    if found and topology.chip.platform == "gpu":
+        topology = chips.local_gpus(topology, jax.devices()[0].device_kind)
     given = price is not None
     price = price if given else topology.chip.price
-    found = topology.chip.platform != "gpu" or jax.default_backend() == "gpu"
     if "train" not in raw:
         config = decode.DecodeConfig.of(raw)
         if search:
@@ -77,16 +97,14 @@ def make_plan(raw: dict, topology, *, search: bool, price: float | None) -> tupl
     else:
         config = run_config.parse(raw)
         architecture = config.model.architecture()
-        ranked = []
         if search:
             plan, ranked = searching.search(config, architecture, topology, price)
         else:
             plan = (train.plan if found else train.estimate)(config, architecture, topology, price)
         texts = [report.training(plan, topology)]
         if plan["memory"]["fits"] is False:
-            ranked = searching.candidates(config, architecture, topology, price)
-            plan["would_fit"] = searching.describe(ranked[0])
-            texts.append(report.would_fit(ranked[0]))
+            plan["would_fit"] = searching.advice(config, architecture, topology, price)
+            texts.append(f"What would fit: {plan['would_fit']}")
         elif search:
             plan["candidates"] = ranked[:8]
             texts += ["", report.candidates(ranked), "", f"Recommended: {searching.describe(plan)}"]

@@ -84,9 +84,27 @@ def test_a_plan_that_does_not_fit_says_what_would(tiny_config):
     assert "What would fit: --config.mesh.data=1" in text
 
 
+def test_nothing_fits_on_too_few_chips(tiny_config):
+    raw = tiny_config("llama", {"model.size": "llama_2_70b", "model.changes": {}})
+    found, _ = plan.make_plan(raw, parse_topology("gpu:h100:2"), search=False, price=None)
+    assert found["would_fit"] == ("nothing on gpu:h100:2, by estimate, with this batch: more chips, or a smaller model")
+
+
+def test_a_search_recommends_what_fits(tiny_config):
+    raw = tiny_config("llama", {"model.size": "llama_2_7b", "model.changes": {}, "data.inputs_length": 2048})
+    raw |= {"train": raw["train"] | {"batch_size": 64}}
+    found, text = plan.make_plan(raw, parse_topology("gpu:h100:8"), search=True, price=None)
+    assert found["memory"]["fits"] is True
+    mesh = found["mesh"]
+    assert mesh["data"] * mesh["fsdp"] * mesh["tensor"] == 8
+    best = min(each["seconds"]["without_overlap"] for each in found["candidates"])
+    assert found["seconds"]["without_overlap"] == best
+    assert f"Recommended: --config.mesh.data={mesh['data']} --config.mesh.fsdp={mesh['fsdp']}" in text
+
+
 def test_decoding_smaller_caches_hold_more_rows():
     raw = DECODING | dict(size="t5_1_1_xxl", kv_heads=(64, 8, 1), inputs_length=2048, new_tokens=512)
-    raw |= dict(batch_size_per_device=64)
+    raw |= dict(batch_size_per_device=96)
     found, text = plan.make_plan(raw, parse_topology("gpu:h100:2"), search=False, price=None)
     by_heads = {row["kv_heads"]: row for row in found["rows"]}
     # GQA §2.2: a key and a value of 64 in bfloat16 for each head, layer and position, 2048 across and 512 of its own;
@@ -94,7 +112,7 @@ def test_decoding_smaller_caches_hold_more_rows():
     for K, cut in ((64, 2), (8, 2), (1, 1)):
         row = by_heads[K]
         assert row["memory"]["parts"]["cache"] == row["batch"] * 2 * 24 * K * 64 * 2 * (2048 + 512) // cut
-    assert not by_heads[64]["fits_wanted"] and by_heads[64]["batch"] < 128
+    assert not by_heads[64]["fits_wanted"] and by_heads[64]["batch"] < 192
     assert by_heads[8]["fits_wanted"] and by_heads[1]["fits_wanted"]
     assert by_heads[64]["batch"] < by_heads[8]["largest_batch"] < by_heads[1]["largest_batch"]
     assert f"the largest batch that fits is {by_heads[64]['batch']}" in text

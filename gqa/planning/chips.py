@@ -131,6 +131,12 @@ def parse_topology(text: str) -> Topology:
     return Topology(chip, shape)
 
 
+def local_gpus(topology: Topology, device_kind: str) -> Topology:
+    """The topology with the figures of the GPU that is there, such as `NVIDIA H200`, where the table has it."""
+    known = [chip for chip in CHIPS.values() if chip.platform == "gpu" and chip.name in device_kind.lower()]
+    return dataclasses.replace(topology, chip=known[0]) if known else topology
+
+
 def _example(chip: Chip) -> str:
     return "4x4x8" if chip.torus == 3 else "16x16"
 

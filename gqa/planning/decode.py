@@ -136,7 +136,7 @@ def _row(config, architecture, topology, price, mesh: Mesh | AbstractMesh, wante
         "attempts": attempts,
         "compile_seconds": seconds,
     }
-    if rows < step:
+    if rows < step or (compiled is not None and compiled.program is None):
         return row | {"batch": 0, "largest_batch": 0, "memory": with_total({"parameters": fixed}, topology, False)}
     _, state = _sizes(config, architecture, mesh, rows)
     cache = cache_bytes(state)

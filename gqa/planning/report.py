@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 
 from gqa.planning.chips import PRICES_OF, Topology
-from gqa.planning.search import describe
 from gqa.planning.train import Plan
 
 OTHERS = ("batch", "temporaries", "padding", "program")  # of decoding, as one column
@@ -140,11 +139,6 @@ def candidates(plans: Sequence[Plan], most: int = 8) -> str:
     return "\n".join([f"Estimates, the best {min(most, len(plans))} of {len(plans)}:", "", *lines])
 
 
-def would_fit(plan: Plan) -> str:
-    """What to change, for a plan that does not fit."""
-    return f"What would fit: {describe(plan)}"
-
-
 def prices_line(price: float | None, given: bool) -> str:
     """Where a price is from."""
     if price is None:
@@ -153,8 +147,8 @@ def prices_line(price: float | None, given: bool) -> str:
 
 
 def gib(size: float) -> str:
-    """Bytes in GiB, in MiB below a hundredth of one."""
-    return f"{size / 2**30:.2f} GiB" if size >= 2**30 / 100 or size == 0 else f"{size / 2**20:.3f} MiB"
+    """Bytes in GiB, in MiB below a tenth of one."""
+    return f"{size / 2**30:.2f} GiB" if size >= 2**30 / 10 else f"{size / 2**20:.2f} MiB" if size else "0"
 
 
 def _gb(size: float) -> str:

@@ -78,6 +78,14 @@ def search(
     raise InputError(f"--search: the best {CONFIRMED} estimates do not fit {topology} once compiled; take more chips")
 
 
+def advice(config: RunConfig, architecture: models.ModelConfig, topology: Topology, price: float | None) -> str:
+    """What to change in a run that does not fit: the fastest variant that should, by estimate."""
+    ranked = candidates(config, architecture, topology, price)
+    if ranked and _probably_fits(ranked[0]):
+        return describe(ranked[0])
+    return f"nothing on {topology}, by estimate, with this batch: more chips, or a smaller model"
+
+
 def of_plan(config: RunConfig, architecture: models.ModelConfig, plan: train.Plan):
     """The run that a plan is of."""
     return train.variant(

@@ -1,6 +1,7 @@
 """The plan of a training run: memory by part, work, collectives, time and cost of its step on a topology."""
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -123,7 +124,7 @@ def assemble(
 ) -> Plan:  # fmt: skip
     """The plan as plain values."""
     shapes = {name: leaf.shape for name, leaf in batch_shapes(config, architecture).items()}
-    model = models.abstract(architecture)
+    model = _abstract_model(_without_remat(architecture))
     model_flops = train_step_flops(model, shapes)
     unknown = traffic is None
     times = roofline.times(topology, flops=executed, traffic=traffic or 0, collectives=collectives)
@@ -166,14 +167,31 @@ def estimate(config: RunConfig, architecture: models.ModelConfig, topology: Topo
     """
     notes = check(config, architecture, topology)
     mesh = AbstractMesh(config.mesh.sizes(topology.num_devices), sharding.MESH_AXES)
-    model = models.abstract(architecture)
-    optimizer = optimizers.optimizer(config.optimizer, config.schedule_offset, sharding.logical_axes(model))
-    state = abstract_state(model, optimizer, mesh)
+    state = _abstract_state(_without_remat(architecture), config.optimizer, config.schedule_offset, mesh)
     batch = {
         name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding.batch_sharding(mesh, leaf.shape))
         for name, leaf in batch_shapes(config, architecture).items()
     }
     return _estimated(config, architecture, topology, price, mesh, state, batch, notes)
+
+
+# A search asks for the same shapes again and again; remat does not change them.
+
+
+def _without_remat(architecture: models.ModelConfig) -> models.ModelConfig:
+    return models.replace(architecture, remat="none")
+
+
+@functools.lru_cache(maxsize=2)
+def _abstract_model(architecture: models.ModelConfig) -> models.Model:
+    return models.abstract(architecture)
+
+
+@functools.lru_cache(maxsize=128)
+def _abstract_state(architecture, optimizer_config, schedule_offset: int, mesh: AbstractMesh):
+    model = _abstract_model(architecture)
+    optimizer = optimizers.optimizer(optimizer_config, schedule_offset, sharding.logical_axes(model))
+    return abstract_state(model, optimizer, mesh)
 
 
 def _estimated(config, architecture, topology, price, mesh, state, batch, notes) -> Plan:

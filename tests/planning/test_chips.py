@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from gqa.errors import InputError
-from gqa.planning.chips import CHIPS, parse_topology, valid_shapes
+from gqa.planning.chips import CHIPS, local_gpus, parse_topology, valid_shapes
 
 
 @pytest.mark.parametrize(
@@ -78,3 +78,9 @@ def test_every_chip_is_complete():
 )
 def test_links_that_a_group_keeps_busy(text, group, links):
     assert parse_topology(text).links(group) == links
+
+
+def test_local_gpus_bring_their_own_figures():
+    four = parse_topology("gpu:h100:4")
+    assert str(local_gpus(four, "NVIDIA H200")) == "gpu:h200:4"
+    assert local_gpus(four, "Tesla T4") == four
