@@ -33,7 +33,7 @@ from gqa.command_line import parse_arguments, run
 from gqa.data.corpus import SPLITS, Corpus
 from gqa.data.examples import Supervised, Task, make_task
 from gqa.data.span_corruption import MEAN_NOISE_SPAN_LENGTH, NOISE_DENSITY
-from gqa.data.tasks import NAMED_TASKS, Source, named_task, open_source, read_examples, read_texts
+from gqa.data.tasks import NAMED_TASKS, Source, named_task, open_source, parse_fields, read_examples, read_texts
 from gqa.data.tokenise import BLOCK, SIDES, Item, Totals, finished_texts, remove_blocks, write_split
 from gqa.data.vocabulary import Vocabulary
 from gqa.errors import InputError
@@ -331,7 +331,7 @@ def main() -> None:
         help="tokens in a row's targets (left out: the task's, or what the inputs call for)",
     )
     parser.add_argument(
-        "--fields", type=_fields, metavar="ROLE=COLUMN,…", help="columns of tables: inputs=A,targets=B, or text=A"
+        "--fields", type=parse_fields, metavar="ROLE=COLUMN,…", help="columns of tables: inputs=A,targets=B, or text=A"
     )
     parser.add_argument("--prefix", help="text before every input of a supervised task (left out: the task's)")
     parser.add_argument("--output", metavar="DIR", help="folder to write (left out: one in $GQA_CACHE or ~/.cache/gqa)")
@@ -341,13 +341,6 @@ def main() -> None:
     manifest = prepare(spec, output)
     print(json.dumps(dataclasses.asdict(manifest), indent=2))
     print(f"records in {output}")
-
-
-def _fields(text: str) -> dict[str, str]:
-    pairs = [part.split("=", 1) for part in text.split(",")]
-    if any(len(pair) != 2 for pair in pairs):
-        raise argparse.ArgumentTypeError(f"{text!r} is not ROLE=COLUMN,…")
-    return dict(pairs)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,9 @@
-"""Named tasks: where the text comes from, what is asked of the model, in which lengths, and how it is scored.
+"""python -m gqa.data.tasks --task=docstring --split=heldout --limit=500 --output=docstring.jsonl
+
+Writes the examples of a task as rows that python -m gqa.evaluate --task_file reads: inputs, with the prefix, and the
+right answers.
+
+Named tasks: where the text comes from, what is asked of the model, in which lengths, and how it is scored.
 
 | task | source | inputs, targets | score |
 |---|---|---|---|
@@ -15,13 +20,18 @@ Lengths and scores of the public ones are those of GQA §3.1; prefixes and split
 appendix D), and where T5 has none, as for the long inputs, the nearest of them.
 """
 
+import argparse
 import dataclasses
+import itertools
+import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gqa.command_line import nearest
+from tqdm import tqdm
+
+from gqa.command_line import nearest, parse_arguments, run
 from gqa.data import docstrings, public, tables
 from gqa.data.corpus import Corpus
 from gqa.data.examples import TASKS as OBJECTIVES
@@ -65,7 +75,7 @@ def _pair(inputs: str, targets: str) -> Callable[[Row], Example]:
 
 
 def _media_sum(row: Row) -> Example:
-    turns = [f"{speaker}: {said}" for speaker, said in zip(row["speaker"], row["utt"], strict=True)]
+    turns = [f"{speaker}: {said}" for speaker, said in zip(row["speaker"], row["utt"], strict=False)]
     return Example("\n".join(turns), row["summary"], (row["summary"],))
 
 
@@ -194,3 +204,45 @@ def read_texts(source: Source, split: str, fields: Mapping[str, str] | None) -> 
 def _refuse_missing(source: str) -> None:
     if not Path(source).exists():
         raise InputError(f"source {source!r} not found; expected a file or folder of {', '.join(tables.SUFFIXES)}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    supervised = [name for name, task in NAMED_TASKS.items() if task.objective == "supervised"]
+    parser.add_argument("--task", required=True, choices=supervised)
+    parser.add_argument("--split", default="heldout", help="train, heldout (default), or test where there is one")
+    parser.add_argument("--source", help="where to read (left out: the task's own)")
+    parser.add_argument("--fields", type=parse_fields, metavar="inputs=A,targets=B", help="columns of tables")
+    parser.add_argument("--prefix", help="text before every input (left out: the task's own)")
+    parser.add_argument("--limit", type=int, metavar="N", help="the first N examples (left out: all)")
+    parser.add_argument("--output", required=True, type=Path, metavar="FILE", help="the .jsonl file to write")
+    args = parse_arguments(parser)
+    if not args.output.absolute().parent.is_dir():
+        raise InputError(f"--output={args.output}: there is no folder {args.output.parent}")
+    prefix = named_task(args.task).prefix if args.prefix is None else args.prefix
+    found = examples(args.task, args.split, source=args.source, fields=args.fields)
+    temporary, count = args.output.with_name(f".{args.output.name}.partial"), 0
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            for example in tqdm(itertools.islice(found, args.limit), desc=args.task, unit=" rows", delay=1):
+                row = {"inputs": prefix + example.inputs, "answers": list(example.references)}
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                count += 1
+        if not count:
+            raise InputError(f"the {args.split} split of {args.source or args.task} has no examples")
+        temporary.replace(args.output)
+    finally:
+        temporary.unlink(missing_ok=True)
+    print(f"wrote {args.output}: {count} rows")
+
+
+def parse_fields(text: str) -> dict[str, str]:
+    """`inputs=A,targets=B` of a command line as a dictionary."""
+    pairs = [part.split("=", 1) for part in text.split(",")]
+    if any(len(pair) != 2 for pair in pairs):
+        raise argparse.ArgumentTypeError(f"{text!r}; expected ROLE=COLUMN,ROLE=COLUMN")
+    return dict(pairs)
+
+
+if __name__ == "__main__":
+    run(main)

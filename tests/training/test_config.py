@@ -23,9 +23,12 @@ def error_of(function, *arguments) -> str:
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_shipped_configs_parse(path):
-    raw = load_config(path)
-    if raw.model.size is None and raw.model.checkpoint is None:  # to be named on the command line
-        raw = load_config(path, ["--config.model.checkpoint=somewhere"])
+    raw, named = load_config(path), []  # on the command line
+    if raw.model.size is None and raw.model.checkpoint is None:
+        named.append("--config.model.checkpoint=somewhere")
+    if raw.data.vocabulary is None:
+        named.append("--config.data.vocabulary=assets/vocabulary/python_4096.model")
+    raw = load_config(path, named)
     config = run_config.parse(raw)
     config.check_devices(1)
     assert config.steps >= 1
