@@ -32,6 +32,7 @@ import numpy as np
 from gqa.command_line import parse_arguments, run
 from gqa.data.corpus import SPLITS, Corpus
 from gqa.data.examples import Supervised, Task, make_task
+from gqa.data.public import PREFIX as PUBLIC
 from gqa.data.span_corruption import MEAN_NOISE_SPAN_LENGTH, NOISE_DENSITY
 from gqa.data.tasks import NAMED_TASKS, Source, named_task, open_source, parse_fields, read_examples, read_texts
 from gqa.data.tokenise import BLOCK, SIDES, Item, Totals, finished_texts, remove_blocks, write_split
@@ -241,6 +242,7 @@ def _locked(folder: Path) -> Iterator[bool]:
 def _inputs(spec: PrepareSpec, source: Corpus | Source, vocabulary: Vocabulary) -> Manifest:
     """The manifest as far as it is known before anything is written."""
     task, named = spec.make_task(vocabulary.size), named_task(spec.task)
+    source_name = spec.source or named.source
     return Manifest(
         format=FORMAT,
         task=spec.task,
@@ -248,7 +250,7 @@ def _inputs(spec: PrepareSpec, source: Corpus | Source, vocabulary: Vocabulary) 
         targets_length=task.targets_length,
         noise_density=NOISE_DENSITY,
         mean_noise_span_length=MEAN_NOISE_SPAN_LENGTH,
-        source=Path(spec.source or named.source).name,
+        source=source_name.removeprefix(PUBLIC) if source_name.startswith(PUBLIC) else Path(source_name).name,
         corpus_digests={split: source.digest(split) for split in SPLITS},
         vocabulary_sha256=hashlib.sha256(vocabulary.path.read_bytes()).hexdigest(),
         vocabulary_size=vocabulary.size,

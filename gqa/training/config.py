@@ -12,9 +12,9 @@ from typing import Any
 import ml_collections
 
 from gqa import checkpoints, models
+from gqa.data.examples import TASKS
 from gqa.data.mixtures import MixtureConfig, prepare_mixture
 from gqa.data.prepare import Manifest, PrepareSpec, default_directory, prepare, read_manifest
-from gqa.data.tasks import NAMED_TASKS
 from gqa.errors import InputError
 from gqa.models.heads import divisors
 from gqa.models.stacks import REMAT_POLICIES
@@ -222,7 +222,7 @@ def check_task(manifest: Manifest, architecture: models.ModelConfig) -> None:
     """Raises `InputError` when records are of the other kind of model: with inputs for a decoder, or without."""
     has_encoder, has_inputs = isinstance(architecture, models.t5.T5Config), manifest.inputs_length > 0
     if has_encoder != has_inputs:
-        tasks = ", ".join(n for n, task in NAMED_TASKS.items() if (task.objective != "causal_lm") == has_encoder)
+        tasks = ", ".join(name for name in TASKS if (name != "causal_lm") == has_encoder)
         family = models.family_of(architecture)
         raise InputError(f"data.task={manifest.task!r} is not for a {family} model; expected one of {tasks}")
 

@@ -138,7 +138,7 @@ def test_rows_for_evaluation_have_the_prefix_and_all_answers(pairs, tmp_path, mo
         ({"source": "nowhere.jsonl"}, "source 'nowhere.jsonl' not found"),
         ({"source": None}, "task supervised needs a source"),
         ({"fields": {"inputs": "q"}}, "fields=.*; expected the columns of inputs and targets"),
-        ({"fields": {"inputs": "q", "targets": "b"}}, r"train.csv has no column 'b' among q, a; nearest: a"),
+        ({"fields": {"inputs": "q", "targets": "b"}}, r"train.csv has no column 'b' among q, a; nearest: q"),
         ({"targets_length": None}, "targets_length=None holds no target of supervised"),
         ({"inputs_length": None}, "task supervised needs an inputs_length"),
         ({"task": "causal_lm", "fields": None}, "prefix='' has no meaning for task causal_lm"),

@@ -226,7 +226,7 @@ def test_records_that_a_model_cannot_read_are_refused(tiny_run, tiny_records):
     run_config.check_task(spans, t5)
     run_config.check_task(causal, llama)
     assert error_of(run_config.check_task, causal, t5) == (
-        "data.task='causal_lm' is not for a t5 model; expected one of span_corruption, prefix_lm"
+        "data.task='causal_lm' is not for a t5 model; expected one of span_corruption, prefix_lm, supervised"
     )
     assert error_of(run_config.check_task, spans, llama) == (
         "data.task='span_corruption' is not for a llama model; expected one of causal_lm"
