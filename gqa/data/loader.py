@@ -66,7 +66,7 @@ def train_batches(
     folder that `read_manifest` refuses.
     """
     _check_batch(batch_size, process_index, process_count)
-    manifest, rows = _open(folder, "train", seed)
+    manifest, rows = _open(folder, "train", seed, endless=True)
     return Batches(rows, manifest, batch_size, process_index, process_count)
 
 
@@ -89,17 +89,19 @@ def heldout_batches(
     return Batches(rows, manifest, batch_size, process_index, process_count)
 
 
-def _open(folder: str | Path, split: str, seed: int, num_rows: int | None = None) -> tuple[Manifest, grain.MapDataset]:
-    """The manifest and the first `num_rows` rows of a split (None: all); those of train shuffled and endless."""
+def _open(
+    folder: str | Path, split: str, seed: int, num_rows: int | None = None, *, endless: bool = False
+) -> tuple[Manifest, grain.MapDataset]:
+    """The manifest and the first `num_rows` rows of a split (None: all), or its epochs, each shuffled, without end."""
     if not 0 <= seed < 2**32:
         raise InputError(f"seed={seed}; expected 0..{2**32 - 1}")
     manifest = read_manifest(folder)
     if manifest.parts is not None:
         # Seeds of their own, so that parts of one length are not read in one order.
-        parts = [_open(part, split, (seed + i) % 2**32)[1] for i, part in enumerate(manifest.parts)]
+        opened = [_open(part, split, (seed + i) % 2**32, endless=endless)[1] for i, part in enumerate(manifest.parts)]
         # Grain's own rounding would make 199 of 200: hundredths of the smallest rate, which it leaves as they are.
         rates = list(manifest.parts.values())
-        mixed = grain.MapDataset.mix(parts, [round(100 * rate / min(rates)) for rate in rates])
+        mixed = grain.MapDataset.mix(opened, [round(100 * rate / min(rates)) for rate in rates])
         return manifest, mixed[:num_rows]
     source = _Records(record_path(folder, split))
     if len(source) != manifest.num_records[split]:
@@ -108,7 +110,7 @@ def _open(folder: str | Path, split: str, seed: int, num_rows: int | None = None
             "delete the folder and prepare it again"
         )
     dataset = grain.MapDataset.source(source).seed(seed)
-    if split == "train":
+    if endless:
         dataset = dataset.shuffle().repeat(_ENDLESS // len(dataset))
     else:
         dataset = dataset[:num_rows]
