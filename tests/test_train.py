@@ -119,7 +119,7 @@ def test_records_that_do_not_suit(error_of, tiny_records):
     assert found == "the records' vocabulary has 147 pieces, the model's embedding 128; use the model's own vocabulary"
     causal = {"records": str(tiny_records("causal_lm")), "data.task": "causal_lm"}
     assert error_of("t5", causal) == (
-        "data.task='causal_lm' is not for a t5 model; expected one of span_corruption, prefix_lm"
+        "data.task='causal_lm' is not for a t5 model; expected one of span_corruption, prefix_lm, supervised"
     )
 
 

@@ -1,16 +1,18 @@
-"""What a chunk of a document's tokens becomes under each task: one (inputs, targets) pair, a function of the noise.
+"""What a chunk of tokens becomes under each task: one (inputs, targets) pair, a function of the noise.
 
 | task | model | inputs | targets |
 |---|---|---|---|
 | `span_corruption` | encoder-decoder | tokens with a sentinel for each noise span | the noise spans |
 | `prefix_lm` | encoder-decoder | tokens before a random pivot | the rest |
 | `causal_lm` | decoder only | none | all tokens; a document ends with EOS |
+| `supervised` | encoder-decoder | what is asked | the answer |
 
-The lengths of both sides depend on the number of tokens alone, not on the noise: so rows are packed once, and noise is
-drawn when a row is read.
+The lengths of both sides depend on the chunk alone, not on the noise: so rows are packed once, and noise is drawn when
+a row is read. A chunk is a piece of a document; of `supervised`, the number of inputs, the inputs and the targets.
 """
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,8 +34,25 @@ _NOISE = (NOISE_DENSITY, MEAN_NOISE_SPAN_LENGTH)
 _SMALLEST_ROW = 8  # tokens; a shorter row holds next to nothing
 
 
+class _Document:
+    """A task on pieces of documents, whose room follows from their number of tokens."""
+
+    def room(self, chunk: np.ndarray) -> tuple[int, int]:
+        """Room that a chunk takes in (inputs, targets)."""
+        return self.lengths(len(chunk))
+
+    @property
+    def least_room(self) -> tuple[int, int]:
+        """Room that the smallest chunk takes."""
+        return self.lengths(self.min_tokens)
+
+    def num_tokens(self, chunk: np.ndarray) -> int:
+        """Tokens of text in a chunk."""
+        return len(chunk)
+
+
 @dataclass(frozen=True)
-class SpanCorruption:
+class SpanCorruption(_Document):
     """T5's span corruption of chunks of at most `max_tokens`."""
 
     inputs_length: int
@@ -53,7 +72,7 @@ class SpanCorruption:
         return num_tokens
 
     def lengths(self, num_tokens: int) -> tuple[int, int]:
-        """Room that a chunk takes in (inputs, targets)."""
+        """Room that a chunk of so many tokens takes in (inputs, targets)."""
         return inputs_targets_lengths(num_tokens, *_NOISE)
 
     def example(self, tokens: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
@@ -70,7 +89,7 @@ class SpanCorruption:
 
 
 @dataclass(frozen=True)
-class PrefixLM:
+class PrefixLM(_Document):
     """A chunk of n tokens cut at a pivot drawn from 1..n-1.
 
     Either side may turn out n long, EOS included, so a chunk takes n in both: about half of each row is padding.
@@ -99,7 +118,7 @@ class PrefixLM:
 
 
 @dataclass(frozen=True)
-class CausalLM:
+class CausalLM(_Document):
     """All tokens of a chunk as targets of a decoder without inputs: `inputs_length` is 0."""
 
     inputs_length: int
@@ -123,16 +142,44 @@ class CausalLM:
         return 1.0, 0, 0
 
 
-Task = SpanCorruption | PrefixLM | CausalLM
-TASKS = {"span_corruption": SpanCorruption, "prefix_lm": PrefixLM, "causal_lm": CausalLM}
+@dataclass(frozen=True)
+class Supervised:
+    """Pairs of inputs and targets, each with its EOS; what does not fit is cut off before it, as seqio does."""
+
+    inputs_length: int
+    targets_length: int
+    vocabulary_size: int
+
+    least_room = (2, 2)  # a token and EOS
+
+    def chunk(self, inputs: Sequence[int], targets: Sequence[int]) -> np.ndarray:
+        """The chunk of a pair without EOS."""
+        inputs, targets = inputs[: self.inputs_length - 1], targets[: self.targets_length - 1]
+        eos = Vocabulary.eos_id
+        return np.array([len(inputs) + 1, *inputs, eos, *targets, eos], np.int32)
+
+    def room(self, chunk: np.ndarray) -> tuple[int, int]:
+        """Room that a chunk takes in (inputs, targets)."""
+        return int(chunk[0]), len(chunk) - 1 - int(chunk[0])
+
+    def num_tokens(self, chunk: np.ndarray) -> int:
+        """Tokens of both sides."""
+        return len(chunk) - 1
+
+    def example(self, chunk: np.ndarray, rng: np.random.Generator | None = None) -> tuple[np.ndarray, np.ndarray]:
+        return chunk[1 : 1 + chunk[0]], chunk[1 + chunk[0] :]
+
+
+Task = SpanCorruption | PrefixLM | CausalLM | Supervised
+TASKS = {"span_corruption": SpanCorruption, "prefix_lm": PrefixLM, "causal_lm": CausalLM, "supervised": Supervised}
 
 
 def make_task(name: str, inputs_length: int, targets_length: int | None, vocabulary_size: int) -> Task:
     """The task `name` for rows of the given lengths.
 
     `targets_length` None is what the inputs call for: span corruption's own length (114 for 512), the same as the
-    inputs for prefix LM. Causal LM has a single row, of `inputs_length` tokens. Raises `InputError` for an unknown
-    task and for lengths that hold no example.
+    inputs for prefix LM. Causal LM has a single row, of `inputs_length` tokens; pairs need both lengths. Raises
+    `InputError` for an unknown task and for lengths that hold no example.
     """
     if name not in TASKS:
         raise InputError(f"task={name!r} is unknown; expected one of {', '.join(TASKS)}")
@@ -144,6 +191,10 @@ def make_task(name: str, inputs_length: int, targets_length: int | None, vocabul
                 f"targets_length={targets_length} has no meaning for causal_lm; expected none or {inputs_length}"
             )
         return CausalLM(0, inputs_length, vocabulary_size)
+    if name == "supervised":
+        if targets_length is None or targets_length < 2:
+            raise InputError(f"targets_length={targets_length} holds no target of supervised; expected 2 or more")
+        return Supervised(inputs_length, targets_length, vocabulary_size)
     if targets_length is None:
         needed = inputs_targets_lengths(tokens_length(inputs_length, *_NOISE), *_NOISE)[1]
         targets_length = needed if name == "span_corruption" else inputs_length

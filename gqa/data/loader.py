@@ -61,12 +61,12 @@ def train_batches(
 ) -> Batches:
     """Endless batches of the train records of `folder`, `batch_size` rows over all processes.
 
-    Each epoch visits every record once in an order of its own; noise is drawn from (seed, position). Raises
-    `InputError` for a batch size that the processes do not divide and for a folder that `read_manifest` refuses.
+    Each epoch visits every record once in an order of its own; noise is drawn from (seed, position). The parts of a
+    mixture have epochs of their own. Raises `InputError` for a batch size that the processes do not divide and for a
+    folder that `read_manifest` refuses.
     """
     _check_batch(batch_size, process_index, process_count)
-    manifest, dataset = _open(folder, "train", seed)
-    rows = dataset.shuffle().repeat(_ENDLESS // len(dataset)).random_map(_Row(manifest.make_task()))
+    manifest, rows = _open(folder, "train", seed, endless=True)
     return Batches(rows, manifest, batch_size, process_index, process_count)
 
 
@@ -75,32 +75,46 @@ def heldout_batches(
 ) -> Batches:
     """Batches of the first `num_examples` held-out records (None, or more than there are: all), with fixed noise.
 
-    The last batch is filled with rows of padding, whose `loss_weights` are 0. Raises as `train_batches` does.
+    Of a mixture there are as many as its rates allow until one part is read to its end. The last batch is filled with
+    rows of padding, whose `loss_weights` are 0. Raises as `train_batches` does.
     """
     _check_batch(batch_size, process_index, process_count)
     if num_examples is not None and num_examples < 1:
         raise InputError(f"num_examples={num_examples}; expected 1 or more")
-    manifest, dataset = _open(folder, "heldout", _HELDOUT_SEED)
-    num_rows = len(dataset) if num_examples is None else min(num_examples, len(dataset))
-    num_padding = -num_rows % batch_size
-    rows = dataset[:num_rows].random_map(_Row(manifest.make_task()))
+    manifest, rows = _open(folder, "heldout", _HELDOUT_SEED, num_examples)
+    num_padding = -len(rows) % batch_size
     if num_padding:
         padding = {key: np.zeros_like(value) for key, value in rows[0].items()}
         rows = grain.MapDataset.concatenate([rows, grain.MapDataset.source([padding] * num_padding)])
     return Batches(rows, manifest, batch_size, process_index, process_count)
 
 
-def _open(folder: str | Path, split: str, seed: int) -> tuple[Manifest, grain.MapDataset]:
+def _open(
+    folder: str | Path, split: str, seed: int, num_rows: int | None = None, *, endless: bool = False
+) -> tuple[Manifest, grain.MapDataset]:
+    """The manifest and the first `num_rows` rows of a split (None: all), or its epochs, each shuffled, without end."""
     if not 0 <= seed < 2**32:
         raise InputError(f"seed={seed}; expected 0..{2**32 - 1}")
     manifest = read_manifest(folder)
+    if manifest.parts is not None:
+        # Seeds of their own, so that parts of one length are not read in one order.
+        opened = [_open(part, split, (seed + i) % 2**32, endless=endless)[1] for i, part in enumerate(manifest.parts)]
+        # Grain's own rounding would make 199 of 200: hundredths of the smallest rate, which it leaves as they are.
+        rates = list(manifest.parts.values())
+        mixed = grain.MapDataset.mix(opened, [round(100 * rate / min(rates)) for rate in rates])
+        return manifest, mixed[:num_rows]
     source = _Records(record_path(folder, split))
     if len(source) != manifest.num_records[split]:
         raise InputError(
             f"{source.path} has {len(source)} records; expected {manifest.num_records[split]}: "
             "delete the folder and prepare it again"
         )
-    return manifest, grain.MapDataset.source(source).seed(seed)
+    dataset = grain.MapDataset.source(source).seed(seed)
+    if endless:
+        dataset = dataset.shuffle().repeat(_ENDLESS // len(dataset))
+    else:
+        dataset = dataset[:num_rows]
+    return manifest, dataset.random_map(_Row(manifest.make_task()))
 
 
 def _check_batch(batch_size: int, process_index: int, process_count: int) -> None:

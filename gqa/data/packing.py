@@ -17,20 +17,19 @@ from gqa.errors import InputError
 
 def pack(
     chunks: Iterable[np.ndarray],
-    lengths: Callable[[int], tuple[int, int]],
+    room: Callable[[np.ndarray], tuple[int, int]],
     capacities: tuple[int, int],
-    smallest: int,
+    least_room: tuple[int, int],
     num_open_rows: int,
 ) -> Iterator[list[np.ndarray]]:
-    """Rows of chunks whose `lengths(len(chunk))` add up to no more than `capacities` in (inputs, targets).
+    """Rows of chunks whose `room(chunk)` adds up to no more than `capacities` in (inputs, targets).
 
     First fit: a chunk goes to the first open row with room, and to a new one otherwise, for which the oldest of
-    `num_open_rows` is closed. A row without room for `smallest` tokens is closed at once.
+    `num_open_rows` is closed. A row without `least_room` is closed at once.
     """
-    least = lengths(smallest)
     open_rows: list[list] = []  # [inputs left, targets left, chunks], oldest first
     for chunk in chunks:
-        inputs, targets = lengths(len(chunk))
+        inputs, targets = room(chunk)
         row = next((row for row in open_rows if row[0] >= inputs and row[1] >= targets), None)
         if row is None:
             row = [*capacities, []]
@@ -39,7 +38,7 @@ def pack(
         row[1] -= targets
         row[2].append(chunk)
         assert row[0] >= 0 and row[1] >= 0, (row[:2], len(chunk))
-        if row[0] < least[0] or row[1] < least[1]:
+        if row[0] < least_room[0] or row[1] < least_room[1]:
             open_rows.remove(row)
             yield row[2]
         elif len(open_rows) > num_open_rows:

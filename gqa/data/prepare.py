@@ -1,53 +1,99 @@
-"""python -m gqa.data.prepare --task=span_corruption --source=embedded --vocabulary=FILE --inputs_length=512
+r"""python -m gqa.data.prepare --task=span_corruption --source=embedded --vocabulary=FILE --inputs_length=512
 
-Tokenises a text source and packs it into rows, written as array records: train.array_record, heldout.array_record and
-manifest.json, which says what they were made from. They go to --output=DIR, or to a cache where gqa.train finds them.
-The same input gives the same bytes, whatever the machine; a folder that already holds just this is left as it is.
+Tokenises a text source, or the inputs and targets of a task, and packs them into rows, written as array records:
+train.array_record, heldout.array_record, token_histogram.json (how often each token is a target) and manifest.json,
+which says what they were made from. They go to --output=DIR, or to a cache where gqa.train finds them. The same input
+gives the same bytes, whatever the machine; a folder that already holds just this is left as it is, and a preparation
+that was stopped goes on from its last block of 16,384 texts.
+
+    python -m gqa.data.prepare --task=docstring --vocabulary=FILE
+    python -m gqa.data.prepare --task=supervised --source=qa.csv --fields=inputs=question,targets=answer \
+        --prefix="question: " --inputs_length=256 --targets_length=32 --vocabulary=FILE
 """
 
 import argparse
+import contextlib
 import dataclasses
+import fcntl
+import functools
 import hashlib
 import json
 import os
 import random
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from array_record.python.array_record_module import ArrayRecordWriter
-from tqdm import tqdm
 
 from gqa.command_line import parse_arguments, run
 from gqa.data.corpus import SPLITS, Corpus
-from gqa.data.examples import TASKS, Task, make_task
-from gqa.data.packing import encode_record, pack
+from gqa.data.examples import Supervised, Task, make_task
+from gqa.data.public import PREFIX as PUBLIC
 from gqa.data.span_corruption import MEAN_NOISE_SPAN_LENGTH, NOISE_DENSITY
+from gqa.data.tasks import NAMED_TASKS, Source, named_task, open_source, parse_fields, read_examples, read_texts
+from gqa.data.tokenise import BLOCK, SIDES, Item, Totals, finished_texts, remove_blocks, write_split
 from gqa.data.vocabulary import Vocabulary
 from gqa.errors import InputError
 
 FORMAT = 1  # raised when records or their order change, so that no older folder passes for a new one
-
-_DOCUMENTS_PER_CALL = 256  # tokenised together
-_NUM_OPEN_ROWS = 32
+MANIFEST, HISTOGRAM = "manifest.json", "token_histogram.json"
+_IDENTITY = "identity.json"  # of what a folder that is not complete will hold
 
 
 @dataclass(frozen=True)
 class PrepareSpec:
     """What to prepare: everything that decides the records."""
 
-    task: str  # one of gqa.data.examples.TASKS
-    source: str  # embedded, embedded_large, or a path to a folder or file of text
+    task: str  # one of gqa.data.tasks.NAMED_TASKS
+    source: str | None  # embedded, embedded_large, a path to text or tables, tfds:NAME; None: the task's own
     vocabulary: str  # SentencePiece .model file
-    inputs_length: int  # tokens in a row's inputs; for causal_lm, in its targets
-    targets_length: int | None  # tokens in a row's targets; None: what the inputs call for
+    inputs_length: int | None  # tokens in a row's inputs; for causal_lm, in its targets; None: the task's own
+    targets_length: int | None  # tokens in a row's targets; None: the task's own, or what the inputs call for
+    fields: Mapping[str, Any] | None = None  # of tables: column of the inputs and of the targets, or of the text
+    prefix: str | None = None  # before every input of a supervised task; None: the task's own
+
+    @property
+    def objective(self) -> str:
+        """What becomes of a text or pair: one of gqa.data.examples.TASKS."""
+        return named_task(self.task).objective
+
+    def make_task(self, vocabulary_size: int) -> Task:
+        """The objective for rows of these lengths."""
+        task = named_task(self.task)
+        inputs_length = self.inputs_length or task.inputs_length
+        if inputs_length is None:
+            raise InputError(f"task {self.task} needs an inputs_length, such as 512")
+        targets_length = task.targets_length if self.targets_length is None else self.targets_length
+        return make_task(self.objective, inputs_length, targets_length, vocabulary_size)
 
     def open_vocabulary(self) -> Vocabulary:
         """The vocabulary; a decoder's may have any special ids, T5's tasks need T5's and its sentinels."""
-        return Vocabulary(self.vocabulary, foreign=self.task == "causal_lm")
+        return Vocabulary(self.vocabulary, foreign=self.objective == "causal_lm")
+
+    def open_source(self) -> Corpus | Source:
+        """What the texts or pairs are read from."""
+        if self.prefix is not None and self.objective != "supervised":
+            raise InputError(f"prefix={self.prefix!r} has no meaning for task {self.task}; expected none")
+        return open_source(self.task, self.source, self.fields)
+
+    def items(self, source: Corpus | Source, split: str) -> Iterator[Item]:
+        """The texts of a split, or its pairs with the prefix."""
+        task = named_task(self.task)
+        if isinstance(source, Corpus):
+            names = source.names(split)
+            random.Random(0).shuffle(names)
+            for name in names:
+                yield source.read(name).text
+        elif self.objective == "supervised":
+            prefix = task.prefix if self.prefix is None else self.prefix
+            for example in read_examples(task, source, split, self.fields):
+                yield prefix + example.inputs, example.targets
+        else:
+            yield from read_texts(source, split, self.fields)
 
 
 @dataclass(frozen=True)
@@ -68,12 +114,22 @@ class Manifest:
     num_tokens: dict[str, int] | None = None  # of text, each once, without sentinels
     num_records: dict[str, int] | None = None  # packed rows
     record_bytes: dict[str, int] | None = None  # size of the file
+    record_sha256: dict[str, str] | None = None  # of the file
     unigram_cross_entropy: float | None = None  # nats per held-out target, predicted from train frequencies
+    lengths: dict[str, dict[str, dict[str, int]]] | None = None  # by split and side: most tokens -> texts or pairs
+    num_trimmed: dict[str, dict[str, int]] | None = None  # by split and side: inputs and targets longer than a row
+    num_skipped: dict[str, dict[str, int]] | None = None  # by split and reason: rows that were left out
+    fields: dict[str, str] | None = None  # of tables
+    prefix: str | None = None  # of a supervised task
+    parts: dict[str, float] | None = None  # of a mixture, which has no records of its own: folder -> rate
 
     def make_task(self) -> Task:
         """The task that turns this folder's records into examples."""
         return make_task(
-            self.task, self.inputs_length or self.targets_length, self.targets_length, self.vocabulary_size
+            named_task(self.task).objective,
+            self.inputs_length or self.targets_length,
+            self.targets_length,
+            self.vocabulary_size,
         )
 
 
@@ -83,14 +139,15 @@ def record_path(folder: str | Path, split: str) -> Path:
 
 
 def default_directory(spec: PrepareSpec) -> Path:
-    """Where the records of `spec` are kept between runs: a folder named after all that decides them.
-
-    It lies in `$GQA_CACHE`, or `~/.cache/gqa` where that is unset.
-    """
-    inputs = _inputs(spec, Corpus(spec.source), spec.open_vocabulary())
+    """Where the records of `spec` are kept between runs: a folder named after all that decides them."""
+    inputs = _inputs(spec, spec.open_source(), spec.open_vocabulary())
     key = hashlib.sha256(json.dumps(dataclasses.asdict(inputs), sort_keys=True).encode()).hexdigest()[:16]
-    cache = os.environ.get("GQA_CACHE") or Path.home() / ".cache" / "gqa"
-    return Path(cache) / "records" / key
+    return cache_folder() / "records" / key
+
+
+def cache_folder() -> Path:
+    """What is kept between runs: `$GQA_CACHE`, or `~/.cache/gqa` where that is unset."""
+    return Path(os.environ.get("GQA_CACHE") or Path.home() / ".cache" / "gqa")
 
 
 def read_manifest(folder: str | Path) -> Manifest:
@@ -98,7 +155,7 @@ def read_manifest(folder: str | Path) -> Manifest:
 
     Raises `InputError` where it is missing or damaged, of another format, or where a file is missing or cut short.
     """
-    path = Path(folder) / "manifest.json"
+    path = Path(folder) / MANIFEST
     if not path.is_file():
         raise InputError(f"{folder} has no manifest.json; expected a folder that python -m gqa.data.prepare wrote")
     try:
@@ -124,29 +181,68 @@ def prepare(spec: PrepareSpec, output: str | Path) -> Manifest:
     that holds something else.
     """
     output = Path(output)
-    corpus, vocabulary = Corpus(spec.source), spec.open_vocabulary()
-    inputs = _inputs(spec, corpus, vocabulary)
+    source, vocabulary = spec.open_source(), spec.open_vocabulary()
+    inputs = _inputs(spec, source, vocabulary)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         return _reuse(output, inputs)
     output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
-    try:
-        manifest = _write(temporary, inputs, corpus, vocabulary)
-        temporary.chmod(0o755)  # mkdtemp's folder is private
+    with _partial_folder(output, inputs) as partial:
+        manifest = _write(partial, inputs, spec, source, vocabulary)
+        remove_blocks(partial)
+        (partial / _IDENTITY).unlink()
         try:
-            temporary.rename(output)
+            partial.rename(output)
         except OSError:
             if not output.exists():
                 raise
             return _reuse(output, inputs)  # another process, preparing the same, was first
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return manifest
 
 
-def _inputs(spec: PrepareSpec, corpus: Corpus, vocabulary: Vocabulary) -> Manifest:
+@contextlib.contextmanager
+def _partial_folder(output: Path, inputs: Manifest) -> Iterator[Path]:
+    """A folder beside `output` to write in: what a preparation of the same left there, else an empty one.
+
+    It is gone afterwards, unless a failure left finished blocks in it.
+    """
+    partial, identity = output.with_name(f".{output.name}.partial"), json.dumps(dataclasses.asdict(inputs))
+    with contextlib.ExitStack() as stack:
+        partial.mkdir(exist_ok=True)
+        if not stack.enter_context(_locked(partial)):  # another process is at it: each for itself, the first wins
+            partial = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
+            partial.chmod(0o755)  # mkdtemp's folder is private
+        found = partial / _IDENTITY
+        if not found.is_file() or found.read_text(encoding="utf-8") != identity:
+            for path in partial.iterdir():
+                path.unlink()
+            found.write_text(identity, encoding="utf-8")
+        try:
+            yield partial
+        except BaseException:
+            if finished_texts(partial) < BLOCK:
+                shutil.rmtree(partial, ignore_errors=True)
+            raise
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[bool]:
+    """Whether `folder` is this process's own for as long as the context lasts."""
+    descriptor, mine = os.open(folder, os.O_RDONLY), False
+    try:
+        with contextlib.suppress(BlockingIOError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Another process may have ended in between, and renamed or removed it.
+            mine = folder.exists() and os.path.samestat(os.fstat(descriptor), folder.stat())
+        yield mine
+    finally:
+        os.close(descriptor)
+
+
+def _inputs(spec: PrepareSpec, source: Corpus | Source, vocabulary: Vocabulary) -> Manifest:
     """The manifest as far as it is known before anything is written."""
-    task = make_task(spec.task, spec.inputs_length, spec.targets_length, vocabulary.size)
+    task, named = spec.make_task(vocabulary.size), named_task(spec.task)
+    source_name = spec.source or named.source
     return Manifest(
         format=FORMAT,
         task=spec.task,
@@ -154,11 +250,19 @@ def _inputs(spec: PrepareSpec, corpus: Corpus, vocabulary: Vocabulary) -> Manife
         targets_length=task.targets_length,
         noise_density=NOISE_DENSITY,
         mean_noise_span_length=MEAN_NOISE_SPAN_LENGTH,
-        source=Path(spec.source).name,
-        corpus_digests={split: corpus.digest(split) for split in SPLITS},
+        source=source_name.removeprefix(PUBLIC) if source_name.startswith(PUBLIC) else Path(source_name).name,
+        corpus_digests={split: source.digest(split) for split in SPLITS},
         vocabulary_sha256=hashlib.sha256(vocabulary.path.read_bytes()).hexdigest(),
         vocabulary_size=vocabulary.size,
+        fields=None if spec.fields is None else dict(spec.fields),
+        prefix=(named.prefix if spec.prefix is None else spec.prefix) if isinstance(task, Supervised) else None,
     )
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Writes the manifest of a folder."""
+    text = json.dumps(dataclasses.asdict(manifest), indent=2) + "\n"
+    (folder / MANIFEST).write_text(text, encoding="utf-8")
 
 
 def _reuse(output: Path, inputs: Manifest) -> Manifest:
@@ -170,65 +274,41 @@ def _reuse(output: Path, inputs: Manifest) -> Manifest:
     return manifest
 
 
-def _write(folder: Path, inputs: Manifest, corpus: Corpus, vocabulary: Vocabulary) -> Manifest:
+def _write(folder: Path, inputs: Manifest, spec: PrepareSpec, source: Source, vocabulary: Vocabulary) -> Manifest:
     task = inputs.make_task()
-    num_tokens, num_records, record_bytes, target_counts = {}, {}, {}, {}
+    totals: dict[str, Totals] = {}
     for split in SPLITS:
-        counts = np.zeros(vocabulary.size)
-        tokens = num_rows = 0
-        # One record a group: a read by index then decodes that record alone.
-        writer = ArrayRecordWriter(str(record_path(folder, split)), "group_size:1")
-        chunks = _chunks(corpus, split, vocabulary, task, counts)
-        capacities = (task.inputs_length, task.targets_length)
-        for row in pack(chunks, task.lengths, capacities, task.min_tokens, _NUM_OPEN_ROWS):
-            writer.write(encode_record(row))
-            num_rows += 1
-            tokens += sum(map(len, row))
-        writer.close()
-        if not num_rows:
+        num_items = len(source.names(split)) if isinstance(source, Corpus) else None
+        items = functools.partial(spec.items, source, split)
+        totals[split] = write_split(record_path(folder, split), items, num_items, vocabulary, task)
+        if not totals[split].records:
             raise InputError(f"the {split} split of {inputs.source} is too short for one example of {inputs.task}")
-        num_tokens[split], num_records[split], target_counts[split] = tokens, num_rows, counts
-        record_bytes[split] = record_path(folder, split).stat().st_size
+    histogram = {split: [round(count, 2) for count in totals[split].targets.tolist()] for split in SPLITS}
+    (folder / HISTOGRAM).write_text(json.dumps(histogram) + "\n", encoding="utf-8")
+    supervised = isinstance(task, Supervised)
     manifest = dataclasses.replace(
         inputs,
-        num_documents={split: len(corpus.names(split)) for split in SPLITS},
-        num_tokens=num_tokens,
-        num_records=num_records,
-        record_bytes=record_bytes,
-        unigram_cross_entropy=round(_cross_entropy(target_counts["heldout"], target_counts["train"]), 6),
+        num_documents={split: totals[split].documents for split in SPLITS},
+        num_tokens={split: totals[split].tokens for split in SPLITS},
+        num_records={split: totals[split].records for split in SPLITS},
+        record_bytes={split: record_path(folder, split).stat().st_size for split in SPLITS},
+        record_sha256={split: _sha256(record_path(folder, split)) for split in SPLITS},
+        unigram_cross_entropy=round(_cross_entropy(totals["heldout"].targets, totals["train"].targets), 6),
+        lengths={split: totals[split].length_histogram(supervised) for split in SPLITS},
+        num_trimmed=_trimmed(totals) if supervised else None,
+        num_skipped=None if isinstance(source, Corpus) else {split: dict(source.skipped[split]) for split in SPLITS},
     )
-    text = json.dumps(dataclasses.asdict(manifest), indent=2) + "\n"
-    (folder / "manifest.json").write_text(text, encoding="utf-8")
+    write_manifest(folder, manifest)
     return manifest
 
 
-def _chunks(
-    corpus: Corpus, split: str, vocabulary: Vocabulary, task: Task, target_counts: np.ndarray
-) -> Iterator[np.ndarray]:
-    """Chunks of the documents of a split in a fixed random order; adds each token's expected number of targets."""
-    names = corpus.names(split)
-    random.Random(0).shuffle(names)
-    progress = tqdm(total=len(names), desc=f"prepare {split}", unit=" documents", disable=len(names) < 1000)
-    num_threads = os.cpu_count() or 1
-    end = [vocabulary.eos_id] if task.ends_documents and vocabulary.eos_id >= 0 else []
-    for start in range(0, len(names), _DOCUMENTS_PER_CALL):
-        texts = [corpus.read(name).text for name in names[start : start + _DOCUMENTS_PER_CALL]]
-        for ids in vocabulary.encode_all(texts, num_threads):
-            tokens = np.array([*ids, *end], np.int32)
-            chunks = [tokens[i : i + task.max_tokens] for i in range(0, len(tokens), task.max_tokens)]
-            for chunk in chunks:
-                if len(chunk) >= task.min_tokens:
-                    _count_targets(chunk, task, target_counts)
-                    yield chunk
-        progress.update(len(texts))
-    progress.close()
+def _trimmed(totals: Mapping[str, Totals]) -> dict[str, dict[str, int]]:
+    return {split: dict(zip(SIDES, totals[split].trimmed.tolist(), strict=True)) for split in SPLITS}
 
 
-def _count_targets(chunk: np.ndarray, task: Task, counts: np.ndarray) -> None:
-    share, num_sentinels, num_eos = task.expected_targets(len(chunk))
-    np.add.at(counts, chunk, share)
-    counts[Vocabulary.eos_id] += num_eos
-    counts[len(counts) - num_sentinels :] += 1
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _cross_entropy(heldout_counts: np.ndarray, train_counts: np.ndarray) -> float:
@@ -239,16 +319,26 @@ def _cross_entropy(heldout_counts: np.ndarray, train_counts: np.ndarray) -> floa
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--task", required=True, choices=list(TASKS))
-    parser.add_argument("--source", required=True, help="embedded, embedded_large, or a folder or file of text")
-    parser.add_argument("--vocabulary", required=True, metavar="FILE", help="SentencePiece .model file")
-    parser.add_argument("--inputs_length", required=True, type=int, metavar="N", help="tokens in a row")
+    parser.add_argument("--task", required=True, choices=list(NAMED_TASKS))
     parser.add_argument(
-        "--targets_length", type=int, metavar="M", help="tokens in a row's targets (left out: what the inputs call for)"
+        "--source",
+        help="embedded, embedded_large, a folder or file of text or tables, tfds:NAME (left out: the task's)",
     )
+    parser.add_argument("--vocabulary", required=True, metavar="FILE", help="SentencePiece .model file")
+    parser.add_argument("--inputs_length", type=int, metavar="N", help="tokens in a row (left out: the task's)")
+    parser.add_argument(
+        "--targets_length",
+        type=int,
+        metavar="M",
+        help="tokens in a row's targets (left out: the task's, or what the inputs call for)",
+    )
+    parser.add_argument(
+        "--fields", type=parse_fields, metavar="ROLE=COLUMN,…", help="columns of tables: inputs=A,targets=B, or text=A"
+    )
+    parser.add_argument("--prefix", help="text before every input of a supervised task (left out: the task's)")
     parser.add_argument("--output", metavar="DIR", help="folder to write (left out: one in $GQA_CACHE or ~/.cache/gqa)")
     args = parse_arguments(parser)
-    spec = PrepareSpec(args.task, args.source, args.vocabulary, args.inputs_length, args.targets_length)
+    spec = PrepareSpec(**{field.name: getattr(args, field.name) for field in dataclasses.fields(PrepareSpec)})
     output = Path(args.output) if args.output else default_directory(spec)
     manifest = prepare(spec, output)
     print(json.dumps(dataclasses.asdict(manifest), indent=2))

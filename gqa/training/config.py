@@ -12,7 +12,8 @@ from typing import Any
 import ml_collections
 
 from gqa import checkpoints, models
-from gqa.data.examples import make_task
+from gqa.data.examples import TASKS
+from gqa.data.mixtures import MixtureConfig, prepare_mixture
 from gqa.data.prepare import Manifest, PrepareSpec, default_directory, prepare, read_manifest
 from gqa.errors import InputError
 from gqa.models.heads import divisors
@@ -184,9 +185,12 @@ class RunConfig:
     mesh: MeshConfig
     uptrain: UptrainConfig | None
     distillation: DistillationConfig | None = None
+    mixture: MixtureConfig | None = None  # what is read instead of one task's records; data says vocabulary and lengths
 
     def __post_init__(self):
         self.optimizer.validate()
+        if self.mixture is not None and self.records is not None:
+            raise InputError("mixture or records: set at most one of them; a folder of records is a part of a mixture")
         if (self.train.steps is None) == (self.uptrain is None):
             raise InputError("train.steps or uptrain (original_steps and alpha): set exactly one of them")
 
@@ -206,12 +210,14 @@ class RunConfig:
 
     def prepared_records(self) -> Path:
         """The folder of this run's records, prepared now if it is not there yet."""
+        if self.mixture is not None:
+            return prepare_mixture(self.mixture, self.data)
         if self.records is None:
             directory = default_directory(self.data)
             prepare(self.data, directory)
             return directory
         manifest, vocabulary = read_manifest(self.records), self.data.open_vocabulary()
-        wanted = make_task(self.data.task, self.data.inputs_length, self.data.targets_length, vocabulary.size)
+        wanted = self.data.make_task(vocabulary.size)
         if manifest.make_task() != wanted:
             raise InputError(f"records {self.records} are of {manifest.make_task()}; the config's data says {wanted}")
         if manifest.vocabulary_sha256 != hashlib.sha256(vocabulary.path.read_bytes()).hexdigest():
@@ -244,7 +250,7 @@ def check_task(manifest: Manifest, architecture: models.ModelConfig) -> None:
     """Raises `InputError` when records are of the other kind of model: with inputs for a decoder, or without."""
     has_encoder, has_inputs = isinstance(architecture, models.t5.T5Config), manifest.inputs_length > 0
     if has_encoder != has_inputs:
-        tasks = "span_corruption, prefix_lm" if has_encoder else "causal_lm"
+        tasks = ", ".join(name for name in TASKS if (name != "causal_lm") == has_encoder)
         family = models.family_of(architecture)
         raise InputError(f"data.task={manifest.task!r} is not for a {family} model; expected one of {tasks}")
 

@@ -18,7 +18,7 @@ def lists(rows):
 
 def test_first_fit_into_open_rows():
     chunks = arrays([1] * 5, [2] * 4, [3] * 3, [4] * 2, [5] * 6)
-    rows = lists(pack(chunks, lambda n: (0, n), (0, 8), smallest=2, num_open_rows=2))
+    rows = lists(pack(chunks, lambda chunk: (0, len(chunk)), (0, 8), (0, 2), num_open_rows=2))
     assert rows == [
         [[1] * 5, [3] * 3],  # full: closed first
         [[2] * 4, [4] * 2],
@@ -28,7 +28,7 @@ def test_first_fit_into_open_rows():
 
 def test_the_oldest_row_closes_when_too_many_are_open():
     chunks = arrays([1] * 5, [2] * 5, [3] * 3)
-    assert lists(pack(chunks, lambda n: (0, n), (0, 8), smallest=2, num_open_rows=1)) == [
+    assert lists(pack(chunks, lambda chunk: (0, len(chunk)), (0, 8), (0, 2), num_open_rows=1)) == [
         [[1] * 5],
         [[2] * 5, [3] * 3],
     ]
@@ -41,7 +41,7 @@ def test_rows_hold_every_chunk_once_and_never_overflow(name, lengths, seed):
     task = make_task(name, 64, None, 4096)
     chunks = [np.full(min(n, task.max_tokens), 200 + i) for i, n in enumerate(lengths)]
     capacities = (task.inputs_length, task.targets_length)
-    rows = list(pack(chunks, task.lengths, capacities, task.min_tokens, num_open_rows=3))
+    rows = list(pack(chunks, task.room, capacities, task.least_room, num_open_rows=3))
     assert sorted(chunk[0] for row in rows for chunk in row) == [200 + i for i in range(len(lengths))]
     for row in rows:
         # packed_row writes each side into an array of the row's length: it would raise on overflow
@@ -111,7 +111,7 @@ def test_damaged_record_is_refused(values):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("span_coruption", 64, None), "expected one of span_corruption, prefix_lm, causal_lm"),
+        (("span_coruption", 64, None), "expected one of span_corruption, prefix_lm, causal_lm, supervised"),
         (("span_corruption", 4, None), "inputs_length=4 is too short"),
         (("span_corruption", 64, 2), "targets_length=2 holds no example of span_corruption; expected 3 or more"),
         (("causal_lm", 64, 32), "targets_length=32 has no meaning for causal_lm"),

@@ -1,5 +1,7 @@
 import argparse
 import dataclasses
+import fcntl
+import hashlib
 import io
 import json
 import os
@@ -9,7 +11,8 @@ import pytest
 import sentencepiece
 from array_record.python.array_record_module import ArrayRecordReader
 
-from gqa.data import corpus
+from gqa.data import corpus, tokenise
+from gqa.data import prepare as prepare_module
 from gqa.data.packing import decode_record
 from gqa.data.prepare import PrepareSpec, default_directory, prepare, read_manifest, record_path
 from gqa.data.vocabulary import Vocabulary
@@ -168,3 +171,54 @@ def test_damaged_folders_are_refused(make_spec, tmp_path):
     (folder / "manifest.json").write_text(manifest.replace('"format": 1', '"format": 99'))
     with pytest.raises(InputError, match="has format 99; expected 1"):
         read_manifest(folder)
+
+
+def test_an_interrupted_preparation_goes_on_from_its_last_block(make_spec, tmp_path, monkeypatch):
+    for module in (tokenise, prepare_module):
+        monkeypatch.setattr(module, "BLOCK", 16)
+    prepare(make_spec("causal_lm"), tmp_path / "whole")
+    encode_all, calls = Vocabulary.encode_all, []
+
+    def counted(self, texts, num_threads):
+        calls.append(len(texts))
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        return encode_all(self, texts, num_threads)
+
+    monkeypatch.setattr(Vocabulary, "encode_all", counted)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(make_spec("causal_lm"), tmp_path / "parts")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".parts.partial", "whole"]
+    assert prepare(make_spec("causal_lm"), tmp_path / "parts") == read_manifest(tmp_path / "whole")
+    assert sum(calls) == 120 + 16  # the fifth block was tokenised twice, the four before it once
+    assert file_bytes(tmp_path / "parts") == file_bytes(tmp_path / "whole")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["parts", "whole"]
+
+
+def test_what_another_preparation_left_is_not_taken_over(make_spec, tmp_path, monkeypatch, records):
+    for name in ("identity.json", "train.array_record.00000", "train.array_record.00000.npz"):
+        (tmp_path / ".records.partial").mkdir(exist_ok=True)
+        (tmp_path / ".records.partial" / name).write_text("{}")
+    prepare(make_spec("causal_lm"), tmp_path / "records")
+    assert file_bytes(tmp_path / "records") == file_bytes(records("causal_lm"))
+
+
+def test_two_that_prepare_the_same_do_not_meet(make_spec, tmp_path, records):
+    """The second finds the first at work, writes on its own and is there first."""
+    (tmp_path / ".records.partial").mkdir()
+    descriptor = os.open(tmp_path / ".records.partial", os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    prepare(make_spec("causal_lm"), tmp_path / "records")
+    os.close(descriptor)
+    assert file_bytes(tmp_path / "records") == file_bytes(records("causal_lm"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".records.partial", "records"]
+
+
+def test_the_manifest_has_sums_lengths_and_a_token_histogram(records):
+    manifest = read_manifest(records("causal_lm"))
+    for split, expected in manifest.record_sha256.items():
+        assert hashlib.sha256(record_path(records("causal_lm"), split).read_bytes()).hexdigest() == expected
+        assert sum(manifest.lengths[split]["texts"].values()) == manifest.num_documents[split]
+    histogram = json.loads((records("causal_lm") / "token_histogram.json").read_text())
+    tokens = np.concatenate([chunk for row in read_rows(records("causal_lm"), "train") for chunk in row])
+    np.testing.assert_array_equal(histogram["train"], np.bincount(tokens, minlength=4096))

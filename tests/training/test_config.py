@@ -23,9 +23,12 @@ def error_of(function, *arguments) -> str:
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_shipped_configs_parse(path):
-    raw = load_config(path)
-    if raw.model.size is None and raw.model.checkpoint is None:  # to be named on the command line
-        raw = load_config(path, ["--config.model.checkpoint=somewhere"])
+    raw, named = load_config(path), []  # on the command line
+    if raw.model.size is None and raw.model.checkpoint is None:
+        named.append("--config.model.checkpoint=somewhere")
+    if raw.data.vocabulary is None:
+        named.append("--config.data.vocabulary=assets/vocabulary/python_4096.model")
+    raw = load_config(path, named)
     config = run_config.parse(raw)
     config.check_devices(1)
     assert config.steps >= 1
@@ -225,7 +228,7 @@ def test_records_that_a_model_cannot_read_are_refused(tiny_run, tiny_records):
     run_config.check_task(spans, t5)
     run_config.check_task(causal, llama)
     assert error_of(run_config.check_task, causal, t5) == (
-        "data.task='causal_lm' is not for a t5 model; expected one of span_corruption, prefix_lm"
+        "data.task='causal_lm' is not for a t5 model; expected one of span_corruption, prefix_lm, supervised"
     )
     assert error_of(run_config.check_task, spans, llama) == (
         "data.task='span_corruption' is not for a llama model; expected one of causal_lm"

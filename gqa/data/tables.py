@@ -1,0 +1,209 @@
+"""Rows of the user's own tables: JSON lines, CSV, TSV or Parquet, a file or a folder of files.
+
+`fields` says which column is what: `{"inputs": "article", "targets": "highlights"}` for pairs, `{"text": "body"}` for
+text. A folder whose files begin with `train`, and with `heldout`, `validation`, `valid`, `val` or `dev`, is split so,
+and files that begin with `test` are its test split. Of other files about 5 % of the rows are held out, chosen by a hash
+of the first field, so that what a model is asked is never on both sides.
+
+A row that cannot be read (not JSON, not UTF-8, a column missing or of another type) is passed over and counted as long
+as there is no more than one in `GOOD_ROWS_PER_BAD`; otherwise the first of them is an `InputError` with file and line.
+"""
+
+import csv
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+from gqa.command_line import nearest
+from gqa.data.corpus import HELDOUT_FRACTION
+from gqa.errors import InputError
+
+SUFFIXES = (".jsonl", ".csv", ".tsv", ".parquet")
+GOOD_ROWS_PER_BAD = 1000
+
+_SPLITS_BY_NAME = {
+    "train": ("train",),
+    "heldout": ("heldout", "validation", "valid", "val", "dev"),
+    "test": ("test",),
+}
+_COUNTED_FROM = 100  # bad rows; so many are no accident, unless there are GOOD_ROWS_PER_BAD times as many good ones
+
+
+class BadRow(InputError):
+    """A row that cannot be read."""
+
+
+class Table:
+    """Rows of `path`, each a dictionary from the names of `fields` to texts, read again whenever they are asked for.
+
+    `skipped[split]` counts what the last pass over a split left out, by reason. Raises `InputError` for a path that
+    holds no table and, when rows are read, for one with too many bad rows.
+    """
+
+    def __init__(self, path: str | Path, fields: Mapping[str, str]):
+        self.path, self.fields = Path(path), dict(fields)
+        files = [self.path] if self.path.is_file() else table_files(self.path)
+        if not files:
+            raise InputError(f"source {str(path)!r} has no table; expected files of {', '.join(SUFFIXES)}")
+        named = {
+            split: [file for file in files if file.name.lower().startswith(names)]
+            for split, names in _SPLITS_BY_NAME.items()
+        }
+        self._by_hash = not (named["train"] and named["heldout"])
+        self._files = {"train": files, "heldout": files, "test": []} if self._by_hash else named
+        self.skipped: dict[str, Counter] = {split: Counter() for split in self._files}
+
+    @property
+    def splits(self) -> list[str]:
+        """The splits that there are."""
+        return [split for split, files in self._files.items() if files]
+
+    def digest(self, split: str) -> str:
+        """First 16 hex digits of the SHA-256 over all that decides the rows of a split."""
+        total = hashlib.sha256(f"{split if self._by_hash else ''}\0{sorted(self.fields.items())}".encode())
+        for path in self._files[split]:
+            with path.open("rb") as file:
+                total.update(hashlib.file_digest(file, "sha256").digest())
+        return total.hexdigest()[:16]
+
+    def rows(self, split: str) -> Iterator[dict[str, str]]:
+        """The good rows of a split in the order of its files."""
+        skipped = self.skipped[split] = Counter()
+        num_rows, first = 0, None
+        key = next(iter(self.fields))
+        for path in self._files[split]:
+            for row in read_rows(path, self.fields):
+                num_rows += 1
+                if isinstance(row, BadRow):
+                    skipped["bad row"] += 1
+                    first = first or row
+                    if skipped["bad row"] >= _COUNTED_FROM:
+                        _refuse_too_many(first, skipped["bad row"], num_rows)
+                elif not self._by_hash or (_fraction(row[key]) < HELDOUT_FRACTION) == (split == "heldout"):
+                    yield row
+        if first is not None:
+            _refuse_too_many(first, skipped["bad row"], num_rows)
+
+
+def table_files(folder: Path) -> list[Path]:
+    """The tables of a folder, by name."""
+    return sorted(path for path in folder.iterdir() if path.suffix in SUFFIXES) if folder.is_dir() else []
+
+
+def read_rows(path: Path, fields: Mapping[str, str]) -> Iterator[dict[str, str] | BadRow]:
+    """Each row of a file, or what is wrong with it, with the file's name and the number of the line.
+
+    Raises `InputError` for a file without one of the columns, as far as its form names columns.
+    """
+    readers = {".jsonl": _json_rows, ".csv": _csv_rows, ".tsv": _csv_rows, ".parquet": _parquet_rows}
+    if path.suffix not in readers:
+        raise InputError(f"{path} is no table; expected a file of {', '.join(SUFFIXES)}")
+    for where, row in readers[path.suffix](path, set(fields.values())):
+        yield row if isinstance(row, BadRow) else _mapped(where, row, fields)
+
+
+def _mapped(where: str, row: Mapping, fields: Mapping[str, str]) -> dict[str, str] | BadRow:
+    mapped = {}
+    for name, column in fields.items():
+        if column not in row:
+            return BadRow(f"{where}: there is no {column!r}; nearest: {nearest(column, map(str, row))}")
+        if not isinstance(row[column], str):
+            return BadRow(f"{where}: {column!r} is a {type(row[column]).__name__}; expected a text")
+        mapped[name] = row[column]
+    return mapped
+
+
+def _json_rows(path: Path, _columns: set[str]) -> Iterator[tuple[str, Mapping | BadRow]]:
+    for where, line in _lines(path):
+        if isinstance(line, BadRow):
+            yield where, line
+        elif line.strip():
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError):
+                row = None
+                yield where, BadRow(f"{where} is not JSON: {line.strip()[:60]!r}")
+            else:
+                expected = BadRow(f"{where} is a {type(row).__name__}; expected an object")
+                yield where, row if isinstance(row, dict) else expected
+
+
+def _csv_rows(path: Path, columns: set[str]) -> Iterator[tuple[str, Mapping | BadRow]]:
+    bad: list[tuple[str, BadRow]] = []
+    number = 0
+
+    def good_lines() -> Iterator[str]:
+        nonlocal number
+        for where, line in _lines(path):
+            number += 1
+            if isinstance(line, BadRow):
+                bad.append((where, line))
+            else:
+                yield line
+
+    csv.field_size_limit(2**31 - 1)  # the default refuses documents over 128 KiB
+    reader = csv.reader(good_lines(), delimiter="\t" if path.suffix == ".tsv" else ",", strict=True)
+    try:
+        header = next(reader, [])
+        _check_columns(path, header, columns)
+        while True:
+            where = f"{path} line {number + 1}"
+            try:
+                row = next(reader)
+            except csv.Error as error:
+                yield where, BadRow(f"{where} is not {path.suffix[1:].upper()}: {error}")
+                continue
+            yield from bad
+            bad.clear()
+            if row:
+                expected = BadRow(f"{where} has {len(row)} columns; expected {len(header)}")
+                yield where, dict(zip(header, row, strict=True)) if len(row) == len(header) else expected
+    except StopIteration:
+        yield from bad
+
+
+def _parquet_rows(path: Path, columns: set[str]) -> Iterator[tuple[str, Mapping]]:
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError as error:
+        raise InputError(f"{path} is Parquet, which needs pyarrow: pip install 'gqa[data]'") from error
+    try:
+        with parquet.ParquetFile(path) as file:
+            _check_columns(path, file.schema_arrow.names, columns)
+            number = 0
+            for batch in file.iter_batches(batch_size=1024, columns=sorted(columns)):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield f"{path} row {number}", row
+    except (pyarrow.ArrowInvalid, OSError) as error:
+        raise InputError(f"{path} is no whole Parquet file: {str(error).splitlines()[0]}") from error
+
+
+def _lines(path: Path) -> Iterator[tuple[str, str | BadRow]]:
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            where = f"{path} line {number}"
+            try:
+                yield where, line.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                yield where, BadRow(f"{where} is not UTF-8: byte {error.start} is 0x{line[error.start]:02x}")
+
+
+def _check_columns(path: Path, found: Iterable[str], wanted: set[str]) -> None:
+    found = list(found)
+    for column in sorted(wanted - set(found)):
+        raise InputError(
+            f"{path} has no column {column!r} among {', '.join(found) or 'none'}; nearest: {nearest(column, found)}"
+        )
+
+
+def _fraction(text: str) -> float:
+    return int(hashlib.sha256(text.encode()).hexdigest()[:8], 16) / 16**8
+
+
+def _refuse_too_many(first: BadRow, num_bad: int, num_rows: int) -> None:
+    if num_bad * GOOD_ROWS_PER_BAD > num_rows:
+        raise InputError(f"{first} ({num_bad} bad of {num_rows} rows; expected at most 1 in {GOOD_ROWS_PER_BAD})")

@@ -1,0 +1,208 @@
+"""Texts and pairs to packed records of one split, block by block, so that an interrupted preparation goes on."""
+
+import dataclasses
+import itertools
+import os
+import shutil
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
+from tqdm import tqdm
+
+from gqa.data.examples import Supervised, Task
+from gqa.data.packing import encode_record, pack
+from gqa.data.vocabulary import Vocabulary
+
+Item = str | tuple[str, str]  # a text; of `supervised`, inputs and targets
+SIDES = ("inputs", "targets")
+
+BLOCK = 16_384  # texts or pairs packed together; a shorter split is one block
+_TEXTS_PER_CALL = 256  # tokenised together
+_NUM_OPEN_ROWS = 32
+_LENGTHS = 32  # powers of two that lengths are counted by
+_FINISHED = "*.array_record.*.npz"  # totals of the blocks that are complete
+_ONE_RECORD_A_GROUP = "group_size:1"  # a read by index then decodes that record alone
+
+
+@dataclass
+class Totals:
+    """What is in some records; those of blocks add up."""
+
+    documents: int  # texts or pairs
+    tokens: int  # of text, each once, without sentinels
+    records: int  # packed rows
+    targets: np.ndarray  # [V], how often each id is expected among the targets
+    lengths: np.ndarray  # [2, _LENGTHS], how many have up to 2**i tokens, of inputs (or texts) and of targets
+    trimmed: np.ndarray  # [2], how many inputs and targets were longer than a row
+
+    @classmethod
+    def zeros(cls, vocabulary_size: int) -> "Totals":
+        """Of nothing."""
+        counts = [np.zeros(shape, np.int64) for shape in ((2, _LENGTHS), (2,))]
+        return cls(0, 0, 0, np.zeros(vocabulary_size), *counts)
+
+    def add(self, other: "Totals") -> None:
+        """Adds those of other records."""
+        for field in dataclasses.fields(self):
+            setattr(self, field.name, getattr(self, field.name) + getattr(other, field.name))
+
+    def save(self, path: Path) -> None:
+        """Writes them as a file that is there when it is complete."""
+        temporary = path.with_name(f".{path.name}.unfinished")
+        with temporary.open("wb") as file:
+            np.savez(file, **dataclasses.asdict(self))
+        temporary.replace(path)
+
+    @classmethod
+    def load(cls, path: Path) -> "Totals":
+        """Those of a saved file."""
+        with np.load(path) as arrays:
+            return cls(
+                *(arrays[f.name] if arrays[f.name].ndim else int(arrays[f.name]) for f in dataclasses.fields(cls))
+            )
+
+    def length_histogram(self, supervised: bool) -> dict[str, dict[str, int]]:
+        """Side -> most tokens, a power of two -> how many have so many but more than half."""
+        sides = dict(zip(SIDES if supervised else ("texts",), self.lengths, strict=False))
+        return {side: {str(1 << i): int(n) for i, n in enumerate(counts) if n} for side, counts in sides.items()}
+
+
+def write_split(
+    path: Path, items: Callable[[], Iterator[Item]], num_items: int | None, vocabulary: Vocabulary, task: Task
+) -> Totals:
+    """Writes the records of a split to the file `path` and gives what is in them.
+
+    Blocks that a call before has finished lie beside it, as `PATH.NUMBER` and `PATH.NUMBER.npz`, and are not made
+    again: their items are read and passed over.
+    """
+    totals = Totals.zeros(vocabulary.size)
+    description = f"prepare {path.name.split('.')[0]}"
+    remaining = items()
+    blocks = []
+    with tqdm(total=num_items, desc=description, unit=" texts", delay=1, dynamic_ncols=True) as progress:
+        for number in itertools.count():
+            block, done = path.with_name(f"{path.name}.{number:05d}"), path.with_name(f"{path.name}.{number:05d}.npz")
+            mine = _Counted(itertools.islice(remaining, BLOCK), progress)
+            if done.exists():
+                deque(mine, maxlen=0)
+            else:
+                made = _write_block(block, mine, vocabulary, task, len(totals.targets))
+                made.documents = mine.count
+                made.save(done)
+            totals.add(Totals.load(done))
+            blocks.append(block)
+            if mine.count < BLOCK:
+                break
+    _join(blocks, path)
+    return totals
+
+
+def finished_texts(folder: Path) -> int:
+    """How many texts or pairs are in the finished blocks of an interrupted preparation."""
+    return sum(Totals.load(path).documents for path in folder.glob(_FINISHED))
+
+
+def remove_blocks(folder: Path) -> None:
+    """Removes the blocks that `write_split` has made records of."""
+    for path in folder.glob(_FINISHED):
+        path.with_suffix("").unlink()
+        path.unlink()
+
+
+class _Counted:
+    def __init__(self, items: Iterator[Item], progress: tqdm):
+        self._items, self._progress, self.count = items, progress, 0
+
+    def __iter__(self):
+        return self
+
+    def __next__(self) -> Item:
+        item = next(self._items)
+        self.count += 1
+        self._progress.update()
+        return item
+
+
+def _write_block(path: Path, items: Iterator[Item], vocabulary: Vocabulary, task: Task, vocabulary_size: int) -> Totals:
+    totals = Totals.zeros(vocabulary_size)
+    chunks = _pairs if isinstance(task, Supervised) else _pieces
+    writer = ArrayRecordWriter(str(path), _ONE_RECORD_A_GROUP)
+    capacities = (task.inputs_length, task.targets_length)
+    for row in pack(chunks(items, vocabulary, task, totals), task.room, capacities, task.least_room, _NUM_OPEN_ROWS):
+        writer.write(encode_record(row))
+        totals.records += 1
+        totals.tokens += sum(map(task.num_tokens, row))
+    writer.close()
+    return totals
+
+
+def _join(blocks: Sequence[Path], path: Path) -> None:
+    if len(blocks) == 1:
+        shutil.copyfile(blocks[0], path)
+        return
+    writer = ArrayRecordWriter(str(path), _ONE_RECORD_A_GROUP)
+    for block in blocks:
+        reader = ArrayRecordReader(str(block))
+        for start in range(0, reader.num_records(), 1024):
+            for record in reader.read(start, min(start + 1024, reader.num_records())):
+                writer.write(record)
+        reader.close()
+    writer.close()
+
+
+def _pieces(items: Iterator[str], vocabulary: Vocabulary, task: Task, totals: Totals) -> Iterator[np.ndarray]:
+    """Texts cut into pieces of at most the task's `max_tokens`."""
+    end = [vocabulary.eos_id] if task.ends_documents and vocabulary.eos_id >= 0 else []
+    for ids in _encoded(items, vocabulary, lambda texts: texts):
+        _count_length(totals, 0, len(ids))
+        tokens = np.array([*ids, *end], np.int32)
+        for start in range(0, len(tokens), task.max_tokens):
+            piece = tokens[start : start + task.max_tokens]
+            if len(piece) >= task.min_tokens:
+                _count_targets(piece, task, totals.targets)
+                yield piece
+
+
+def _pairs(
+    items: Iterator[tuple[str, str]], vocabulary: Vocabulary, task: Supervised, totals: Totals
+) -> Iterator[np.ndarray]:
+    """Pairs, what does not fit a row cut off."""
+    encoded = _encoded(items, vocabulary, lambda pairs: [text for pair in pairs for text in pair])
+    for inputs, targets in zip(encoded, encoded, strict=True):
+        for side, (ids, length) in enumerate(((inputs, task.inputs_length), (targets, task.targets_length))):
+            _count_length(totals, side, len(ids) + 1)
+            totals.trimmed[side] += len(ids) + 1 > length
+        chunk = task.chunk(inputs, targets)
+        np.add.at(totals.targets, task.example(chunk)[1], 1)
+        yield chunk
+
+
+def _encoded(
+    items: Iterator[Item], vocabulary: Vocabulary, texts_of: Callable[[Sequence[Item]], Sequence[str]]
+) -> Iterator[list[int]]:
+    """The ids of all texts; some are tokenised while those before are packed."""
+    num_threads = os.cpu_count() or 1
+    pending = deque()
+    with ThreadPoolExecutor(1) as executor:
+        while batch := list(itertools.islice(items, _TEXTS_PER_CALL)):
+            pending.append(executor.submit(vocabulary.encode_all, texts_of(batch), num_threads))
+            if len(pending) > 1:
+                yield from pending.popleft().result()
+        for future in pending:
+            yield from future.result()
+
+
+def _count_length(totals: Totals, side: int, length: int) -> None:
+    totals.lengths[side, max(length - 1, 0).bit_length()] += 1
+
+
+def _count_targets(piece: np.ndarray, task: Task, counts: np.ndarray) -> None:
+    share, num_sentinels, num_eos = task.expected_targets(len(piece))
+    np.add.at(counts, piece, share)
+    counts[Vocabulary.eos_id] += num_eos
+    counts[len(counts) - num_sentinels :] += 1
