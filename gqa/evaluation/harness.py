@@ -123,7 +123,7 @@ class HarnessModel(TemplateLM):
                 room = self.max_length - (settings.max_new_tokens if self.backend == "causal" else 0)
                 if room < 1:
                     raise InputError(
-                        f"a task generates {settings.max_new_tokens} tokens, the model has {self.max_length} "
+                        f"a task asks for {settings.max_new_tokens} new tokens, the model has {self.max_length} "
                         "positions; expected a task of shorter answers"
                     )
                 prompts = {number: self.tok_encode(requests[number].args[0])[-room:] for number in numbers}
