@@ -50,7 +50,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
             try:
-                rows.append(check_row(json.loads(line.decode("utf-8"))))
+                rows.append(check_row(json.loads(line.decode("utf-8").rstrip("\r\n"))))
             except UnicodeDecodeError as error:
                 raise InputError(f"{path}:{number}: byte {error.start + 1} is no UTF-8") from None
             except json.JSONDecodeError as error:

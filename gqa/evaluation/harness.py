@@ -4,7 +4,6 @@ Texts become tokens, long contexts lose their beginning and generations end as i
 scores compare. Needs the package `lm_eval`, without torch.
 """
 
-import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 import lm_eval
 from lm_eval import utils
 from lm_eval.api.instance import Instance
-from lm_eval.api.model import TemplateLM
+from lm_eval.api.model import LM, TemplateLM
 from lm_eval.tasks import TaskManager
 from tqdm import tqdm
 
@@ -164,34 +163,32 @@ class HarnessModel(TemplateLM):
         return settings, [stop for stop in ([until] if isinstance(until, str) else until) if stop]
 
 
-@dataclasses.dataclass(frozen=True)
 class Harness:
-    """Which tasks of the harness, and how."""
+    """Tasks of the harness.
 
-    tasks: tuple[str, ...]
-    include_path: Path | None  # folder of further task YAMLs
-    num_fewshot: int | None  # examples before each question; None: the task's own
-    limit: int | None  # first questions of each task; None: all
-    batch_size: int
+    Args:
+      tasks: their names.
+      include_path: folder of further task YAMLs.
+      num_fewshot: examples before each question; `None`: the task's own.
+      limit: first questions of each task; `None`: all.
 
-    def run(self, checkpoint: TextModel) -> dict[str, dict[str, float]]:
-        """`{task: {metric: score}}` as the harness reports them."""
-        manager = TaskManager(include_path=None if self.include_path is None else str(self.include_path))
-        for task in self.tasks:
-            if not manager.match_tasks([task]):
+    Raises `InputError` for a task that is not there.
+    """
+
+    def __init__(self, tasks: Sequence[str], include_path: Path | None, num_fewshot: int | None, limit: int | None):
+        self._manager = TaskManager(include_path=None if include_path is None else str(include_path))
+        for task in tasks:
+            if not self._manager.match_tasks([task]):
                 raise InputError(
-                    f"the harness has no task {task!r}; nearest: {nearest(task, manager.all_tasks)}; "
+                    f"the harness has no task {task!r}; nearest: {nearest(task, self._manager.all_tasks)}; "
                     "further ones are read from --include_path=FOLDER"
                 )
-        found = lm_eval.simple_evaluate(
-            model=HarnessModel(checkpoint, self.batch_size),
-            tasks=list(self.tasks),
-            num_fewshot=self.num_fewshot,
-            limit=self.limit,
-            task_manager=manager,
-            log_samples=False,
-        )
+        self._arguments = dict(tasks=list(tasks), num_fewshot=num_fewshot, limit=limit, log_samples=False)
+
+    def run(self, model: LM) -> dict[str, dict[str, float]]:
+        """`{task: {metric: score}}` as the harness reports them."""
+        results = lm_eval.simple_evaluate(model=model, task_manager=self._manager, **self._arguments)["results"]
         return {
             task: {name: value for name, value in scores.items() if isinstance(value, int | float)}
-            for task, scores in found["results"].items()
+            for task, scores in results.items()
         }

@@ -115,24 +115,19 @@ def read_tasks(files: Sequence[Path], metrics: str | None) -> list[generation.Ta
 def run_harness(arguments: argparse.Namespace, evaluated: Mapping[str, Path]) -> None:
     """The harness's scores of every checkpoint, printed and written to `--output`."""
     try:
-        from gqa.evaluation.harness import Harness
+        from gqa.evaluation.harness import Harness, HarnessModel
     except ModuleNotFoundError as error:
         raise InputError(f"--harness needs the package {error.name}: pip install -e '.[eval]'") from None
     if arguments.include_path is not None and not arguments.include_path.is_dir():
         raise InputError(f"--include_path={arguments.include_path} is no folder; expected one of task YAMLs")
     if arguments.batch_size < 1:
         raise InputError(f"--batch_size={arguments.batch_size} is below 1; expected 1 or more")
-    harness = Harness(
-        tuple(arguments.harness.split(",")),
-        arguments.include_path,
-        arguments.num_fewshot,
-        arguments.limit,
-        arguments.batch_size,
-    )
+    tasks = arguments.harness.split(",")
+    harness = Harness(tasks, arguments.include_path, arguments.num_fewshot, arguments.limit)
     models = {name: TextModel(path) for name, path in evaluated.items()}
     found = {}
     for name in list(models):
-        found[name] = harness.run(models.pop(name))
+        found[name] = harness.run(HarnessModel(models.pop(name), arguments.batch_size))
         for task, scores in found[name].items():
             for score, value in scores.items():
                 print(f"{name} {task} {score:30} {value:.4f}")

@@ -1,7 +1,8 @@
 """Scores of generated text, 0 to 100: ROUGE, BLEU, exact match and F1, each with a bootstrap confidence interval.
 
 Settings are those of T5's own evaluation (Raffel et al. 2020), which GQA's Table 1 continues: ROUGE F-measures without
-stemming, a new sentence after " . " (the mean, where T5's is the median of resampled means, drawn anew); BLEU on sacrebleu's international tokens; answers by TriviaQA's normalisation.
+stemming, a new sentence after " . "; BLEU on sacrebleu's international tokens; answers by TriviaQA's normalisation. One
+difference: ROUGE is the mean over rows, T5's the median of resampled means, which are drawn anew each time.
 """
 
 import collections
