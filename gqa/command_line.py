@@ -82,7 +82,7 @@ def nearest(word: str, choices: Iterable[str]) -> str | None:
     return found[0] if found else None
 
 
-def add_config_argument(parser: argparse.ArgumentParser) -> None:
+def add_config_argument(parser: argparse.ArgumentParser, required: bool = True) -> None:
     """Adds `--config=FILE` and the explanation of its overrides to `parser`, whose arguments `parse` then reads."""
     group = parser.add_argument_group(
         "configuration",
@@ -91,20 +91,26 @@ def add_config_argument(parser: argparse.ArgumentParser) -> None:
         "or false, tuples as 1,2,4, and None where the file says None). Unknown keys and values of another type are "
         "refused.",
     )
-    group.add_argument("--config", required=True, metavar="FILE", help="configuration file, e.g. configs/quickstart.py")
+    group.add_argument(
+        "--config", required=required, metavar="FILE", help="configuration file, e.g. configs/quickstart.py"
+    )
 
 
 def parse(
     parser: argparse.ArgumentParser, argv: Sequence[str] | None = None
-) -> tuple[argparse.Namespace, ml_collections.ConfigDict]:
-    """Reads a command line (`argv`, or the process's own) with a `--config` into its arguments and its configuration.
+) -> tuple[argparse.Namespace, ml_collections.ConfigDict | None]:
+    """Reads a command line (`argv`, or the process's own) with a `--config` into its arguments and its configuration,
+    which is None where `--config` may be left out and is.
 
     Raises `InputError` for an unknown option or key (naming the nearest) and for a configuration that does not load.
     """
     overrides, rest = _split_overrides(sys.argv[1:] if argv is None else argv)
     args, unknown = _parse_known(parser, rest)
-    config = load_config(args.config, overrides)
-    _refuse_unknown(unknown, [*_options(parser), *(f"--config.{key}" for key in _keys(config))])
+    if args.config is None and overrides:
+        raise InputError(f"{overrides[0]} changes a configuration; expected --config=FILE beside it")
+    config = None if args.config is None else load_config(args.config, overrides)
+    keys = [] if config is None else _keys(config)
+    _refuse_unknown(unknown, [*_options(parser), *(f"--config.{key}" for key in keys)])
     return args, config
 
 

@@ -1,7 +1,21 @@
-"""python -m gqa.evaluate --config=configs/NAME.py --checkpoint=DIR [--output=FILE.json]
+"""python -m gqa.evaluate --checkpoint=DIR --config=configs/NAME.py [--output=FILE.json]
+python -m gqa.evaluate --checkpoint=DIR --task_file=dev.jsonl --metrics=rouge --output=DIR
+python -m gqa.evaluate --checkpoint=DIR --harness=TASK,TASK [--include_path=FOLDER] [--output=DIR]
 
-Scores a checkpoint on the config's held-out records: loss in nats a target token, perplexity and accuracy. With
---weights=int8,int4 --cache=int8 also the loss with kernels, or keys and values, in fewer bits, as gqa.generate decodes.
+Scores a checkpoint.
+
+--config: on the configuration's held-out records: loss in nats a target token, perplexity and accuracy.
+With --weights=int8,int4 --cache=int8 also the loss with kernels, or keys and values, in fewer bits, as gqa.generate
+decodes.
+--task_file: on the answers that it generates to the rows of a JSONL file, objects with "inputs" and "targets" (or
+"answers", a list of right ones). ROUGE, BLEU, or F1 and exact match (trivia_qa), with 95 % intervals of a bootstrap,
+go to --output=DIR: scores.json, table.md laid out as GQA's Table 1, and a predictions.jsonl for each checkpoint and
+file. Give several files to average over tasks; one named as a task of Table 1, such as cnn_dailymail.jsonl, knows its
+metric. Interrupted and started again, it goes on.
+--harness: on tasks of the LM Evaluation Harness (package lm_eval).
+
+Several --checkpoint=DIR, such as seeds, are averaged with their spread. --every_checkpoint scores each step that a run
+has kept, and names the best.
 """
 
 import argparse
@@ -15,12 +29,20 @@ from gqa.errors import InputError
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    command_line.add_config_argument(parser)
-    parser.add_argument(
-        "--checkpoint", type=Path, required=True, help="folder of a checkpoint of any format, or a run's WORKDIR"
+    parser = argparse.ArgumentParser(
+        prog="python -m gqa.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--output", type=Path, help="file for the scores as JSON")
+    command_line.add_config_argument(parser, required=False)
+    parser.add_argument(
+        "--checkpoint",
+        type=Path,
+        required=True,
+        action="append",
+        metavar="DIR",
+        help="folder of a checkpoint of any format, or a run's WORKDIR; may be repeated",
+    )
+    parser.add_argument("--every_checkpoint", action="store_true", help="each step that the run --checkpoint has kept")
+    parser.add_argument("--output", type=Path, help="file for the losses as JSON; otherwise a folder")
     parser.add_argument(
         "--cross_attention",
         action="store_true",
@@ -30,11 +52,45 @@ def main() -> None:
         "--weights", metavar="TYPES", help="also the loss with kernels in int8, int4 or both: int8,int4"
     )
     parser.add_argument("--cache", metavar="TYPE", help="int8: also the loss with keys and values in int8")
+    group = parser.add_argument_group("generated text")
+    group.add_argument("--task_file", type=Path, action="append", metavar="FILE", help="rows; may be repeated")
+    group.add_argument("--metrics", help="rouge, bleu, trivia_qa, or several; the first one's is the table's")
+    group.add_argument("--beam", type=int, default=1, help="beams of the search (default: 1, greedy, GQA §3.1)")
+    group.add_argument("--length_penalty", type=float, default=1.0, help="of --beam (default: 1)")
+    group.add_argument("--inputs_length", type=int, help="first tokens of an input that are read (default: all)")
+    group.add_argument("--max_new_tokens", type=int, default=128, help="most tokens of an answer (default: 128)")
+    group.add_argument("--batch_size", type=int, default=8, help="rows decoded or scored at a time (default: 8)")
+    group.add_argument("--bootstrap", type=int, default=1000, help="resampled corpora of the intervals (default: 1000)")
+    group.add_argument("--seed", type=int, default=0, help="of the bootstrap (default: 0)")
+    group = parser.add_argument_group("LM Evaluation Harness")
+    group.add_argument("--harness", metavar="TASKS", help="names, such as arc_easy,gsm8k")
+    group.add_argument("--include_path", type=Path, metavar="DIR", help="folder of further task YAMLs")
+    group.add_argument("--num_fewshot", type=int, help="examples before a question (default: the task's)")
+    group.add_argument("--limit", type=int, help="first questions of each task (default: all)")
     arguments, raw_config = command_line.parse(parser)
+    modes = {"--config": arguments.config, "--task_file": arguments.task_file, "--harness": arguments.harness}
+    chosen = [name for name, value in modes.items() if value]
+    if len(chosen) != 1:
+        raise InputError(f"expected one of {', '.join(modes)}; found {' and '.join(chosen) or 'none'}")
+    if arguments.cross_attention and chosen != ["--config"]:
+        raise InputError(f"--cross_attention is a loss; expected it with --config, not {chosen[0]}")
+    from gqa.evaluation import runs
+
+    evaluated = runs.checkpoints_of(arguments.checkpoint, arguments.every_checkpoint)
+    if arguments.harness:
+        runs.run_harness(arguments, evaluated)
+    elif arguments.task_file:
+        runs.generate_and_score(arguments, evaluated)
+    else:
+        _losses(arguments, raw_config, evaluated)
+
+
+def _losses(arguments: argparse.Namespace, raw_config, evaluated: dict[str, Path]) -> None:
     import jax
 
     from gqa import checkpoints, models, sharding
     from gqa.data import loader
+    from gqa.evaluation import runs
     from gqa.evaluation.cross_attention import cross_attention_cost
     from gqa.evaluation.quantization import loss_table, quantized_losses
     from gqa.models.quantize import check_weights
@@ -53,21 +109,27 @@ def main() -> None:
     mesh = sharding.make_mesh(config.mesh)
     records = config.prepared_records()
     batches = loader.heldout_batches(records, config.train.batch_size, config.train.eval_examples)
-    model = checkpoints.load(arguments.checkpoint, mesh=mesh, **config.model.run_choices())
-    run_config.check_vocabulary(batches.manifest, model.config)
-    scores = loop.heldout_metrics(model, batches, mesh, show_progress=True)
-    if arguments.cross_attention:
-        if not isinstance(model, models.t5.T5):
-            raise InputError(f"--cross_attention needs an encoder-decoder; {arguments.checkpoint} is a decoder")
-        scores |= cross_attention_cost(model, batches, mesh)
-    scores = {"checkpoint": str(arguments.checkpoint), **scores, "perplexity": math.exp(scores["loss"])}
-    scores |= {"unigram_loss": batches.manifest.unigram_cross_entropy, "corpus": batches.manifest.corpus_digests}
-    for name, value in scores.items():
-        print(f"{name:30} {value:.4f}" if isinstance(value, float) else f"{name:30} {value}")
-    if weights or arguments.cache:
-        losses = quantized_losses(model, batches, mesh, int8_cache=arguments.cache is not None, weights=weights)
-        print(f"\n{loss_table(scores['loss'], losses)}")
-        scores["quantized_loss"] = losses
+
+    def score(checkpoint: Path) -> dict:
+        model = checkpoints.load(checkpoint, mesh=mesh, **config.model.run_choices())
+        run_config.check_vocabulary(batches.manifest, model.config)
+        scores = loop.heldout_metrics(model, batches, mesh, show_progress=True)
+        if arguments.cross_attention:
+            if not isinstance(model, models.t5.T5):
+                raise InputError(f"--cross_attention needs an encoder-decoder; {checkpoint} is a decoder")
+            scores |= cross_attention_cost(model, batches, mesh)
+        scores = {"checkpoint": str(checkpoint), **scores, "perplexity": math.exp(scores["loss"])}
+        scores |= {"unigram_loss": batches.manifest.unigram_cross_entropy, "corpus": batches.manifest.corpus_digests}
+        for name, value in scores.items():
+            print(f"{name:30} {value:.4f}" if isinstance(value, float) else f"{name:30} {value}")
+        if weights or arguments.cache:
+            losses = quantized_losses(model, batches, mesh, int8_cache=arguments.cache is not None, weights=weights)
+            print(f"\n{loss_table(scores['loss'], losses)}")
+            scores["quantized_loss"] = losses
+        return scores
+
+    found = {name: score(checkpoint) for name, checkpoint in evaluated.items()}
+    scores = next(iter(found.values())) if len(found) == 1 else runs.compared_losses(found, arguments.every_checkpoint)
     if arguments.output:
         arguments.output.write_text(json.dumps(scores, indent=2) + "\n")
 

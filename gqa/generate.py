@@ -2,9 +2,9 @@
 python -m gqa.generate --checkpoint=DIR --input=prompts.jsonl --output=out.jsonl
 python -m gqa.generate --checkpoint=DIR --interactive
 
-Generates text from a checkpoint with a SentencePiece tokenizer (*.model): T5 reads the prompt as its input (a prompt
-may name sentinels: "def f(<extra_id_0>):"), a decoder goes on from it. Without --temperature, --top_k and --top_p every
-token is the most likely one.
+Generates text from a checkpoint with a tokenizer (SentencePiece's *.model, or tokenizer.json): T5 reads the prompt as
+its input (a prompt may name sentinels: "def f(<extra_id_0>):"), a decoder goes on from it. Without --temperature,
+--top_k and --top_p every token is the most likely one.
 
 --input has a JSON object with a "prompt" on every line; --output gets the same objects, in the same order, with
 "output" and "num_tokens" (and "error" instead for a line that is none). Interrupted and started again, it goes on.
@@ -17,7 +17,6 @@ token is the most likely one.
 
 import argparse
 import dataclasses
-import fcntl
 import hashlib
 import json
 import os
@@ -28,6 +27,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from gqa import command_line
+from gqa.decode.journal import append, open_journal
 from gqa.errors import InputError
 
 CHUNK = 8  # tokens streamed at a time
@@ -113,9 +113,9 @@ class _Generator:
         import jax
 
         from gqa import checkpoints
-        from gqa.data.vocabulary import Vocabulary
         from gqa.decode import batches
         from gqa.decode.speculative import check_draft
+        from gqa.evaluation.checkpoint_text import CheckpointText
         from gqa.models.llama import LlamaConfig
         from gqa.models.quantize import check_weights, quantize
 
@@ -128,18 +128,8 @@ class _Generator:
         self.batches, self.config = batches, contents.config
         self.identity = _identity(contents.weight_files)
         self.is_decoder = isinstance(contents.config, LlamaConfig)
-        self.vocabulary = Vocabulary(_vocabulary_file(checkpoint), foreign=self.is_decoder)
-        if self.vocabulary.size > contents.config.vocab_size:
-            raise InputError(
-                f"{self.vocabulary.path} has {self.vocabulary.size} ids, the model {contents.config.vocab_size}; "
-                "expected the model's own tokenizer"
-            )
-        ids = _token_ids(checkpoint, contents.token_ids or {})
-        # What the tokenizer calls the end of a text ends it, whatever else does.
-        self.eos_ids = tuple(sorted({*ids.get("eos_token_id", []), self.vocabulary.eos_id} - {-1}))
-        # Only a tokenizer with BOS belongs to a model that was trained with it.
-        bos_id = self.vocabulary.bos_id
-        self.bos_ids = [] if bos_id is None else ids.get("bos_token_id", [bos_id])[:1]
+        self.side = CheckpointText(checkpoint, contents)
+        self.vocabulary, self.bos_ids, self.eos_ids = self.side.vocabulary, self.side.bos_ids, self.side.eos_ids
         self.settings = dataclasses.replace(settings, eos_ids=self.eos_ids)
         # What outputs depend on: not the batch, which may turn out too large.
         settings = repr(dataclasses.replace(self.settings, batch_size=1))
@@ -167,24 +157,13 @@ class _Generator:
 
     def tokens(self, prompt: str) -> list[int]:
         """What the model reads for `prompt`; raises `InputError` where it cannot."""
-        if not prompt:
-            raise InputError("the prompt is empty; expected some text")
-        if self.is_decoder:
-            tokens = [*self.bos_ids, *self.vocabulary.encode(prompt)]
-        else:  # T5's inputs end with EOS
-            tokens = [*self.vocabulary.encode_with_sentinels(prompt), self.vocabulary.eos_id]
+        tokens = self.side.tokens(prompt)
         self.batches.check_prompt(self.config, tokens, self.settings.max_new_tokens)
         return tokens
 
     def text(self, prompt: list[int], new: list[int]) -> str:
-        """The text of new tokens: after a decoder's prompt, whose end decides about a space between."""
-        if not self.is_decoder:
-            return self._decoded(new)
-        return self._decoded([*prompt, *new])[len(self._decoded(prompt)) :]
-
-    def _decoded(self, tokens: list[int]) -> str:
-        # Embeddings are often larger than the vocabulary: a model may name ids that mean nothing.
-        return self.vocabulary.decode([token for token in tokens if token < self.vocabulary.size])
+        """The text of new tokens."""
+        return self.side.text(prompt, new)
 
     def print_stream(self, prompt: list[int]) -> list[int]:
         """Prints the output as it comes, and how fast; returns its tokens."""
@@ -225,31 +204,6 @@ def _check_same_tokenizer(vocabulary: Path, draft: Path) -> None:
     for file in sorted(draft.glob("*.model")):
         if file.read_bytes() != vocabulary.read_bytes():
             raise InputError(f"--draft={draft}: {file.name} is another vocabulary than {vocabulary}; expected the same")
-
-
-def _vocabulary_file(checkpoint: Path) -> Path:
-    files = sorted(checkpoint.glob("*.model"))
-    if len(files) == 1:
-        return files[0]
-    if not files:
-        raise InputError(f"{checkpoint} has no tokenizer; expected a SentencePiece file *.model in it: copy it there")
-    raise InputError(f"{checkpoint} has {len(files)} files *.model ({files[0].name}, {files[1].name}); expected one")
-
-
-def _token_ids(checkpoint: Path, of_config: Mapping[str, Any]) -> dict[str, list[int]]:
-    """Special tokens by name: those of `generation_config.json` where there is one, else of `config.json`."""
-    from gqa.checkpoints.hf_config import read_json
-
-    path = checkpoint / "generation_config.json"
-    raw = dict(of_config) | ({k: v for k, v in read_json(path).items() if v is not None} if path.exists() else {})
-    found = {}
-    for name in ("bos_token_id", "eos_token_id"):
-        if name in raw:
-            ids = raw[name] if isinstance(raw[name], list) else [raw[name]]
-            if not ids or not all(type(token) is int and token >= 0 for token in ids):
-                raise InputError(f"{checkpoint}: {name}={raw[name]!r}; expected a token id or a list of them")
-            found[name] = ids
-    return found
 
 
 def _converse(generator: _Generator) -> None:
@@ -321,14 +275,13 @@ def _generate_file(generator: _Generator, source: Path, output: Path) -> None:
     }
     partial = output.with_name(f".{output.name}.partial")
     with open(partial, "ab+") as journal:
-        done = _open_journal(journal, partial, identity)
+        done = open_journal(journal, partial, identity)
         prompts = {number: line.tokens for number, line in lines.items() if line.error is None and number not in done}
         start, first, num_tokens = time.perf_counter(), None, 0
         bar = tqdm(total=len(lines) - len(bad), initial=len(done), unit="prompt", delay=1, dynamic_ncols=True)
         with bar:
             for number, new in generator.all_tokens(prompts):
-                journal.write(json.dumps([number, new]).encode() + b"\n")
-                journal.flush()
+                append(journal, number, new)
                 first = first or time.perf_counter()
                 done[number] = new
                 num_tokens += len(new)
@@ -353,38 +306,6 @@ def _generate_file(generator: _Generator, source: Path, output: Path) -> None:
     print(f"wrote {output}: {len(prompts)} prompts, {num_tokens} tokens, {rate}")
     if bad:
         raise InputError(f"{len(bad)} of {len(lines)} lines of {source} are bad, the rest is done; first: {bad[0]}")
-
-
-def _open_journal(journal, path: Path, identity: dict[str, Any]) -> dict[int, list[int]]:
-    """What an interrupted run of the same `identity` has done; the journal ends with its last whole line."""
-    try:
-        fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise InputError(f"{path} is being written by another process; choose another --output") from None
-    journal.seek(0)
-    header, done, end = None, {}, 0
-    for line in journal:
-        try:
-            entry = json.loads(line) if line.endswith(b"\n") else None
-        except ValueError:
-            entry = None
-        if entry is None:  # torn by a kill
-            break
-        if header is None:
-            header = entry
-        else:
-            done[entry[0]] = entry[1]
-        end += len(line)
-    if header != identity:
-        if done:
-            wrong = next(name for name in identity if header.get(name) != identity[name])
-            raise InputError(f"{path} holds an unfinished run with another {wrong}; delete it or name another --output")
-        journal.truncate(0)
-        journal.write(json.dumps(identity).encode() + b"\n")
-        journal.flush()
-    else:
-        journal.truncate(end)
-    return done
 
 
 if __name__ == "__main__":

@@ -173,7 +173,7 @@ def test_a_killed_run_goes_on(checkpoints, call, tmp_path, run_python):
     assert len(journal.read_bytes().splitlines()) == 12  # the header, ten results and the torn one
 
     code, _, err = call(*common, f"--output={tmp_path / 'out.jsonl'}", "--top_k=3")
-    expected = f"error: {journal} holds an unfinished run with another settings; delete it or name another --output\n"
+    expected = f"error: {journal} holds a run with another settings; delete it or name another --output\n"
     assert (code, err) == (2, expected)
     code, out, _ = call(*common, f"--output={tmp_path / 'out.jsonl'}", "--batch_size=5")
     assert code == 0 and "out.jsonl: 30 prompts" in out
@@ -212,7 +212,10 @@ def test_what_a_checkpoint_lacks(checkpoints, call, tmp_path, tiny_vocabulary):
     hf.save(network, tmp_path / "bare", dtype="float32")
     hf.save(network, tmp_path / "small", dtype="float32", extra_files=[tiny_vocabulary])
     for name, message in (
-        ("bare", f"{tmp_path / 'bare'} has no tokenizer; expected a SentencePiece file *.model in it: copy it there"),
+        (
+            "bare",
+            f"{tmp_path / 'bare'} has no tokenizer; expected a SentencePiece file *.model or a tokenizer.json in it",
+        ),
         ("small", "the model 50; expected the model's own tokenizer"),
         ("absent", f"{tmp_path / 'absent'} is not a directory; expected a checkpoint's"),
     ):

@@ -55,6 +55,16 @@ def read(directory: Path, run_choices: Mapping[str, Any]) -> Contents:
     return Contents(config, sources, files, hf_config.token_ids_of(raw), _companions(workdir))
 
 
+def step_folders(workdir: Path) -> list[Path]:
+    """The complete steps that a run has kept, first to last; `InputError` for a folder that is no run's."""
+    if not (workdir / STEPS).is_dir():
+        raise InputError(f"{workdir} has no folder {STEPS}; expected a run's WORKDIR")
+    found = sorted(_steps(workdir / STEPS), key=lambda path: int(path.name))
+    if not found:
+        raise InputError(f"{workdir / STEPS} holds no complete step yet; wait for the run's first checkpoint")
+    return found
+
+
 def _is_step(directory: Path) -> bool:
     # A step under way has a longer name.
     return directory.name.isdecimal() and (directory / _ARRAYS / "manifest.ocdbt").is_file()

@@ -24,3 +24,11 @@ def padded(rows: Sequence[Sequence[int]], batch_size: int, length: int) -> tuple
         tokens[number, : len(row)] = row
         lengths[number] = len(row)
     return tokens, lengths
+
+
+def padding_share(lengths: Sequence[int], batch_size: int) -> float:
+    """Share of the positions read that are padding, when rows of these lengths are batched in order of length."""
+    ordered = sorted(lengths)
+    ends = [min(first + batch_size, len(ordered)) for first in range(0, len(ordered), batch_size)]
+    read = sum(batch_size * bucket(ordered[end - 1]) for end in ends)
+    return 1 - sum(ordered) / read if read else 0.0

@@ -15,13 +15,23 @@ from gqa.models import Model, t5
 def score(model: Model, inputs: Sequence[Sequence[int]], continuations: Sequence[Sequence[int]]) -> list[np.ndarray]:
     """Log-probability, in nats, of every token of each continuation given its input and the tokens before.
 
+    Arguments, shapes and errors as of `score_and_rank`.
+    """
+    return [log_probs for log_probs, _ in score_and_rank(model, inputs, continuations)]
+
+
+def score_and_rank(
+    model: Model, inputs: Sequence[Sequence[int]], continuations: Sequence[Sequence[int]]
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """`score`, and for every token whether it is the most likely one there.
+
     Args:
       model: T5, whose decoder starts from padding, or Llama, whose continuations follow their prompts.
       inputs: a row of tokens each; Llama's have at least one, which the first token is predicted from.
       continuations: as many rows.
 
     Returns:
-      For each row a float32 array as long as its continuation. Programs compile for buckets of both lengths.
+      For each row a float32 and a bool array as long as its continuation. Programs compile for buckets of both lengths.
 
     Raises `InputError` for rows that do not pair up, empty prompts of a Llama and more tokens than it has positions.
     """
@@ -36,13 +46,15 @@ def score(model: Model, inputs: Sequence[Sequence[int]], continuations: Sequence
         for number, (prompt, continuation) in enumerate(zip(inputs, continuations, strict=True)):
             if not len(prompt):
                 raise InputError(f"prompt {number} is empty; expected at least one token, such as BOS")
-            check_lengths(model.config, len(prompt), max(len(continuation), 1))
-    log_probs_BT = np.asarray(_score(model, inputs_BS, lengths_B, continuations_BT))
-    return [row[: len(continuation)] for row, continuation in zip(log_probs_BT, continuations, strict=True)]
+            # The last token is never read.
+            check_lengths(model.config, len(prompt), max(len(continuation) - 1, 1))
+    log_probs_BT, best_BT = jax.device_get(_score(model, inputs_BS, lengths_B, continuations_BT))
+    lengths = map(len, continuations)
+    return [(row[:length], best[:length]) for row, best, length in zip(log_probs_BT, best_BT, lengths, strict=True)]
 
 
 @jax.jit
-def _score(model: Model, inputs_BS, lengths_B, continuations_BT) -> jax.Array:
+def _score(model: Model, inputs_BS, lengths_B, continuations_BT) -> tuple[jax.Array, jax.Array]:
     S, T = inputs_BS.shape[1], continuations_BT.shape[1]
     if isinstance(model, t5.T5):
         segments_BS = (jnp.arange(S) < lengths_B[:, None]).astype(jnp.int32)
@@ -56,4 +68,5 @@ def _score(model: Model, inputs_BS, lengths_B, continuations_BT) -> jax.Array:
         positions_BT = lengths_B[:, None] - 1 + jnp.arange(T)
         logits_BTV = jnp.take_along_axis(logits, positions_BT[:, :, None], axis=1)
     chosen_BT = jnp.take_along_axis(logits_BTV, continuations_BT[:, :, None], axis=-1)[:, :, 0]
-    return chosen_BT - jax.nn.logsumexp(logits_BTV, axis=-1)
+    best_BT = jnp.argmax(logits_BTV, axis=-1) == continuations_BT
+    return chosen_BT - jax.nn.logsumexp(logits_BTV, axis=-1), best_BT

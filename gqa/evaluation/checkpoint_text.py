@@ -1,0 +1,112 @@
+"""A checkpoint as a reader and writer of text: its tokenizer, its special tokens and its model, ready to decode."""
+
+import functools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from gqa import checkpoints, models
+from gqa.checkpoints.hf_config import read_json
+from gqa.checkpoints.source import Contents
+from gqa.data.tokenizer_json import TokenizerJson
+from gqa.data.vocabulary import Vocabulary
+from gqa.errors import InputError
+from gqa.models.llama import LlamaConfig
+
+
+class CheckpointText:
+    """What the model of a checkpoint reads for a text, and the text of what it writes.
+
+    `vocabulary` is the SentencePiece file or `tokenizer.json` of the checkpoint, `eos_ids` the tokens that end a text,
+    `bos_ids` those that begin one. Raises `InputError` for a checkpoint without a tokenizer, with several, or with one
+    of more ids than the model has.
+    """
+
+    def __init__(self, checkpoint: Path, contents: Contents):
+        self.is_decoder = isinstance(contents.config, LlamaConfig)
+        self.vocabulary = _vocabulary(checkpoint, contents.companions, self.is_decoder)
+        if self.vocabulary.size > contents.config.vocab_size:
+            raise InputError(
+                f"{self.vocabulary.path} has {self.vocabulary.size} ids, the model {contents.config.vocab_size}; "
+                "expected the model's own tokenizer"
+            )
+        ids = _token_ids(checkpoint, contents)
+        # What the tokenizer calls the end of a text ends it, whatever else does.
+        self.eos_ids = tuple(sorted({*ids.get("eos_token_id", []), self.vocabulary.eos_id} - {-1}))
+        # Only a tokenizer with BOS belongs to a model that was trained with it.
+        bos_id = self.vocabulary.bos_id
+        self.bos_ids = [] if bos_id is None else ids.get("bos_token_id", [bos_id])[:1]
+
+    def tokens(self, prompt: str) -> list[int]:
+        """What the model reads for `prompt`; raises `InputError` for an empty one."""
+        if not prompt:
+            raise InputError("the prompt is empty; expected some text")
+        if self.is_decoder:
+            return [*self.bos_ids, *self.vocabulary.encode(prompt)]
+        # T5's inputs end with EOS.
+        return [*self.vocabulary.encode_with_sentinels(prompt), self.vocabulary.eos_id]
+
+    def text(self, prompt: Sequence[int], new: Sequence[int]) -> str:
+        """The text of new tokens: after a decoder's prompt, whose end decides about a space between."""
+        if not self.is_decoder:
+            return self.decode(new)
+        return self.decode([*prompt, *new])[len(self.decode(prompt)) :]
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """The text of tokens by themselves."""
+        # Embeddings are often larger than the vocabulary: a model may name ids that mean nothing.
+        return self.vocabulary.decode([token for token in tokens if token < self.vocabulary.size])
+
+
+class TextModel:
+    """A checkpoint whose tokenizer is read at once and whose weights when they are first needed."""
+
+    def __init__(self, checkpoint: Path):
+        self.checkpoint = checkpoint
+        # XLA:CPU multiplies bfloat16 several times slower than float32.
+        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+        self._choices = dict(dtype=dtype, param_dtype=dtype, scan_layers=False, remat="none", dropout_rate=0.0)
+        contents = checkpoints.read(checkpoint, **self._choices)
+        self.config: models.ModelConfig = contents.config
+        self.text = CheckpointText(checkpoint, contents)
+        files = {str(file.absolute()): file.stat() for file in contents.weight_files}
+        self.identity = {name: [stat.st_size, stat.st_mtime_ns] for name, stat in files.items()}
+
+    @functools.cached_property
+    def model(self) -> models.Model:
+        """The model in its form for decoding."""
+        return checkpoints.load(self.checkpoint, **self._choices).unstacked()
+
+
+def _vocabulary(checkpoint: Path, companions: Sequence[Path], foreign: bool) -> Vocabulary | TokenizerJson:
+    files = [file for file in companions if file.suffix == ".model"]
+    if len(files) == 1:
+        return Vocabulary(files[0], foreign=foreign)
+    if files:
+        raise InputError(
+            f"{checkpoint} has {len(files)} files *.model ({files[0].name}, {files[1].name}); expected one"
+        )
+    for file in companions:
+        if file.name == "tokenizer.json":
+            return TokenizerJson(file)
+    raise InputError(
+        f"{checkpoint} has no tokenizer; expected a SentencePiece file *.model or a tokenizer.json in it: copy it there"
+    )
+
+
+def _token_ids(checkpoint: Path, contents: Contents) -> dict[str, list[int]]:
+    """Special tokens by name: those of `generation_config.json` where there is one, else of `config.json`."""
+    raw: Mapping[str, Any] = contents.token_ids or {}
+    for file in contents.companions:
+        if file.name == "generation_config.json":
+            raw = dict(raw) | {name: value for name, value in read_json(file).items() if value is not None}
+    found = {}
+    for name in ("bos_token_id", "eos_token_id"):
+        if name in raw:
+            ids = raw[name] if isinstance(raw[name], list) else [raw[name]]
+            if not ids or not all(type(token) is int and token >= 0 for token in ids):
+                raise InputError(f"{checkpoint}: {name}={raw[name]!r}; expected a token id or a list of them")
+            found[name] = ids
+    return found
