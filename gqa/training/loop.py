@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from gqa import models
+from gqa import distributed, models
 from gqa.checkpoints import hf_config, training_run
 from gqa.checkpoints.hf_config import read_json
 from gqa.checkpoints.store import Store
@@ -25,7 +25,7 @@ from gqa.convert.merging import merge_gradually
 from gqa.data import loader
 from gqa.errors import InputError
 from gqa.objectives.language_model import Sums, cross_entropy
-from gqa.sharding import logical_axes
+from gqa.sharding import logical_axes, rows_here
 from gqa.training import optimizer as optimizers
 from gqa.training.config import MAY_CHANGE, RunConfig, flatten, to_json
 from gqa.training.flops import train_step_flops
@@ -85,7 +85,7 @@ def train(
     records: Path,
     export: Callable[[models.Model, Path], None],
     teacher: models.Model | None = None,
-) -> models.Model:
+) -> models.Model | None:
     """Trains to the end, going on from the newest checkpoint in `workdir` if there is one.
 
     Args:
@@ -99,6 +99,8 @@ def train(
       records: folder of prepared records.
       export: writes the final model into a folder.
       teacher: where the run distils.
+
+    In several processes all of them call it; the first writes the files, and returns the whole model.
 
     Raises `InputError` when the folder holds another or a finished run, `Interrupted` after a signal.
     """
@@ -117,17 +119,22 @@ def train(
         accumulation=config.train.accumulation,
         seed=config.train.seed,
     )
-    batches = loader.train_batches(records, config.train.batch_size, config.train.seed)
-    heldout = loader.heldout_batches(records, config.train.batch_size, config.train.eval_examples)
-    shapes = {name: array.shape for name, array in batches(0).items()}
+    batch_size, rows = config.train.batch_size, rows_here(mesh, config.train.batch_size)
+    batches = loader.train_batches(records, batch_size, config.train.seed, rows=rows)
+    heldout = loader.heldout_batches(records, batch_size, config.train.eval_examples, rows=rows)
+    shapes = {name: (batch_size, *array.shape[1:]) for name, array in batches(0).items()}
     flops = train_step_flops(abstract_model, shapes)
     if teacher is not None:
         said = Teacher(config, teacher, architecture, batches.manifest.corpus_digests)
         flops += train_step_flops(teacher, shapes) // 3  # forward only
-    claim(workdir, config)
-    # So that what is saved can be read as a checkpoint without the code and the files that the run was started with.
-    written = hf_config.write(architecture, architecture.param_dtype, token_ids)
-    _write_json(workdir / training_run.ARCHITECTURE, written)
+
+    def open_workdir():
+        claim(workdir, config)
+        # So that what is saved can be read as a checkpoint without the code and files that the run was started with.
+        written = hf_config.write(architecture, architecture.param_dtype, token_ids)
+        _write_json(workdir / training_run.ARCHITECTURE, written)
+
+    distributed.on_primary(open_workdir)
 
     with contextlib.ExitStack() as stack:
         store = stack.enter_context(Store(workdir / "checkpoints", config.train.keep))
@@ -142,11 +149,19 @@ def train(
             )
         state = initial_state(initial_model, optimizer, like) if start is None else store.restore(start, like)
         del initial_model  # not kept beside the state
-        writer = stack.enter_context(contextlib.closing(MetricsWriter(workdir, start)))
+        writer = None
+        if distributed.is_primary():
+            writer = stack.enter_context(contextlib.closing(MetricsWriter(workdir, start)))
+
+        def write(step: int, split: str, metrics: dict) -> None:
+            if writer is not None:
+                writer.write(step, split, metrics)
+
         if start is None:
             start = 0
-            writer.write(0, "heldout", heldout_metrics(merged(state.model, state.step), heldout, mesh))
-        progress = stack.enter_context(contextlib.closing(_Progress(start, config.steps, flops)))
+            write(0, "heldout", heldout_metrics(merged(state.model, state.step), heldout, mesh))
+        progress = _Progress(start, config.steps, flops, share=len(rows) / batch_size)
+        stack.enter_context(contextlib.closing(progress))
         for step, batch in enumerate(batches.prefetch(start, config.steps, depth=2), start + 1):
             placed = place_batch(mesh, batch)
             if teacher is not None:
@@ -155,20 +170,27 @@ def train(
             last = step == config.steps
             if last or step % config.train.log_every == 0:
                 # The one transfer from the devices in the loop; the step itself never waits for the host.
-                writer.write(step, "train", progress.report(step, batch, jax.device_get(metrics)))
+                write(step, "train", progress.report(step, batch, jax.device_get(metrics)))
             if last or step % config.train.eval_every == 0:
                 scores = heldout_metrics(merged(state.model, state.step), heldout, mesh)
-                writer.write(step, "heldout", scores)
+                write(step, "heldout", scores)
                 progress.heldout(step, scores["loss"])
-            if last or signals.received or step % config.train.save_every == 0:
+            stopped_by = signals.after(step)
+            if last or stopped_by or step % config.train.save_every == 0:
                 store.save(step, state)
-            if signals.received and not last:
+            if stopped_by and not last:
                 store.wait()
-                raise Interrupted(f"{signals.received} at step {step}: saved; the same command goes on from there")
+                raise Interrupted(f"{stopped_by} at step {step}: saved; the same command goes on from there")
         store.wait()
-        model = finish(state.model)
-        _replace_model(workdir, lambda folder: export(model, folder))
-        _write_json(workdir / FINISHED, {"step": config.steps})
+        model = distributed.gathered(state.model)
+        if distributed.is_primary():
+            model = finish(model)
+
+        def write_model():
+            _replace_model(workdir, lambda folder: export(model, folder))
+            _write_json(workdir / FINISHED, {"step": config.steps})
+
+        distributed.on_primary(write_model)
         return model
 
 
@@ -241,8 +263,17 @@ class _Signals:
         self.received: str | None = None
 
     def __enter__(self):
-        self._previous = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        handlers = {signal.SIGINT: self._note, signal.SIGTERM: self._note}
+        if jax.process_count() > 1:
+            handlers = {signal.SIGINT: distributed.forward_interrupt}
+        self._previous = {number: signal.signal(number, handler) for number, handler in handlers.items()}
         return self
+
+    def after(self, step: int) -> str | None:
+        """The signal that ends the run after this step: in several processes the same step in all."""
+        if jax.process_count() > 1 and distributed.stop_together(step):
+            self.received = signal.SIGTERM.name
+        return self.received
 
     def __exit__(self, *_):
         for number, handler in self._previous.items():
@@ -257,9 +288,11 @@ class _Signals:
 class _Progress:
     """The progress bar, and the rates that go into the metrics."""
 
-    def __init__(self, start: int, steps: int, flops: int):
-        self._bar = tqdm(total=steps, initial=start, unit="step", desc="train", dynamic_ncols=True, mininterval=1.0)
-        self._flops = flops
+    def __init__(self, start: int, steps: int, flops: int, share: float):
+        """`share` is the part of each batch that this process reads."""
+        look = dict(unit="step", desc="train", dynamic_ncols=True, mininterval=1.0)
+        self._bar = tqdm(total=steps, initial=start, disable=not distributed.is_primary(), **look)
+        self._flops, self._share = flops, share
         self._step, self._time = start, time.perf_counter()
 
     def report(self, step: int, batch: Mapping, metrics: dict) -> dict[str, float]:
@@ -267,6 +300,7 @@ class _Progress:
         now = time.perf_counter()
         steps_per_second = (step - self._step) / (now - self._time)
         tokens = sum(int(np.count_nonzero(array)) for name, array in batch.items() if name.endswith("_segments"))
+        tokens /= self._share
         metrics = {name: float(value) for name, value in metrics.items()}
         metrics |= {
             "tokens_per_second": tokens * steps_per_second,
