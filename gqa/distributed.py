@@ -50,16 +50,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 @contextlib.contextmanager
 def running(arguments: argparse.Namespace) -> Iterator[None]:
-    """Sets the backend's flags and joins the processes of the run, before JAX starts; ends with them.
+    """Sets the backend's flags and joins the processes of the run, before JAX starts; ends as `leaving_at_once` does.
 
-    Raises `InputError` for options that do not fit together and for a coordinator that is not there in time. An error
-    in one process ends it at once: JAX's usual end waits for the others, which wait for it.
+    Raises `InputError` for options that do not fit together and for a coordinator that is not there in time.
     """
     expected = backend.expected()
     backend.set_flags(expected)
     if not _join(arguments, expected):
         yield
         return
+    with leaving_at_once():
+        yield
+
+
+@contextlib.contextmanager
+def leaving_at_once() -> Iterator[None]:
+    """An error inside ends this process with a line and code 1, without another word, where it is one of several.
+
+    The usual end waits for processes that may be gone (JAX's own, and that of a save under way), and they for this one.
+    """
     import jax
 
     try:
@@ -67,17 +76,16 @@ def running(arguments: argparse.Namespace) -> Iterator[None]:
     except InputError:
         raise  # found by all processes alike: they end together
     except Exception as error:
-        process = f"process {jax.process_index()} of {jax.process_count()}"
+        if jax.process_count() == 1:
+            raise
+        process = f"error: process {jax.process_index()} of {jax.process_count()} has"
         if isinstance(error, jax.errors.JaxRuntimeError) and _LOST.search(str(error)):
             cause = str(error).splitlines()[0]
-            print(
-                f"error: {process} has lost another one ({cause}); start all of them again: the run goes on from its "
-                "newest checkpoint",
-                file=sys.stderr,
-            )
+            end = f"lost another one ({cause}); start all of them again: the run goes on from its newest checkpoint"
         else:
             traceback.print_exception(error)
-            print(f"error: {process} has failed; the others end too", file=sys.stderr)
+            end = "failed; the others end too"
+        print(process, end, file=sys.stderr)
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(1)

@@ -162,6 +162,7 @@ def train(
             write(0, "heldout", heldout_metrics(merged(state.model, state.step), heldout, mesh))
         progress = _Progress(start, config.steps, flops, share=len(rows) / batch_size)
         stack.enter_context(contextlib.closing(progress))
+        stack.enter_context(distributed.leaving_at_once())
         for step, batch in enumerate(batches.prefetch(start, config.steps, depth=2), start + 1):
             placed = place_batch(mesh, batch)
             if teacher is not None:
