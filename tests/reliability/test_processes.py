@@ -91,7 +91,7 @@ def digest(array: np.ndarray) -> str:
 
 
 def test_one_of_two_is_killed(start, assert_whole, tmp_path):
-    """Before the fifth step: the checkpoints of steps 2 and 4 are there, and both go on from the latter."""
+    """Before the fifth step, with the save of the fourth under way: the other does not wait for that."""
     workdir = tmp_path / "run"
     first, second = start(workdir, 4, "SIGKILL", struck=1)
     assert second.returncode == -signal.SIGKILL
