@@ -138,6 +138,7 @@ def train(
 
     with contextlib.ExitStack() as stack:
         store = stack.enter_context(Store(workdir / "checkpoints", config.train.keep))
+        stack.enter_context(distributed.leaving_at_once())
         signals = stack.enter_context(_Signals())
         stack.enter_context(jax.set_mesh(mesh))
         like = abstract_state(abstract_model, optimizer, mesh)
@@ -162,7 +163,6 @@ def train(
             write(0, "heldout", heldout_metrics(merged(state.model, state.step), heldout, mesh))
         progress = _Progress(start, config.steps, flops, share=len(rows) / batch_size)
         stack.enter_context(contextlib.closing(progress))
-        stack.enter_context(distributed.leaving_at_once())
         for step, batch in enumerate(batches.prefetch(start, config.steps, depth=2), start + 1):
             placed = place_batch(mesh, batch)
             if teacher is not None:

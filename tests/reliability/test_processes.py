@@ -78,7 +78,8 @@ def assert_whole(tiny_run, monkeypatch, config_file, compilation_cache, tmp_path
         # Each process read its half of the batches that one process reads.
         batches = loader.train_batches(config.records, config.train.batch_size, config.train.seed)
         for number, process in enumerate(processes):
-            read = [json.loads(line) for line in process.stdout.splitlines() if line.startswith("[")]
+            lines = [line.removeprefix("read ") for line in process.stdout.splitlines() if line.startswith("read ")]
+            read = [json.loads(line) for line in lines]
             rows = list(range(4 * number, 4 * number + 4))
             assert read == [[step, rows, digest(batches(step)["targets"][rows])] for step in range(read[0][0], STEPS)]
         assert (workdir / "model" / "model.safetensors").exists()
@@ -171,7 +172,7 @@ def test_a_port_that_is_taken():
         port = listener.getsockname()[1]
         arguments = parser.parse_args([f"--coordinator=127.0.0.1:{port}", "--num_processes=2", "--process_id=0"])
         with (
-            pytest.raises(InputError, match=f"--coordinator: port {port} is taken here"),
+            pytest.raises(InputError, match=f"--coordinator: port {port} is not free"),
             distributed.running(arguments),
         ):
             pass
@@ -203,7 +204,7 @@ def main() -> None:
         for step, batch in enumerate(prefetch(self, start_step, stop_step, depth), start_step):
             if step and step == strike:
                 os.kill(os.getpid(), signal.Signals[signal_name])
-            print(json.dumps([step, list(self.rows), digest(batch["targets"])]), flush=True)
+            print("read", json.dumps([step, list(self.rows), digest(batch["targets"])]), flush=True)
             yield batch
 
     loader.Batches.prefetch = observed
