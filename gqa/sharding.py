@@ -1,7 +1,9 @@
 """Where arrays live: each parameter names its logical axes, one table maps them to mesh axes.
 
-The mesh has three axes: `data` (replicas), `fsdp` (parameters cut along the model width) and `tensor` (heads, MLP and
-vocabulary). A dimension that its mesh axis does not divide is replicated, and the log says so once.
+The mesh has five axes, from the slowest network to the fastest: `slice` (pods, over the data centre's network; each has
+all parameters and its part of the batch), `data` (replicas), `fsdp` (parameters cut along the model width), `sequence`
+(activations cut along their length) and `tensor` (heads, MLP and vocabulary). A dimension that its mesh axis does not
+divide is replicated, and the log says so once.
 """
 
 import dataclasses
@@ -12,15 +14,16 @@ import math
 import jax
 import numpy as np
 from flax import nnx
+from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from gqa.errors import InputError
 
-MESH_AXES = ("data", "fsdp", "tensor")
+MESH_AXES = ("slice", "data", "fsdp", "sequence", "tensor")
 
 # Logical axis -> mesh axes. Every parameter and activation goes through this table and no other.
 RULES: dict[str, tuple[str, ...]] = {
-    "batch": ("data", "fsdp"),
+    "batch": ("slice", "data", "fsdp"),
     "embed": ("fsdp",),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
@@ -29,7 +32,8 @@ RULES: dict[str, tuple[str, ...]] = {
     "head_dim": (),
     "layers": (),
     "buckets": (),
-    "length": (),
+    "length": ("sequence",),  # of residual stream, queries and MLP; keys and values are gathered: `kv_length`
+    "kv_length": (),
     "activation": (),  # the model width of an activation: `embed` would clash with the batch on `fsdp`
 }
 
@@ -43,10 +47,12 @@ class MeshConfig:
     data: int  # replicas of the model
     fsdp: int  # ways the parameters are cut along the model width
     tensor: int  # ways heads, MLP and vocabulary are cut
+    slice: int = 1  # pods (TPU slices) or groups of hosts that a slower network joins
+    sequence: int = 1  # ways activations are cut along their length, for long inputs
 
-    def sizes(self, num_devices: int) -> tuple[int, int, int]:
-        """The three sizes for `num_devices`; raises `InputError` when they do not multiply to it."""
-        sizes = [self.data, self.fsdp, self.tensor]
+    def sizes(self, num_devices: int) -> tuple[int, ...]:
+        """The sizes of `MESH_AXES` for `num_devices`; raises `InputError` when they do not multiply to it."""
+        sizes = [getattr(self, name) for name in MESH_AXES]
         if any(size == 0 or size < -1 for size in sizes) or sizes.count(-1) > 1:
             raise InputError(
                 f"mesh {_describe(sizes)}: sizes are positive, at most one is -1 (the rest of the devices)"
@@ -67,7 +73,9 @@ class MeshConfig:
 
 
 def _describe(sizes) -> str:
-    return " x ".join(f"{name}={size}" for name, size in zip(MESH_AXES, sizes, strict=True))
+    named = zip(MESH_AXES, sizes, strict=True)
+    shown = ((name, size) for name, size in named if size != 1 or name in ("data", "fsdp", "tensor"))
+    return " x ".join(f"{name}={size}" for name, size in shown)
 
 
 def _nearest_divisor(value: int, total: int) -> int:
@@ -75,10 +83,26 @@ def _nearest_divisor(value: int, total: int) -> int:
 
 
 def make_mesh(config: MeshConfig, devices=None) -> Mesh:
-    """A `Mesh` of all devices (or of `devices`), axes `data`, `fsdp`, `tensor`, innermost `tensor`."""
-    devices = jax.devices() if devices is None else devices
+    """A `Mesh` of all devices (or of `devices`), axes `MESH_AXES`, as their networks lie.
+
+    Raises `InputError` for sizes that do not multiply to the devices, for TPU slices that are not `config.slice`, and
+    for sizes that a TPU's torus cannot be cut into.
+    """
+    devices = jax.devices() if devices is None else list(devices)
+    sizes = config.sizes(len(devices))
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if devices[0].platform == "tpu" and slices != sizes[0]:
+        raise InputError(f"mesh.slice={sizes[0]}, but the devices are in {slices} slice(s); set mesh.slice={slices}")
+    try:
+        if sizes[0] == slices > 1:
+            networks = (1, *sizes[1:]), (slices, *(1,) * len(sizes[1:]))
+            array = mesh_utils.create_hybrid_device_mesh(*networks, devices, allow_split_physical_axes=True)
+        else:
+            array = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    except (ValueError, NotImplementedError) as error:
+        raise InputError(f"mesh {_describe(sizes)} cannot be laid on the devices: {error}") from error
     # `Mesh` has Auto axes; `jax.make_mesh` would give Explicit ones.
-    return Mesh(np.asarray(devices).reshape(config.sizes(len(devices))), MESH_AXES)
+    return Mesh(array, MESH_AXES)
 
 
 @functools.cache
@@ -94,7 +118,7 @@ def partition_spec(
     axes = ("layers",) * (len(shape) - len(axes)) + tuple(axes)
     spec, used = [], set()
     for axis, size in zip(axes, shape, strict=True):
-        mesh_axes = tuple(a for a in (RULES[axis] if axis else ()) if a not in used and mesh.shape[a] > 1)
+        mesh_axes = tuple(a for a in (RULES[axis] if axis else ()) if a not in used and mesh.shape.get(a, 1) > 1)
         degree = math.prod(mesh.shape[a] for a in mesh_axes)
         if size % degree:
             _say_replicated(axis, size, mesh_axes, degree)
@@ -132,8 +156,23 @@ def parameter_shardings(mesh: Mesh, model):
 
 
 def batch_sharding(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:
-    """Rows of a batch over `data` and `fsdp`."""
+    """Rows of a batch over `slice`, `data` and `fsdp`."""
     return NamedSharding(mesh, partition_spec(mesh, ("batch",) + (None,) * (len(shape) - 1), shape))
+
+
+def rows_here(mesh: Mesh, batch_size: int) -> np.ndarray:
+    """The rows of a batch that this process's devices hold, ascending: what it has to read of it."""
+    indices = batch_sharding(mesh, (batch_size,)).addressable_devices_indices_map((batch_size,)).values()
+    return np.unique(np.concatenate([np.arange(batch_size)[index] for index in indices]))
+
+
+def place_rows(mesh: Mesh, rows: np.ndarray) -> jax.Array:
+    """A batch on the devices, of all its rows or, in several processes, of each process's `rows_here`."""
+    if jax.process_count() == 1:
+        return jax.device_put(rows, batch_sharding(mesh, rows.shape))
+    # How many rows all processes have follows from the sharding; the devices divide them (`RunConfig.check_devices`).
+    axes = tuple(axis for axis in RULES["batch"] if mesh.shape.get(axis, 1) > 1)
+    return jax.make_array_from_process_local_data(NamedSharding(mesh, PartitionSpec(axes or None)), rows)
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:

@@ -1,14 +1,17 @@
 """python -m gqa.train --config=configs/NAME.py --workdir=DIR [--config.train.steps=1000 …]
 
 Trains as the config says: from scratch, or on from a converted checkpoint (uptraining). Started again, it goes on from
-its newest checkpoint. The final model is in DIR/model, in the layout of a Hugging Face checkpoint.
+its newest checkpoint. The final model is in DIR/model, in the layout of a Hugging Face checkpoint. On several hosts the
+same command runs on each (docs/scaling.md).
 """
 
 import argparse
 import os
 from pathlib import Path
 
-from gqa import command_line
+from ml_collections import ConfigDict
+
+from gqa import command_line, distributed
 from gqa.errors import InputError
 from gqa.training.memory import keep_freed_memory
 
@@ -23,8 +26,14 @@ def main() -> None:
     parser.add_argument(
         "--profile", metavar="START:STEPS", help="write a trace of steps START, START+1, … into WORKDIR/profile"
     )
+    distributed.add_arguments(parser)
     arguments, raw_config = command_line.parse(parser)
     keep_freed_memory()
+    with distributed.running(arguments):
+        _train(arguments, raw_config)
+
+
+def _train(arguments: argparse.Namespace, raw_config: ConfigDict) -> None:
     # Imported here: --help and a mistyped config answer at once.
     import jax
 
@@ -43,6 +52,8 @@ def main() -> None:
     parent = _existing_parent(arguments.workdir)
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise InputError(f"workdir {arguments.workdir}: {parent} is no folder to write in; choose another")
+    if jax.process_count() > 1:
+        distributed.on_primary(config.prepared_records)  # once, where hosts share a disk
     with signals.stopped_at_once():
         records = config.prepared_records()
     manifest = prepare.read_manifest(records)

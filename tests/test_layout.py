@@ -8,9 +8,9 @@ ROOT = Path(__file__).parent.parent
 
 # Each room of gqa imports rooms of the lines above its own, never one beside it.
 ROOMS = [
-    {"errors"},
+    {"errors", "compiler_flags"},
     {"command_line"},
-    {"sharding"},
+    {"sharding", "distributed"},
     {"nn"},
     {"models"},
     {"convert", "checkpoints", "decode", "objectives", "adapters", "data"},

@@ -25,6 +25,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from tqdm import tqdm
 
+from gqa import distributed
 from gqa.checkpoints.hf_config import read_json
 from gqa.checkpoints.sums import hash_files, read_sums
 from gqa.checkpoints.writer import SUMS
@@ -120,6 +121,7 @@ class Store:
         save, self._save = self._save, None
         if save is not None:
             save.result()
+            distributed.on_primary(lambda: None)  # which gives it its name after the others are done
 
     def restore(self, step: int, like):
         """The state of `step`, shaped, typed and placed as `like` (arrays or `ShapeDtypeStruct`s with shardings).

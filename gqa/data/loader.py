@@ -1,10 +1,10 @@
 """Batches of packed rows as a pure function of (seed, step), read by index with Grain.
 
 Nothing is kept between batches: a run that starts again at any step sees the batches that it would have seen, and a
-batch is the same whatever the number of processes, each of which reads its own rows.
+batch is the same whatever the number of processes, each of which reads the rows that its devices hold.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import grain
@@ -25,68 +25,62 @@ _ENDLESS = 2**50  # rows; repeat(None) gives Grain 2**63 of them, which overflow
 class Batches:
     """`batches(step)` is the batch of a step: arrays as `packing.packed_row` makes them, [B, length] each.
 
-    `len(batches)` is the number of batches (held-out ones) or endless; `manifest` says what the records are.
+    `len(batches)` is the number of batches (held-out ones) or endless; `manifest` says what the records are. Of a batch
+    of `batch_size` rows, those in `rows` are read: B is their number.
     """
 
-    def __init__(
-        self, rows: grain.MapDataset, manifest: Manifest, batch_size: int, process_index: int, process_count: int
-    ):
+    def __init__(self, examples: grain.MapDataset, manifest: Manifest, batch_size: int, rows: Sequence[int] | None):
         self.manifest = manifest
-        self._num_steps = len(rows) // batch_size
-        # Batches of one process's rows: those of a step lie side by side, one for each process.
-        self._dataset = rows.batch(batch_size // process_count)
-        self._process_index = process_index
-        self._process_count = process_count
+        self.batch_size = batch_size
+        self.rows = range(batch_size) if rows is None else [int(row) for row in rows]
+        self._examples = examples
 
     def __len__(self) -> int:
-        return self._num_steps
+        return len(self._examples) // self.batch_size
 
     def __call__(self, step: int) -> Batch:
         if not 0 <= step < len(self):
             raise IndexError(f"step={step} is not in 0..{len(self) - 1}")
-        return self._dataset[step * self._process_count + self._process_index]
+        examples = [self._examples[step * self.batch_size + row] for row in self.rows]
+        return {name: np.stack([example[name] for example in examples]) for name in examples[0]}
 
     def prefetch(self, start_step: int, stop_step: int, depth: int) -> Iterator[Batch]:
         """The batches of `start_step`..`stop_step - 1`, with up to `depth` made ahead by a background thread."""
         if not 0 <= start_step <= stop_step <= len(self):
             raise IndexError(f"steps {start_step}..{stop_step} are not in 0..{len(self)}")
-        count = self._process_count
-        mine = self._dataset[start_step * count + self._process_index : stop_step * count : count]
         options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=depth)
-        return iter(mine.to_iter_dataset(options))
+        return iter(grain.MapDataset.range(start_step, stop_step).map(self).to_iter_dataset(options))
 
 
-def train_batches(
-    folder: str | Path, batch_size: int, seed: int, *, process_index: int = 0, process_count: int = 1
-) -> Batches:
+def train_batches(folder: str | Path, batch_size: int, seed: int, *, rows: Sequence[int] | None = None) -> Batches:
     """Endless batches of the train records of `folder`, `batch_size` rows over all processes.
 
     Each epoch visits every record once in an order of its own; noise is drawn from (seed, position). The parts of a
-    mixture have epochs of their own. Raises `InputError` for a batch size that the processes do not divide and for a
-    folder that `read_manifest` refuses.
+    mixture have epochs of their own. `rows` are those of each batch that this process reads (`sharding.rows_here`),
+    `None`: all. Raises `InputError` for a folder that `read_manifest` refuses.
     """
-    _check_batch(batch_size, process_index, process_count)
-    manifest, rows = _open(folder, "train", seed, endless=True)
-    return Batches(rows, manifest, batch_size, process_index, process_count)
+    _check_batch(batch_size, rows)
+    manifest, examples = _open(folder, "train", seed, endless=True)
+    return Batches(examples, manifest, batch_size, rows)
 
 
 def heldout_batches(
-    folder: str | Path, batch_size: int, num_examples: int | None, *, process_index: int = 0, process_count: int = 1
+    folder: str | Path, batch_size: int, num_examples: int | None, *, rows: Sequence[int] | None = None
 ) -> Batches:
     """Batches of the first `num_examples` held-out records (None, or more than there are: all), with fixed noise.
 
     Of a mixture there are as many as its rates allow until one part is read to its end. The last batch is filled with
-    rows of padding, whose `loss_weights` are 0. Raises as `train_batches` does.
+    rows of padding, whose `loss_weights` are 0. `rows` and errors as of `train_batches`.
     """
-    _check_batch(batch_size, process_index, process_count)
+    _check_batch(batch_size, rows)
     if num_examples is not None and num_examples < 1:
         raise InputError(f"num_examples={num_examples}; expected 1 or more")
-    manifest, rows = _open(folder, "heldout", _HELDOUT_SEED, num_examples)
-    num_padding = -len(rows) % batch_size
+    manifest, examples = _open(folder, "heldout", _HELDOUT_SEED, num_examples)
+    num_padding = -len(examples) % batch_size
     if num_padding:
-        padding = {key: np.zeros_like(value) for key, value in rows[0].items()}
-        rows = grain.MapDataset.concatenate([rows, grain.MapDataset.source([padding] * num_padding)])
-    return Batches(rows, manifest, batch_size, process_index, process_count)
+        padding = {key: np.zeros_like(value) for key, value in examples[0].items()}
+        examples = grain.MapDataset.concatenate([examples, grain.MapDataset.source([padding] * num_padding)])
+    return Batches(examples, manifest, batch_size, rows)
 
 
 def _open(
@@ -117,12 +111,11 @@ def _open(
     return manifest, dataset.random_map(_Row(manifest.make_task()))
 
 
-def _check_batch(batch_size: int, process_index: int, process_count: int) -> None:
-    if batch_size < 1 or batch_size % process_count:
-        nearest = max(round(batch_size / process_count), 1) * process_count
-        raise InputError(f"batch_size={batch_size} does not divide over {process_count} processes; nearest: {nearest}")
-    if not 0 <= process_index < process_count:
-        raise ValueError(f"process_index={process_index} is not in 0..{process_count - 1}")
+def _check_batch(batch_size: int, rows: Sequence[int] | None) -> None:
+    if batch_size < 1:
+        raise InputError(f"batch_size={batch_size}; expected 1 or more")
+    if rows is not None and not (len(rows) and all(0 <= row < batch_size for row in rows)):
+        raise ValueError(f"rows={list(rows)} are not in 0..{batch_size - 1}")
 
 
 class _Records:

@@ -10,6 +10,7 @@ from flax import nnx
 from gqa.nn import kernels
 from gqa.nn.backend import backend
 from gqa.nn.layers import Dropout, RMSNorm, dropped, linear, parameter
+from gqa.sharding import constrain
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +66,8 @@ class GroupedQueryAttention(nnx.Module):
         query_BTHd = linear("BTD,DHd->BTHd", x_BTD, self.query, x_BTD.dtype)
         if self.qkv_bias:
             query_BTHd += self.query_bias[...].astype(query_BTHd.dtype)
-        return self.query_norm(query_BTHd) if self.qk_norm else query_BTHd
+        query_BTHd = self.query_norm(query_BTHd) if self.qk_norm else query_BTHd
+        return constrain(query_BTHd, "batch", "length", "heads", "head_dim")
 
     def project_key_value(self, x_BSD: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Keys, normalised where the site has norms, and values, each `[B, K, S, d]`: the cache's layout."""
@@ -74,7 +76,9 @@ class GroupedQueryAttention(nnx.Module):
         if self.qkv_bias:
             key_BKSd += self.key_bias[...].astype(key_BKSd.dtype)[:, None]
             value_BKSd += self.value_bias[...].astype(value_BKSd.dtype)[:, None]
-        return self.key_norm(key_BKSd) if self.qk_norm else key_BKSd, value_BKSd
+        key_BKSd = self.key_norm(key_BKSd) if self.qk_norm else key_BKSd
+        axes = ("batch", "kv_heads", "kv_length", "head_dim")
+        return constrain(key_BKSd, *axes), constrain(value_BKSd, *axes)
 
     def attend(
         self,

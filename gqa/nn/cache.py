@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from gqa.errors import InputError
+from gqa.sharding import constrain
 
 
 class KVCache(NamedTuple):
@@ -74,14 +75,20 @@ def check_cache_dtype(name: str | None) -> None:
 
 def empty_cache(*shape: int, dtype) -> Cache:
     """An empty cache of shape `[(L,) B, K, S, d]`, quantised if `dtype` is int8."""
-    return Int8KVCache.zeros(*shape) if jnp.dtype(dtype) == jnp.int8 else KVCache.zeros(*shape, dtype=dtype)
+    cache = Int8KVCache.zeros(*shape) if jnp.dtype(dtype) == jnp.int8 else KVCache.zeros(*shape, dtype=dtype)
+    return _placed(cache)
 
 
 def filled_cache(key: jax.Array, value: jax.Array, dtype) -> Cache:
     """The cache of given keys and values, quantised if `dtype` is int8."""
     if jnp.dtype(dtype) == jnp.int8:
-        return Int8KVCache.of(key, value)
-    return KVCache(key.astype(dtype), value.astype(dtype))
+        return _placed(Int8KVCache.of(key, value))
+    return _placed(KVCache(key.astype(dtype), value.astype(dtype)))
+
+
+def _placed(cache: Cache) -> Cache:
+    """Rows over the batch's mesh axes, heads over theirs; every position where its row and head are."""
+    return jax.tree.map(lambda leaf: constrain(leaf, "batch", "kv_heads", "kv_length", "head_dim"), cache)
 
 
 def _quantize(x: jax.Array) -> tuple[jax.Array, jax.Array]:

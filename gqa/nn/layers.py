@@ -15,6 +15,7 @@ from flax import nnx
 
 from gqa.nn.backend import backend
 from gqa.nn.quantized import QuantizedKernel
+from gqa.sharding import constrain
 
 # Named functions: a lambda held by a module would retrace for every instance.
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -106,7 +107,7 @@ class GatedMLP(nnx.Module):
     def __call__(self, x_BTD: jax.Array, dropout: Dropout | None, site: int) -> jax.Array:
         gate_BTF = ACTIVATIONS[self.activation](linear("BTD,DF->BTF", x_BTD, self.gate, x_BTD.dtype))
         up_BTF = linear("BTD,DF->BTF", x_BTD, self.up, x_BTD.dtype)
-        hidden_BTF = dropped(gate_BTF * up_BTF, dropout, site)
+        hidden_BTF = constrain(dropped(gate_BTF * up_BTF, dropout, site), "batch", "length", "mlp")
         return linear("BTF,FD->BTD", hidden_BTF, self.down, x_BTD.dtype)
 
 
@@ -114,7 +115,8 @@ def embed(table: nnx.Param | QuantizedKernel, tokens_BT: jax.Array, dtype) -> ja
     """Rows of an embedding table `[V, D]` for `tokens_BT`, in `dtype`."""
     if isinstance(table, QuantizedKernel):
         return table.rows(tokens_BT, dtype)
-    return table[...][tokens_BT].astype(dtype)
+    # Its width is gathered first, as a kernel's is: looked up in parts, the rows would be replicated on all devices.
+    return constrain(table[...], "vocab", "activation")[tokens_BT].astype(dtype)
 
 
 def unembed(table: nnx.Param | QuantizedKernel, x_BTD: jax.Array) -> jax.Array:

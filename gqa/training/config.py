@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import hashlib
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -18,7 +19,7 @@ from gqa.data.prepare import Manifest, PrepareSpec, default_directory, prepare, 
 from gqa.errors import InputError
 from gqa.models.heads import divisors
 from gqa.models.stacks import REMAT_POLICIES
-from gqa.sharding import MeshConfig
+from gqa.sharding import MESH_AXES, RULES, MeshConfig
 from gqa.training.optimizer import OptimizerConfig
 
 DTYPES = ("float32", "bfloat16")
@@ -226,14 +227,15 @@ class RunConfig:
 
     def check_devices(self, num_devices: int) -> None:
         """Raises `InputError` unless mesh and batch fit `num_devices`."""
-        data, fsdp, _ = self.mesh.sizes(num_devices)
-        rows, ways = self.train.batch_size // self.train.accumulation, data * fsdp
+        sizes = dict(zip(MESH_AXES, self.mesh.sizes(num_devices), strict=True))
+        names = [name for name in RULES["batch"] if name != "slice" or sizes[name] > 1]
+        rows, ways = self.train.batch_size // self.train.accumulation, math.prod(sizes[name] for name in names)
         if rows % ways:
             step = ways * self.train.accumulation
             nearest = max(step, round(self.train.batch_size / step) * step)
             raise InputError(
                 f"train.batch_size={self.train.batch_size} in {self.train.accumulation} micro-batch(es) is not "
-                f"divisible by data*fsdp={ways} devices; nearest: {nearest}"
+                f"divisible by {'*'.join(names)}={ways} devices; nearest: {nearest}"
             )
 
 
@@ -258,7 +260,7 @@ def check_task(manifest: Manifest, architecture: models.ModelConfig) -> None:
 # What may differ between two starts of the same run in one working folder.
 MAY_CHANGE = ("train.steps", "train.log_every", "train.eval_every", "train.save_every", "train.keep", "records")
 MAY_CHANGE += tuple(f"train.{n}" for n in "keep_minutes mirror skip_above roll_back_after peak_tflops".split())
-MAY_CHANGE += ("distillation.cache", "uptrain.alpha", "mesh.data", "mesh.fsdp", "mesh.tensor", "train.accumulation")
+MAY_CHANGE += ("distillation.cache", "uptrain.alpha", "train.accumulation", *(f"mesh.{axis}" for axis in MESH_AXES))
 
 
 def parse(config: ml_collections.ConfigDict | Mapping) -> RunConfig:

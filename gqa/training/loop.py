@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from gqa import models
+from gqa import distributed, models
 from gqa.checkpoints import hf_config, training_run
 from gqa.checkpoints.store import Store
 from gqa.convert import convert, converted_config
@@ -18,7 +18,7 @@ from gqa.convert.merging import merge_gradually
 from gqa.data import loader
 from gqa.errors import InputError
 from gqa.objectives.language_model import Sums, cross_entropy
-from gqa.sharding import logical_axes
+from gqa.sharding import logical_axes, rows_here
 from gqa.training import optimizer as optimizers
 from gqa.training import run_folder
 from gqa.training.config import RunConfig
@@ -87,7 +87,7 @@ def train(
     export: Callable[[models.Model, Path], None],
     teacher: models.Model | None = None,
     trace: Trace | None = None,
-) -> models.Model:
+) -> models.Model | None:
     """Trains to the end, going on from the newest intact checkpoint in `workdir` if there is one.
 
     Args:
@@ -102,6 +102,8 @@ def train(
       export: writes the final model into a folder.
       teacher: where the run distils.
       trace: steps whose profile goes into `profile/`.
+
+    In several processes all of them call it; the first writes the files, and returns the whole model.
 
     Raises `InputError` when the folder holds another or a finished run, or a living run has it, and `Interrupted` after
     a signal.
@@ -122,9 +124,10 @@ def train(
         seed=config.train.seed,
         skip_above=config.train.skip_above,
     )
-    batches = loader.train_batches(records, config.train.batch_size, config.train.seed)
-    heldout = loader.heldout_batches(records, config.train.batch_size, config.train.eval_examples)
-    shapes = {name: array.shape for name, array in batches(0).items()}
+    batch_size, rows = config.train.batch_size, rows_here(mesh, config.train.batch_size)
+    batches = loader.train_batches(records, batch_size, config.train.seed, rows=rows)
+    heldout = loader.heldout_batches(records, batch_size, config.train.eval_examples, rows=rows)
+    shapes = {name: (batch_size, *array.shape[1:]) for name, array in batches(0).items()}
     flops = train_step_flops(abstract_model, shapes)
     said = None
     if teacher is not None:
@@ -134,14 +137,18 @@ def train(
     with contextlib.ExitStack() as stack:
         mirror = config.train.mirror and Path(config.train.mirror)
         folders = {"workdir": workdir} | ({"train.mirror": mirror} if mirror else {})
-        for what, folder in folders.items():  # before a lock is left in a folder that is not ours
-            run_folder.check(folder, config, what)
-        stack.enter_context(run_folder.locked(workdir))
-        for what, folder in folders.items():
-            run_folder.claim(folder, config, what)
-        # So that what is saved can be read as a checkpoint without the code and files that the run was started with.
-        written = hf_config.write(architecture, architecture.param_dtype, token_ids)
-        run_folder.write_json(workdir / training_run.ARCHITECTURE, written)
+
+        def open_folders() -> None:
+            for what, folder in folders.items():  # before a lock is left in a folder that is not ours
+                run_folder.check(folder, config, what)
+            stack.enter_context(run_folder.locked(workdir))
+            for what, folder in folders.items():
+                run_folder.claim(folder, config, what)
+            # So that what is saved can be read as a checkpoint without the code and files that the run started with.
+            written = hf_config.write(architecture, architecture.param_dtype, token_ids)
+            run_folder.write_json(workdir / training_run.ARCHITECTURE, written)
+
+        distributed.on_primary(open_folders)
         kept = dict(keep=config.train.keep, keep_minutes=config.train.keep_minutes, mirror=mirror)
         store = stack.enter_context(Store(workdir / training_run.STEPS, **kept))
         signals = stack.enter_context(Signals())
@@ -160,12 +167,9 @@ def train(
         stack.callback(lambda: writer.close())  # whichever it is then
         del initial_model, found  # not kept beside the state
         started = facts.get("started", run_folder.started(workdir))
-        work = Work(config.steps, flops, peak_tflops(config.train.peak_tflops), started)
-        watch = stack.enter_context(
-            contextlib.closing(
-                Watch(step, facts.get("useful_seconds", 0.0), int(jax.device_get(state.health.skipped)), work)
-            )
-        )
+        work = Work(config.steps, flops, len(rows) / batch_size, peak_tflops(config.train.peak_tflops), started)
+        watch = Watch(step, facts.get("useful_seconds", 0.0), int(jax.device_get(state.health.skipped)), work)
+        stack.enter_context(contextlib.closing(watch))
         profiler = stack.enter_context(contextlib.closing(Profiler(trace, step, config.steps, workdir / PROFILE)))
         roll_backs = RollBacks(store, like)
 
@@ -175,9 +179,10 @@ def train(
         def score() -> None:
             watch.settle()
             model = merged(state.model, state.step)
-            # Where a signal cuts it short, the next start makes up for it.
+            # Where a signal cuts it short, the next start makes up for it; at the last step the run ends as it would.
             with contextlib.suppress(Interrupted):
-                scores = heldout_metrics(model, heldout, mesh, stopping=lambda: signals.received is not None)
+                stopping = lambda: signals.received is not None and step < config.steps  # noqa: E731
+                scores = heldout_metrics(model, heldout, mesh, stopping=stopping)
                 writer.write(step, "heldout", scores)
                 watch.say(f"step {step}: held-out loss {scores['loss']:.4f}")
             watch.resume()
@@ -187,6 +192,7 @@ def train(
                 facts = {"useful_seconds": watch.useful_seconds, "started": started}
                 store.save(step, state, losses=writer.losses, files=[workdir / JSONL], facts=facts)
 
+        stack.enter_context(distributed.leaving_at_once())
         if is_due(config.train.eval_every) and step not in writer.losses:
             score()
         batch_index = int(jax.device_get(state.batch))
@@ -198,6 +204,7 @@ def train(
             if said is not None:
                 placed = said(batch_index, placed)
             step, batch_index = step + 1, batch_index + 1
+            signals.look(batch_index)
             with profiler.step(step, watch):
                 state, metrics = train_step(state, placed)
             watch.step(metrics)
@@ -221,11 +228,17 @@ def train(
             if signals.received or is_due(config.train.save_every):
                 save()
         store.wait()
-        if signals.received and not (step == config.steps and step in writer.losses):
+        if signals.received and step < config.steps:
             raise Interrupted(f"{signals.received} {_what_is_saved(step, store.latest_step())}")
-        model = finish(state.model)
-        run_folder.replace_model(workdir, lambda folder: export(model, folder))
-        run_folder.write_json(workdir / run_folder.FINISHED, {"step": config.steps})
+        model = distributed.gathered(state.model)
+        if distributed.is_primary():
+            model = finish(model)
+
+        def write_model() -> None:
+            run_folder.replace_model(workdir, lambda folder: export(model, folder))
+            run_folder.write_json(workdir / run_folder.FINISHED, {"step": config.steps})
+
+        distributed.on_primary(write_model)
         watch.say(watch.summary(step, writer.losses))
         return model
 

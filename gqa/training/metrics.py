@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
+from gqa.distributed import is_primary
 from gqa.errors import InputError
 
 JSONL = "metrics.jsonl"
@@ -30,19 +31,23 @@ class MetricsWriter:
 
     A full disk stops nothing: lines wait in memory until there is room. `losses` is the held-out loss by step.
 
-    One process writes: create it on process 0 alone. Raises InputError where metrics.jsonl is damaged.
+    Of several processes the first writes; the others keep `losses` alone. Raises InputError where metrics.jsonl is
+    damaged.
     """
 
     def __init__(self, workdir: str | os.PathLike, resume_step: int | None, history: Path | None = None):
         workdir = Path(workdir)
-        workdir.mkdir(parents=True, exist_ok=True)
         lines = [] if resume_step is None else read(history or workdir)
         kept = [line for line in lines if line["step"] <= resume_step]
+        self.losses = {line["step"]: line["loss"] for line in kept if line.get("split") == "heldout"}
+        self._writes = is_primary()
+        if not self._writes:
+            return
+        workdir.mkdir(parents=True, exist_ok=True)
         path = workdir / JSONL
         temporary = path.with_suffix(".tmp")
         temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
         os.replace(temporary, path)
-        self.losses = {line["step"]: line["loss"] for line in kept if line.get("split") == "heldout"}
         self._lines = path.open("ab", buffering=_WAITING_BYTES)
         self._full = False
         self._events = _EventFile(workdir / TENSORBOARD, first_step=0 if resume_step is None else resume_step + 1)
@@ -52,6 +57,8 @@ class MetricsWriter:
         values = {name: float(value) for name, value in metrics.items()}
         if split == "heldout":
             self.losses[step] = values["loss"]
+        if not self._writes:
+            return
         self._lines.write((json.dumps({"step": step, "split": split, **values}) + "\n").encode())
         self._events.write_scalars(step, {f"{split}/{name}": value for name, value in values.items()})
         try:
@@ -68,8 +75,9 @@ class MetricsWriter:
 
     def close(self) -> None:
         """Closes the files; raises `OSError` when there is still no room for what waits."""
-        self._events.close()
-        self._lines.close()
+        if self._writes:
+            self._events.close()
+            self._lines.close()
 
 
 def read(workdir: str | os.PathLike) -> list[dict]:

@@ -4,6 +4,10 @@ import contextlib
 import signal
 from collections.abc import Iterator
 
+import jax
+
+from gqa import distributed
+
 STOPPING = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -12,14 +16,26 @@ class Interrupted(KeyboardInterrupt):
 
 
 class Signals:
-    """Notes SIGINT and SIGTERM instead of dying, so that the step under way can end and be saved."""
+    """Notes SIGINT and SIGTERM instead of dying, so that the step under way can end and be saved.
+
+    In several processes JAX notes SIGTERM, and all of them stop after the same step.
+    """
 
     def __init__(self):
         self.received: str | None = None
+        self._several = jax.process_count() > 1
 
     def __enter__(self):
-        self._previous = {number: signal.signal(number, self._note) for number in STOPPING}
+        handlers = dict.fromkeys(STOPPING, self._note)
+        if self._several:
+            handlers = {signal.SIGINT: distributed.forward_interrupt}
+        self._previous = {number: signal.signal(number, handler) for number, handler in handlers.items()}
         return self
+
+    def look(self, count: int) -> None:
+        """Looks, in several processes, whether any of them got a signal; to be called at every step, counted up."""
+        if self._several and distributed.stop_together(count):
+            self.received = signal.SIGTERM.name
 
     def __exit__(self, *_):
         for number, handler in self._previous.items():
@@ -33,7 +49,13 @@ class Signals:
 
 @contextlib.contextmanager
 def stopped_at_once() -> Iterator[None]:
-    """SIGTERM unwinds as Ctrl-C does, so that what is half written goes: for the time before there is a state."""
+    """SIGTERM unwinds as Ctrl-C does, so that what is half written goes: for the time before there is a state.
+
+    In several processes SIGTERM stays with JAX.
+    """
+    if jax.process_count() > 1:
+        yield
+        return
 
     def stop(number, _frame):
         raise Interrupted(f"{signal.Signals(number).name} before the first step; the same command starts again")

@@ -10,7 +10,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from gqa.models import Model
 from gqa.objectives.language_model import Sums
-from gqa.sharding import batch_sharding, constrain, logical_axes, parameter_shardings, shardings
+from gqa.sharding import constrain, logical_axes, parameter_shardings, place_rows, shardings
 from gqa.training import optimizer as optimizers
 
 Batch = Mapping[str, jax.Array]
@@ -187,5 +187,5 @@ def jit_train_step(train_step: Callable, like: TrainState) -> Callable:
 
 
 def place_batch(mesh: Mesh, batch: Mapping) -> Batch:
-    """Puts a host batch on the devices, rows over `data` and `fsdp`."""
-    return {name: jax.device_put(array, batch_sharding(mesh, array.shape)) for name, array in batch.items()}
+    """Puts a host batch, or this process's rows of one, on the devices, rows over the batch's mesh axes."""
+    return {name: place_rows(mesh, array) for name, array in batch.items()}

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
+from gqa.distributed import is_primary
 from gqa.errors import InputError
 
 # Metrics that differ between two runs of the same steps.
@@ -41,6 +42,7 @@ class Work(NamedTuple):
 
     steps: int  # to the run's end
     flops: int  # of a step, over all devices
+    share: float  # part of each batch that this process reads
     peak_tflops: float | None  # of all devices together; None: not known, and no MFU is given
     started: float  # when the run was started for the first time, in seconds since 1970
 
@@ -70,9 +72,8 @@ class Watch:
         self.useful_seconds = useful_seconds
         self._skipped = skipped
         self._work = work
-        self._bar = tqdm(
-            total=work.steps, initial=start, unit="step", desc="train", dynamic_ncols=True, mininterval=1.0
-        )
+        look = dict(unit="step", desc="train", dynamic_ncols=True, mininterval=1.0)
+        self._bar = tqdm(total=work.steps, initial=start, disable=not is_primary(), **look)
         self._compiled = False
         self._pending = None
         self._last = time.perf_counter()
@@ -137,7 +138,8 @@ class Watch:
         """The metrics of the step that `settle` waited for, with the rates since the last report; also shown."""
         spent, self._since_report = self._since_report, _Spent()
         metrics = {name: float(value) for name, value in metrics.items()}
-        self._tokens = sum(int(np.count_nonzero(array)) for name, array in batch.items() if name.endswith("_segments"))
+        tokens = sum(int(np.count_nonzero(array)) for name, array in batch.items() if name.endswith("_segments"))
+        self._tokens = tokens / self._work.share
         metrics |= self._rates(spent) | {"memory_gib": _peak_memory() / 2**30}
         self._bar.update(step - self._bar.n)
         speed = f", {metrics['tokens_per_second']:.0f} tokens/s" if "tokens_per_second" in metrics else ""
@@ -150,8 +152,9 @@ class Watch:
         return metrics
 
     def say(self, line: str) -> None:
-        """Prints a line above the bar."""
-        self._bar.write(line)
+        """Prints a line above the bar, in the first process."""
+        if is_primary():
+            self._bar.write(line)
 
     def back_to(self, step: int, useful_seconds: float, skipped: int) -> None:
         """The run goes on from an earlier step."""

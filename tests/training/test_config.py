@@ -173,11 +173,17 @@ def test_changes_and_choices_reach_the_architecture(tiny_run):
             (1, 4, 2),
             "train.batch_size=6 in 1 micro-batch(es) is not divisible by data*fsdp=4 devices; nearest: 8",
         ),
+        (
+            6,
+            1,
+            (2, -1, 1, 2),
+            "train.batch_size=6 in 1 micro-batch(es) is not divisible by slice*data*fsdp=8 devices; nearest: 8",
+        ),
         (8, 1, (3, 1, 1), "mesh data=3 x fsdp=1 x tensor=1 needs 3 device(s), found 8; set one size to -1"),
     ],
 )
 def test_batches_and_devices(tiny_run, batch_size, accumulation, mesh, message):
-    sizes = dict(zip(("data", "fsdp", "tensor"), mesh, strict=True))
+    sizes = dict(zip(("data", "fsdp", "tensor", "slice"), mesh, strict=False))
     overrides = {"train.batch_size": batch_size, "train.accumulation": accumulation, "mesh": sizes}
     config = tiny_run("t5", overrides)
     if message is None:

@@ -1,0 +1,215 @@
+"""Several processes train as one: one is killed, told to stop or never comes, and all start again.
+
+Run by itself, this file is `gqa.train` that says what it reads and may get a signal just before a step:
+`python tests/reliability/test_processes.py STEP SIGNAL --config=FILE --workdir=DIR --coordinator=…`.
+"""
+
+import argparse
+import concurrent.futures
+import hashlib
+import json
+import os
+import signal
+import socket
+import sys
+
+import numpy as np
+import pytest
+
+from gqa import command_line, distributed, train
+from gqa.data import loader
+from gqa.errors import InputError
+from gqa.training import metrics
+
+STEPS = 6
+OVERRIDES = {
+    "train.steps": STEPS,
+    "train.save_every": 2,
+    "train.eval_every": STEPS,
+    "model.changes.num_layers": 1,
+    "mesh": dict(data=1, fsdp=2, tensor=1),
+}
+NEVER = (0, "SIGKILL")
+
+
+@pytest.fixture
+def free_port():
+    """The number of a port that nothing listens on."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+@pytest.fixture
+def start(run_python, config_file, free_port):
+    """A function (workdir, step, signal, process that gets it) -> both processes, finished."""
+    path = config_file("llama", OVERRIDES)
+
+    def run(workdir, step, signal_name, struck=None):
+        def one(number: int):
+            disturbed = (step, signal_name) if number == struck else NEVER
+            return run_python(
+                *(__file__, *disturbed, f"--config={path}", f"--workdir={workdir}"),
+                *(f"--coordinator=127.0.0.1:{free_port}", "--num_processes=2", f"--process_id={number}"),
+            )
+
+        with concurrent.futures.ThreadPoolExecutor(2) as pool:
+            return list(pool.map(one, range(2)))
+
+    return run
+
+
+@pytest.fixture
+def assert_whole(tiny_run, monkeypatch, config_file, compilation_cache, tmp_path):
+    """A function (workdir, outputs of the last start) that compares the run with one of one process and device."""
+
+    def compare(workdir, processes):
+        config = tiny_run("llama", OVERRIDES)
+        alone = OVERRIDES | {"mesh": dict(data=1, fsdp=1, tensor=1)}
+        arguments = [f"--config={config_file('llama', alone)}", f"--workdir={tmp_path / 'alone'}"]
+        monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
+        train.main()
+        found, expected = (
+            {(line["split"], line["step"]): line["loss"] for line in metrics.read(folder)}
+            for folder in (workdir, tmp_path / "alone")
+        )
+        assert len(expected) == STEPS + 2
+        assert found == pytest.approx(expected, rel=1e-5)
+        # Each process read its half of the batches that one process reads.
+        batches = loader.train_batches(config.records, config.train.batch_size, config.train.seed)
+        for number, process in enumerate(processes):
+            lines = [line.removeprefix("read ") for line in process.stdout.splitlines() if line.startswith("read ")]
+            read = [json.loads(line) for line in lines]
+            rows = list(range(4 * number, 4 * number + 4))
+            assert read == [[step, rows, digest(batches(step)["targets"][rows])] for step in range(read[0][0], STEPS)]
+        assert (workdir / "model" / "model.safetensors").exists()
+
+    return compare
+
+
+def digest(array: np.ndarray) -> str:
+    return hashlib.sha256(np.ascontiguousarray(array)).hexdigest()
+
+
+def test_one_of_two_is_killed(start, assert_whole, tmp_path):
+    """Before the fifth step, with the save of the fourth under way: the other does not wait for that."""
+    workdir = tmp_path / "run"
+    first, second = start(workdir, 4, "SIGKILL", struck=1)
+    assert second.returncode == -signal.SIGKILL
+    assert first.returncode == 1, first.stderr
+    last = first.stderr.splitlines()[-1]
+    assert last.startswith("error: process 0 of 2 has lost another one (")
+    assert last.endswith("start all of them again: the run goes on from its newest checkpoint")
+    again = start(workdir, *NEVER)
+    assert [process.returncode for process in again] == [0, 0], again[0].stderr + again[1].stderr
+    assert_whole(workdir, again)
+
+
+@pytest.mark.full
+def test_the_first_is_killed(start, assert_whole, tmp_path):
+    """With the coordinator gone, the other ends by itself or is ended by JAX, which says that a task died."""
+    workdir = tmp_path / "run"
+    first, second = start(workdir, 4, "SIGKILL", struck=0)
+    assert first.returncode == -signal.SIGKILL
+    assert second.returncode in (1, -signal.SIGABRT)
+    assert "has lost another one" in second.stderr or "another task died" in second.stderr
+    again = start(workdir, *NEVER)
+    assert [process.returncode for process in again] == [0, 0], again[0].stderr + again[1].stderr
+    assert_whole(workdir, again)
+
+
+@pytest.mark.full
+def test_one_is_told_to_stop(start, assert_whole, tmp_path):
+    workdir = tmp_path / "run"
+    stopped = start(workdir, 2, "SIGTERM", struck=1)
+    assert [process.returncode for process in stopped] == [130, 130], stopped[0].stderr + stopped[1].stderr
+    lines = {line for process in stopped for line in process.stderr.splitlines() if line.startswith("SIGTERM at step")}
+    assert len(lines) == 1  # the same step in both
+    again = start(workdir, *NEVER)
+    assert [process.returncode for process in again] == [0, 0], again[0].stderr + again[1].stderr
+    assert_whole(workdir, again)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            ["--num_processes=2"],
+            "--coordinator, --process_id missing; --coordinator, --num_processes and …",
+        ),
+        (["--coordinator=a:1", "--num_processes=2"], "--process_id missing; --coordinator, --num_processes and …"),
+        (
+            ["--coordinator=host", "--num_processes=2", "--process_id=0"],
+            "--coordinator=host; expected HOST:PORT, such as 10.0.0.1:7777",
+        ),
+        (
+            ["--coordinator=a:1", "--num_processes=2", "--process_id=2"],
+            "--process_id=2 is not one of --num_processes=2; nearest: 1",
+        ),
+        (["--coordinator=a:1", "--num_processes=0", "--process_id=0"], "--num_processes=0; expected at least 1"),
+        (["--heartbeat_timeout=0"], "--heartbeat_timeout=0; expected at least 1 second"),
+        (
+            ["--coordinator=127.0.0.1:{port}", "--num_processes=2", "--process_id=1", "--start_timeout=1"],
+            "--coordinator=127.0.0.1:{port} does not answer within 1 s (…",
+        ),
+    ],
+)
+def test_processes_that_cannot_be(options, message, free_port):
+    parser = argparse.ArgumentParser()
+    distributed.add_arguments(parser)
+    arguments = parser.parse_args([option.format(port=free_port) for option in options])
+    with pytest.raises(InputError) as caught, distributed.running(arguments):
+        pass
+    assert str(caught.value).startswith(message.format(port=free_port).partition("…")[0])
+
+
+def test_a_port_that_is_taken():
+    parser = argparse.ArgumentParser()
+    distributed.add_arguments(parser)
+    with socket.socket() as listener:
+        listener.bind(("", 0))
+        listener.listen()
+        port = listener.getsockname()[1]
+        arguments = parser.parse_args([f"--coordinator=127.0.0.1:{port}", "--num_processes=2", "--process_id=0"])
+        with (
+            pytest.raises(InputError, match=f"--coordinator: port {port} is not free"),
+            distributed.running(arguments),
+        ):
+            pass
+
+
+@pytest.mark.parametrize(
+    ("environment", "backend", "expected"),
+    [
+        ({}, "cpu", False),
+        ({}, "tpu", True),
+        ({"SLURM_PROCID": "1", "SLURM_STEP_NODELIST": "n[1-2]", "SLURM_NTASKS": "16"}, "gpu", True),
+        ({"SLURM_PROCID": "0", "SLURM_STEP_NODELIST": "n1", "SLURM_NTASKS": "1"}, "gpu", False),
+        ({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "16"}, "gpu", False),  # a batch script without srun
+        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, "gpu", False),  # a notebook in a pod
+        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "3"}, "gpu", True),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, "cpu", True),
+    ],
+)
+def test_schedulers_are_recognised(environment, backend, expected):
+    assert distributed.in_cluster(environment, backend) == expected
+
+
+def main() -> None:
+    strike, signal_name = int(sys.argv[1]), sys.argv[2]
+    sys.argv[1:3] = []
+    prefetch = loader.Batches.prefetch
+
+    def observed(self, start_step, stop_step, depth):
+        for step, batch in enumerate(prefetch(self, start_step, stop_step, depth), start_step):
+            if step and step == strike:
+                os.kill(os.getpid(), signal.Signals[signal_name])
+            print("read", json.dumps([step, list(self.rows), digest(batch["targets"])]), flush=True)
+            yield batch
+
+    loader.Batches.prefetch = observed
+    command_line.run(train.main)
+
+
+if __name__ == "__main__":
+    main()
