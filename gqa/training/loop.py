@@ -175,9 +175,11 @@ def train(
         def score() -> None:
             watch.settle()
             model = merged(state.model, state.step)
-            # Where a signal cuts it short, the next start makes up for it.
+            # Where a signal cuts it short, the next start makes up for it; the last step's lets the run end.
             with contextlib.suppress(Interrupted):
-                scores = heldout_metrics(model, heldout, mesh, stopping=lambda: signals.received is not None)
+                scores = heldout_metrics(
+                    model, heldout, mesh, stopping=lambda: step < config.steps and signals.received is not None
+                )
                 writer.write(step, "heldout", scores)
                 watch.say(f"step {step}: held-out loss {scores['loss']:.4f}")
             watch.resume()
@@ -221,7 +223,7 @@ def train(
             if signals.received or is_due(config.train.save_every):
                 save()
         store.wait()
-        if signals.received and not (step == config.steps and step in writer.losses):
+        if signals.received and step < config.steps:
             raise Interrupted(f"{signals.received} {_what_is_saved(step, store.latest_step())}")
         model = finish(state.model)
         run_folder.replace_model(workdir, lambda folder: export(model, folder))
