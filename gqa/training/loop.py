@@ -179,10 +179,11 @@ def train(
         def score() -> None:
             watch.settle()
             model = merged(state.model, state.step)
-            # Where a signal cuts it short, the next start makes up for it; at the last step the run ends as it would.
+            # Where a signal cuts it short, the next start makes up for it; the last step's lets the run end.
             with contextlib.suppress(Interrupted):
-                stopping = lambda: signals.received is not None and step < config.steps  # noqa: E731
-                scores = heldout_metrics(model, heldout, mesh, stopping=stopping)
+                scores = heldout_metrics(
+                    model, heldout, mesh, stopping=lambda: step < config.steps and signals.received is not None
+                )
                 writer.write(step, "heldout", scores)
                 watch.say(f"step {step}: held-out loss {scores['loss']:.4f}")
             watch.resume()
