@@ -65,7 +65,7 @@ def pair(tmp_path_factory):
 
 
 def test_requests(pair):
-    theirs, ours = pair
+    theirs, ours, _ = pair
     assert (ours.max_length, ours.prefix_token_id) == (theirs.max_length, theirs.prefix_token_id) == (LONGEST, 1)
     long = " ".join(WORDS * 3)
     asked = [("the cat", " sat"), ("the cat ", "sat on the mat ."), ("", "the dog"), ("what ? unheard", " red blue")]
