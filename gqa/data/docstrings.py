@@ -33,6 +33,7 @@ class Docstrings:
 
     def __init__(self, source: str, *, modules: bool):
         self._corpus, self._modules = Corpus(source), modules
+        self._trained: frozenset[bytes] | None = None  # hashes of what the train split has, once they are known
         self.skipped: dict[str, Counter] = {split: Counter() for split in self.splits}
 
     def digest(self, split: str) -> str:
@@ -42,14 +43,17 @@ class Docstrings:
     def rows(self, split: str) -> Iterator[dict[str, str]]:
         """The pairs of a split, file by file in a fixed random order."""
         skipped = self.skipped[split] = Counter()
-        # What is trained on is known before anything is held out.
-        seen = set() if split == "train" else {_hash(row) for row in self._all("train", Counter())}
+        if split != "train" and self._trained is None:
+            self._trained = frozenset(map(_hash, self._all("train", Counter())))
+        seen = set() if split == "train" else set(self._trained)
         for row in self._all(split, skipped):
             if _hash(row) in seen:
                 skipped["seen before"] += 1
             else:
                 seen.add(_hash(row))
                 yield row
+        if split == "train":
+            self._trained = frozenset(seen)
 
     def _all(self, split: str, skipped: Counter) -> Iterator[dict[str, str]]:
         pairs = module_pairs if self._modules else function_pairs

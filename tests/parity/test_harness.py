@@ -1,6 +1,7 @@
 """The LM Evaluation Harness gives our adapter the scores of its own `hf` model."""
 
 import json
+import sys
 import warnings
 
 import jax
@@ -11,7 +12,7 @@ import torch
 import transformers
 import yaml
 
-from gqa import models
+from gqa import evaluate, models
 from gqa.checkpoints import hf
 from gqa.evaluation.checkpoint_text import TextModel
 
@@ -31,7 +32,7 @@ def instances(kind: str, *arguments):
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
-    """A random Llama of 24 positions with a word tokenizer: in the harness's `hf` model and in ours."""
+    """A random Llama of 24 positions with a word tokenizer: the harness's `hf` model of it, ours, and its folder."""
     from lm_eval.models.huggingface import HFLM
 
     from gqa.evaluation.harness import HarnessModel
@@ -60,11 +61,11 @@ def pair(tmp_path_factory):
         warnings.simplefilter("ignore")
         reference = transformers.AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
         theirs = HFLM(pretrained=reference, tokenizer=fast, batch_size=2, device="cpu")
-    return theirs, HarnessModel(TextModel(checkpoint), batch_size=4)
+    return theirs, HarnessModel(TextModel(checkpoint), batch_size=4), checkpoint
 
 
 def test_requests(pair):
-    theirs, ours = pair
+    theirs, ours, _ = pair
     assert (ours.max_length, ours.prefix_token_id) == (theirs.max_length, theirs.prefix_token_id) == (LONGEST, 1)
     long = " ".join(WORDS * 3)
     asked = [("the cat", " sat"), ("the cat ", "sat on the mat ."), ("", "the dog"), ("what ? unheard", " red blue")]
@@ -96,13 +97,13 @@ def test_requests(pair):
 
 
 def test_tasks(pair, tmp_path, monkeypatch):
-    """Multiple choice and generation, from local files through task YAMLs."""
+    """Multiple choice and generation, from local files through task YAMLs, by the command."""
     import datasets
 
     from gqa.evaluation.harness import Harness
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    theirs, ours = pair
+    theirs, _, checkpoint = pair
     rng = np.random.default_rng(0)
     choices = [
         {
@@ -144,21 +145,31 @@ def test_tasks(pair, tmp_path, monkeypatch):
         source = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(data)}}, "test_split": "test"}
         (tmp_path / "tasks" / f"{name}.yaml").write_text(yaml.safe_dump({"task": name, **source, **task}))
 
-    harness = Harness(list(tasks), tmp_path / "tasks", None, None)
-    found, expected = harness.run(ours), harness.run(theirs)
+    expected = Harness(list(tasks), tmp_path / "tasks", None, None).run(theirs)
+    arguments = [f"--checkpoint={checkpoint}", f"--harness={','.join(tasks)}", f"--include_path={tmp_path / 'tasks'}"]
+    arguments += ["--batch_size=4", f"--output={tmp_path / 'scores'}"]
+    monkeypatch.setattr(sys, "argv", ["evaluate", *arguments])
+    evaluate.main()
+    found = json.loads((tmp_path / "scores" / "scores.json").read_text())["checkpoints"]["checkpoint"]
     for task, metrics in {"our_choice": ["acc,none", "acc_norm,none"], "our_answer": ["exact_match,none"]}.items():
         for metric in metrics:
             assert found[task][metric] == expected[task][metric]
     assert found["our_answer"]["exact_match,none"] == 0.5
 
 
-def test_bad_input(pair):
+@pytest.mark.full
+def test_a_task_that_is_not_there():
     from gqa.errors import InputError
     from gqa.evaluation.harness import Harness
 
-    _, ours = pair
     with pytest.raises(InputError, match=r"^the harness has no task 'arc_eazy'; nearest: arc_easy; further ones are"):
         Harness(["arc_eazy"], None, None, None)
+
+
+def test_bad_input(pair):
+    from gqa.errors import InputError
+
+    _, ours, _ = pair
     for asked, message in (
         ({"max_gen_toks": LONGEST}, f"a task asks for {LONGEST} new tokens, the model has {LONGEST} positions"),
         (

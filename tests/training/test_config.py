@@ -243,3 +243,19 @@ def test_records_that_a_model_cannot_read_are_refused(tiny_run, tiny_records):
     assert error_of(run_config.check_vocabulary, causal, models.replace(llama, vocab_size=146)) == (
         "the records' vocabulary has 147 pieces, the model's embedding 146; use the model's own vocabulary"
     )
+
+
+def test_a_mixture_stands_where_records_do(tiny_run, tiny_records, tiny_config, tmp_path, monkeypatch):
+    monkeypatch.setenv("GQA_CACHE", str(tmp_path))
+    folder = str(tiny_records("causal_lm"))
+    config = tiny_run("llama", {"records": None, "mixture": {"parts": {folder: 2}}})
+    manifest = read_manifest(config.prepared_records())
+    assert manifest.parts == {folder: 1.0}
+    run_config.check_task(manifest, config.model.architecture())
+    found = error_of(run_config.parse, tiny_config("llama", {"mixture": {"parts": {folder: 2}}}))
+    assert found.startswith("mixture or records: set at most one of them")
+    found = error_of(run_config.parse, tiny_config("llama", {"mixture": {"parts": {}, "temprature": 2}}))
+    assert (
+        found
+        == "config.mixture: unknown 'temprature'; expected one of parts, temperature, maximum; nearest: temperature"
+    )
