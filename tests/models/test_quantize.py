@@ -43,7 +43,7 @@ def test_every_kernel_and_no_more(kind):
 
 
 # Relative error of the logits of random weights, which are as hard as any.
-@pytest.mark.parametrize(("weights", "tolerance"), [("int8", 0.03), ("int4", 0.3)])
+@pytest.mark.parametrize(("weights", "tolerance"), [("int8", 0.03), ("int4", 0.4)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_logits_are_near(kind, weights, tolerance):
     model = models.create(architecture(kind), jax.random.key(0))
