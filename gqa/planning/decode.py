@@ -21,6 +21,7 @@ from gqa.planning.programs import (
     decode_program,
     devices,
     dot_flops,
+    unused_bytes,
 )
 from gqa.planning.train import Plan, head_notes, with_total
 from gqa.sharding import MeshConfig
@@ -115,17 +116,19 @@ def _row(config, architecture, topology, price, mesh: Mesh | AbstractMesh, wante
     while not estimate:
         compiled, program = _compile(config, architecture, mesh, rows)
         seconds += compiled.seconds
-        attempts.append({"batch": rows, "bytes": compiled.total, "fits": _fits(compiled, limit)})
+        total = compiled.total + unused_bytes(program)
+        fits = False if compiled.fits is False else None if limit is None else total <= limit
+        attempts.append({"batch": rows, "bytes": total, "fits": fits})
         if attempts[-1]["fits"] is not False or rows <= step:
             break
         # The temporaries grow with the batch too: what one row more takes, as of this attempt.
-        per_row = (compiled.total - fixed) / rows
+        per_row = (total - fixed) / rows
         rows = min(rows - step, int((limit - fixed) / per_row) // step * step)
         if rows < step:
             break
     most = rows
     if limit and not estimate and attempts[-1]["fits"]:
-        per_row = max(1, (compiled.total - fixed - compiled.code) / rows)
+        per_row = max(1, (total - fixed - compiled.code) / rows)
         most = max(rows, int((limit - fixed - compiled.code) / per_row) // step * step)
     elif estimate:
         most = largest(0)
@@ -136,7 +139,7 @@ def _row(config, architecture, topology, price, mesh: Mesh | AbstractMesh, wante
         "attempts": attempts,
         "compile_seconds": seconds,
     }
-    if rows < step or (compiled is not None and compiled.program is None):
+    if rows < step or (attempts and attempts[-1]["fits"] is False):
         return row | {"batch": 0, "largest_batch": 0, "memory": with_total({"parameters": fixed}, topology, False)}
     _, state = _sizes(config, architecture, mesh, rows)
     cache = cache_bytes(state)
@@ -145,9 +148,11 @@ def _row(config, architecture, topology, price, mesh: Mesh | AbstractMesh, wante
         "cache": cache,
         "batch": bytes_per_device(state) - cache,
         "temporaries": compiled.temporaries if compiled else 0,
-        "padding": max(0, compiled.arguments - fixed - bytes_per_device(state)) if compiled else 0,
+        "padding": 0,
         "program": compiled.code + compiled.results if compiled else 0,
     }
+    if compiled:
+        parts["padding"] = max(0, total - sum(parts.values()))
     row["memory"] = with_total(parts, topology, compiled.fits if compiled else None)
     if compiled is not None:
         flops = dot_flops(program.traced.jaxpr.jaxpr) / topology.num_devices
@@ -180,10 +185,6 @@ def _compile(config: DecodeConfig, architecture, mesh: Mesh, rows: int) -> tuple
     )
     with jax.set_mesh(mesh):
         return compile_program(program.traced.lower(), bytes_per_device((program.model, program.state))), program
-
-
-def _fits(compiled: Compiled, limit: int | None) -> bool | None:
-    return False if compiled.fits is False else None if limit is None else compiled.total <= limit
 
 
 def _times(

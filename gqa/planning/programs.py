@@ -226,6 +226,16 @@ def _state_shardings(mesh: Mesh | AbstractMesh, state: generate.State):
     return jax.tree.map(of_leaf, state)
 
 
+def unused_bytes(program: DecodeProgram) -> int:
+    """Bytes per device of parameters that the loop does not read, as the encoder's: they stay in memory beside it."""
+    jaxpr = program.traced.jaxpr.jaxpr
+    used = {id(variable) for equation in jaxpr.eqns for variable in equation.invars}
+    leaves = jax.tree.leaves(program.model)
+    return bytes_per_device(
+        [leaf for leaf, variable in zip(leaves, jaxpr.invars, strict=False) if id(variable) not in used]
+    )
+
+
 def cache_bytes(state: generate.State) -> int:
     """Bytes per device of a decoding state's caches."""
     return bytes_per_device([leaf for leaf in jax.tree.leaves(state) if leaf.ndim == 5])

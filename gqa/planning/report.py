@@ -95,7 +95,7 @@ def decoding(plan: Plan, topology: Topology) -> str:
         f"({plan['batch_wanted'] / devices:g} a chip)",
         f"{plan['topology']}: {devices} devices as {mesh}; {origin}",
         "",
-        "| K | batch wanted | largest batch (a chip) | planned at | parameters | cache | the rest | total "
+        "| K | batch wanted | largest batch, computed (a chip) | planned at | parameters | cache | the rest | total "
         "| step | binds | s a sample and chip |",
         "|--:|---|--:|--:|--:|--:|--:|--:|--:|---|--:|",
     ]
