@@ -5,6 +5,8 @@
 | `span_corruption` | encoder-decoder | tokens with a sentinel for each noise span | the noise spans |
 | `prefix_lm` | encoder-decoder | tokens before a random pivot | the rest |
 | `causal_lm` | decoder only | none | all tokens; a document ends with EOS |
+| `sft` | decoder only | none | all tokens of a conversation after its first; loss on responses alone |
+| `preferences` | decoder only | none | as of `sft`, for a prompt with each of two responses |
 
 The lengths of both sides depend on the number of tokens alone, not on the noise: so rows are packed once, and noise is
 drawn when a row is read.
@@ -123,8 +125,56 @@ class CausalLM:
         return 1.0, 0, 0
 
 
-Task = SpanCorruption | PrefixLM | CausalLM
-TASKS = {"span_corruption": SpanCorruption, "prefix_lm": PrefixLM, "causal_lm": CausalLM}
+TRAINED = 1 << 30  # added to a token of a conversation that is trained; no vocabulary is that large
+PAIR_HEADER = 3  # numbers before the tokens of a pair: its own, its rating, the length of the chosen part
+
+
+@dataclass(frozen=True)
+class SFT:
+    """Conversations with their trained tokens flagged; the first token of each is predicted from nothing: no target."""
+
+    inputs_length: int
+    targets_length: int
+    vocabulary_size: int
+
+    min_tokens = 2
+
+    @property
+    def max_tokens(self) -> int:
+        return self.targets_length + 1
+
+    def lengths(self, num_tokens: int) -> tuple[int, int]:
+        return 0, num_tokens - 1
+
+
+@dataclass(frozen=True)
+class Preferences:
+    """A pair's two conversations, one after the other behind a header of `PAIR_HEADER` numbers."""
+
+    inputs_length: int
+    targets_length: int
+    vocabulary_size: int
+
+    min_tokens = PAIR_HEADER + 4
+
+    @property
+    def max_tokens(self) -> int:
+        """Of one of the two."""
+        return self.targets_length // 2 + 1
+
+    @property
+    def max_pairs(self) -> int:
+        """Pairs that fit a row: each part of one takes a target or more."""
+        return self.targets_length // 2
+
+    def lengths(self, num_tokens: int) -> tuple[int, int]:
+        return 0, num_tokens - PAIR_HEADER - 2
+
+
+Task = SpanCorruption | PrefixLM | CausalLM | SFT | Preferences
+CONVERSATIONS = {"sft": SFT, "preferences": Preferences}
+TASKS = {"span_corruption": SpanCorruption, "prefix_lm": PrefixLM, "causal_lm": CausalLM, **CONVERSATIONS}
+DECODER_TASKS = ("causal_lm", *CONVERSATIONS)  # without inputs
 
 
 def make_task(name: str, inputs_length: int, targets_length: int | None, vocabulary_size: int) -> Task:
@@ -138,12 +188,12 @@ def make_task(name: str, inputs_length: int, targets_length: int | None, vocabul
         raise InputError(f"task={name!r} is unknown; expected one of {', '.join(TASKS)}")
     if inputs_length < _SMALLEST_ROW:
         raise InputError(f"inputs_length={inputs_length} is too short; expected {_SMALLEST_ROW} or more")
-    if name == "causal_lm":
+    if name in DECODER_TASKS:
         if targets_length not in (None, inputs_length):
             raise InputError(
-                f"targets_length={targets_length} has no meaning for causal_lm; expected none or {inputs_length}"
+                f"targets_length={targets_length} has no meaning for {name}; expected none or {inputs_length}"
             )
-        return CausalLM(0, inputs_length, vocabulary_size)
+        return TASKS[name](0, inputs_length, vocabulary_size)
     if targets_length is None:
         needed = inputs_targets_lengths(tokens_length(inputs_length, *_NOISE), *_NOISE)[1]
         targets_length = needed if name == "span_corruption" else inputs_length

@@ -2,6 +2,7 @@
 
 Tokenises a text source and packs it into rows, written as array records: train.array_record, heldout.array_record and
 manifest.json, which says what they were made from. They go to --output=DIR, or to a cache where gqa.train finds them.
+For --task=sft and --task=preferences the source is a JSONL file of conversations, and --template says how they are put.
 The same input gives the same bytes, whatever the machine; a folder that already holds just this is left as it is.
 """
 
@@ -22,10 +23,12 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from tqdm import tqdm
 
 from gqa.command_line import parse_arguments, run
+from gqa.data.conversations import Conversations
 from gqa.data.corpus import SPLITS, Corpus
-from gqa.data.examples import TASKS, Task, make_task
+from gqa.data.examples import CONVERSATIONS, DECODER_TASKS, TASKS, Task, make_task
 from gqa.data.packing import encode_record, pack
 from gqa.data.span_corruption import MEAN_NOISE_SPAN_LENGTH, NOISE_DENSITY
+from gqa.data.templates import TEMPLATES, Template
 from gqa.data.vocabulary import Vocabulary
 from gqa.errors import InputError
 
@@ -40,14 +43,25 @@ class PrepareSpec:
     """What to prepare: everything that decides the records."""
 
     task: str  # one of gqa.data.examples.TASKS
-    source: str  # embedded, embedded_large, or a path to a folder or file of text
+    source: str  # embedded, embedded_large, or a path to a folder or file of text; of conversations, a JSONL file
     vocabulary: str  # SentencePiece .model file
     inputs_length: int  # tokens in a row's inputs; for causal_lm, in its targets
     targets_length: int | None  # tokens in a row's targets; None: what the inputs call for
+    template: str | None = None  # of conversations: one of gqa.data.templates.TEMPLATES
 
     def open_vocabulary(self) -> Vocabulary:
         """The vocabulary; a decoder's may have any special ids, T5's tasks need T5's and its sentinels."""
-        return Vocabulary(self.vocabulary, foreign=self.task == "causal_lm")
+        return Vocabulary(self.vocabulary, foreign=self.task in DECODER_TASKS)
+
+    def open_source(self, vocabulary: Vocabulary) -> Corpus | Conversations:
+        """What `source` holds; raises `InputError` where it or the template does not suit the task."""
+        if self.task not in CONVERSATIONS:
+            if self.template is not None:
+                raise InputError(f"template={self.template!r} has no meaning for task {self.task}; expected none")
+            return Corpus(self.source)
+        if self.template is None:
+            raise InputError(f"task {self.task} needs a template; expected one of {', '.join(TEMPLATES)}")
+        return Conversations(self.source, self.task, Template(self.template, vocabulary))
 
 
 @dataclass(frozen=True)
@@ -69,6 +83,8 @@ class Manifest:
     num_records: dict[str, int] | None = None  # packed rows
     record_bytes: dict[str, int] | None = None  # size of the file
     unigram_cross_entropy: float | None = None  # nats per held-out target, predicted from train frequencies
+    template: str | None = None  # of conversations
+    num_skipped: dict[str, dict[str, int]] | None = None  # of conversations: lines left out, by split and reason
 
     def make_task(self) -> Task:
         """The task that turns this folder's records into examples."""
@@ -87,7 +103,8 @@ def default_directory(spec: PrepareSpec) -> Path:
 
     It lies in `$GQA_CACHE`, or `~/.cache/gqa` where that is unset.
     """
-    inputs = _inputs(spec, Corpus(spec.source), spec.open_vocabulary())
+    vocabulary = spec.open_vocabulary()
+    inputs = _inputs(spec, spec.open_source(vocabulary), vocabulary)
     key = hashlib.sha256(json.dumps(dataclasses.asdict(inputs), sort_keys=True).encode()).hexdigest()[:16]
     cache = os.environ.get("GQA_CACHE") or Path.home() / ".cache" / "gqa"
     return Path(cache) / "records" / key
@@ -124,7 +141,8 @@ def prepare(spec: PrepareSpec, output: str | Path) -> Manifest:
     that holds something else.
     """
     output = Path(output)
-    corpus, vocabulary = Corpus(spec.source), spec.open_vocabulary()
+    vocabulary = spec.open_vocabulary()
+    corpus = spec.open_source(vocabulary)
     inputs = _inputs(spec, corpus, vocabulary)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         return _reuse(output, inputs)
@@ -144,9 +162,10 @@ def prepare(spec: PrepareSpec, output: str | Path) -> Manifest:
     return manifest
 
 
-def _inputs(spec: PrepareSpec, corpus: Corpus, vocabulary: Vocabulary) -> Manifest:
+def _inputs(spec: PrepareSpec, corpus: Corpus | Conversations, vocabulary: Vocabulary) -> Manifest:
     """The manifest as far as it is known before anything is written."""
-    task = make_task(spec.task, spec.inputs_length, spec.targets_length, vocabulary.size)
+    size = corpus.template.num_ids if isinstance(corpus, Conversations) else vocabulary.size
+    task = make_task(spec.task, spec.inputs_length, spec.targets_length, size)
     return Manifest(
         format=FORMAT,
         task=spec.task,
@@ -157,7 +176,8 @@ def _inputs(spec: PrepareSpec, corpus: Corpus, vocabulary: Vocabulary) -> Manife
         source=Path(spec.source).name,
         corpus_digests={split: corpus.digest(split) for split in SPLITS},
         vocabulary_sha256=hashlib.sha256(vocabulary.path.read_bytes()).hexdigest(),
-        vocabulary_size=vocabulary.size,
+        vocabulary_size=size,
+        template=spec.template,
     )
 
 
@@ -170,15 +190,18 @@ def _reuse(output: Path, inputs: Manifest) -> Manifest:
     return manifest
 
 
-def _write(folder: Path, inputs: Manifest, corpus: Corpus, vocabulary: Vocabulary) -> Manifest:
+def _write(folder: Path, inputs: Manifest, corpus: Corpus | Conversations, vocabulary: Vocabulary) -> Manifest:
     task = inputs.make_task()
     num_tokens, num_records, record_bytes, target_counts = {}, {}, {}, {}
     for split in SPLITS:
-        counts = np.zeros(vocabulary.size)
+        counts = np.zeros(inputs.vocabulary_size)
         tokens = num_rows = 0
         # One record a group: a read by index then decodes that record alone.
         writer = ArrayRecordWriter(str(record_path(folder, split)), "group_size:1")
-        chunks = _chunks(corpus, split, vocabulary, task, counts)
+        if isinstance(corpus, Conversations):
+            chunks = corpus.chunks(split, task.max_tokens, counts)
+        else:
+            chunks = _chunks(corpus, split, vocabulary, task, counts)
         capacities = (task.inputs_length, task.targets_length)
         for row in pack(chunks, task.lengths, capacities, task.min_tokens, _NUM_OPEN_ROWS):
             writer.write(encode_record(row))
@@ -186,7 +209,9 @@ def _write(folder: Path, inputs: Manifest, corpus: Corpus, vocabulary: Vocabular
             tokens += sum(map(len, row))
         writer.close()
         if not num_rows:
-            raise InputError(f"the {split} split of {inputs.source} is too short for one example of {inputs.task}")
+            skipped = [f"{n} {reason}" for reason, n in getattr(corpus, "skipped", {}).get(split, {}).items()]
+            why = f": left out {', '.join(skipped)}" if skipped else ""
+            raise InputError(f"the {split} split of {inputs.source} is too short for one example of {inputs.task}{why}")
         num_tokens[split], num_records[split], target_counts[split] = tokens, num_rows, counts
         record_bytes[split] = record_path(folder, split).stat().st_size
     manifest = dataclasses.replace(
@@ -196,6 +221,7 @@ def _write(folder: Path, inputs: Manifest, corpus: Corpus, vocabulary: Vocabular
         num_records=num_records,
         record_bytes=record_bytes,
         unigram_cross_entropy=round(_cross_entropy(target_counts["heldout"], target_counts["train"]), 6),
+        num_skipped={s: dict(n) for s, n in corpus.skipped.items()} if isinstance(corpus, Conversations) else None,
     )
     text = json.dumps(dataclasses.asdict(manifest), indent=2) + "\n"
     (folder / "manifest.json").write_text(text, encoding="utf-8")
@@ -246,9 +272,10 @@ def main() -> None:
     parser.add_argument(
         "--targets_length", type=int, metavar="M", help="tokens in a row's targets (left out: what the inputs call for)"
     )
+    parser.add_argument("--template", choices=TEMPLATES, help="how conversations are put (sft and preferences)")
     parser.add_argument("--output", metavar="DIR", help="folder to write (left out: one in $GQA_CACHE or ~/.cache/gqa)")
     args = parse_arguments(parser)
-    spec = PrepareSpec(args.task, args.source, args.vocabulary, args.inputs_length, args.targets_length)
+    spec = PrepareSpec(args.task, args.source, args.vocabulary, args.inputs_length, args.targets_length, args.template)
     output = Path(args.output) if args.output else default_directory(spec)
     manifest = prepare(spec, output)
     print(json.dumps(dataclasses.asdict(manifest), indent=2))

@@ -12,7 +12,7 @@ from typing import Any
 import ml_collections
 
 from gqa import checkpoints, models
-from gqa.data.examples import make_task
+from gqa.data.examples import DECODER_TASKS, TASKS, make_task
 from gqa.data.prepare import Manifest, PrepareSpec, default_directory, prepare, read_manifest
 from gqa.errors import InputError
 from gqa.models.heads import divisors
@@ -183,7 +183,11 @@ class RunConfig:
             prepare(self.data, directory)
             return directory
         manifest, vocabulary = read_manifest(self.records), self.data.open_vocabulary()
-        wanted = make_task(self.data.task, self.data.inputs_length, self.data.targets_length, vocabulary.size)
+        wanted = make_task(self.data.task, self.data.inputs_length, self.data.targets_length, manifest.vocabulary_size)
+        if manifest.template != self.data.template:
+            raise InputError(
+                f"records {self.records} have template {manifest.template}; the data's is {self.data.template}"
+            )
         if manifest.make_task() != wanted:
             raise InputError(f"records {self.records} are of {manifest.make_task()}; the config's data says {wanted}")
         if manifest.vocabulary_sha256 != hashlib.sha256(vocabulary.path.read_bytes()).hexdigest():
@@ -216,7 +220,7 @@ def check_task(manifest: Manifest, architecture: models.ModelConfig) -> None:
     """Raises `InputError` when records are of the other kind of model: with inputs for a decoder, or without."""
     has_encoder, has_inputs = isinstance(architecture, models.t5.T5Config), manifest.inputs_length > 0
     if has_encoder != has_inputs:
-        tasks = "span_corruption, prefix_lm" if has_encoder else "causal_lm"
+        tasks = ", ".join(name for name in TASKS if (name in DECODER_TASKS) != has_encoder)
         family = models.family_of(architecture)
         raise InputError(f"data.task={manifest.task!r} is not for a {family} model; expected one of {tasks}")
 
