@@ -160,15 +160,15 @@ class Preferences:
     @property
     def max_tokens(self) -> int:
         """Of one of the two."""
-        return self.targets_length // 2 + 1
+        return self.targets_length // 2
 
     @property
     def max_pairs(self) -> int:
-        """Pairs that fit a row: each part of one takes a target or more."""
-        return self.targets_length // 2
+        """Pairs that fit a row: each part of one has two tokens or more."""
+        return self.targets_length // 4
 
     def lengths(self, num_tokens: int) -> tuple[int, int]:
-        return 0, num_tokens - PAIR_HEADER - 2
+        return 0, num_tokens - PAIR_HEADER
 
 
 Task = SpanCorruption | PrefixLM | CausalLM | SFT | Preferences

@@ -82,12 +82,25 @@ def heldout_batches(
         raise InputError(f"num_examples={num_examples}; expected 1 or more")
     manifest, dataset = _open(folder, "heldout", _HELDOUT_SEED)
     num_rows = len(dataset) if num_examples is None else min(num_examples, len(dataset))
-    num_padding = -num_rows % batch_size
-    rows = dataset[:num_rows].random_map(_Row(manifest.make_task()))
-    if num_padding:
-        padding = {key: np.zeros_like(value) for key, value in rows[0].items()}
-        rows = grain.MapDataset.concatenate([rows, grain.MapDataset.source([padding] * num_padding)])
+    rows = _padded(dataset[:num_rows].random_map(_Row(manifest.make_task())), batch_size)
     return Batches(rows, manifest, batch_size, process_index, process_count)
+
+
+def ordered_batches(folder: str | Path, split: str, batch_size: int) -> Batches:
+    """Batches of all records of a split in the order in which they lie, for one process.
+
+    The last is filled with padding, as are held-out ones.
+    """
+    manifest, dataset = _open(folder, split, _HELDOUT_SEED)
+    return Batches(_padded(dataset.random_map(_Row(manifest.make_task())), batch_size), manifest, batch_size, 0, 1)
+
+
+def _padded(rows: grain.MapDataset, batch_size: int) -> grain.MapDataset:
+    num_padding = -len(rows) % batch_size
+    if not num_padding:
+        return rows
+    padding = {key: np.zeros_like(value) for key, value in rows[0].items()}
+    return grain.MapDataset.concatenate([rows, grain.MapDataset.source([padding] * num_padding)])
 
 
 def _open(folder: str | Path, split: str, seed: int) -> tuple[Manifest, grain.MapDataset]:

@@ -14,7 +14,8 @@ trained:
     loss_weights      0 1 1 0 1 0 0 0
     decoder_inputs    a b C e f 0 0 0
 
-Of a pair of preferences, the chosen part is an odd segment and the rejected one the next: 1 and 2, 3 and 4, …
+Of a pair of preferences, the chosen part is an odd segment and the rejected one the next: 1 and 2, 3 and 4, … The last
+token of each part is an input too, with no target, for a reward model to read.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -115,7 +116,8 @@ def _conversations_row(chunks: Sequence[np.ndarray], length: int) -> dict[str, n
 def _pairs_row(chunks: Sequence[np.ndarray], task: Preferences) -> dict[str, np.ndarray]:
     parts = []
     for chunk in chunks:
-        parts += np.split(chunk[PAIR_HEADER:], [chunk[PAIR_HEADER - 1]])
+        pair = np.split(chunk[PAIR_HEADER:], [chunk[PAIR_HEADER - 1]])
+        parts += [np.append(part, 0) for part in pair]
     return _conversations_row(parts, task.targets_length) | {
         "pairs": _joined([[chunk[0]] for chunk in chunks], task.max_pairs),
         "ratings": _joined([[chunk[1]] for chunk in chunks], task.max_pairs),

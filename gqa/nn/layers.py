@@ -36,11 +36,14 @@ def parameter(
     return nnx.Param(value, axes=axes)
 
 
-def linear(equation: str, x: jax.Array, kernel: nnx.Param | jax.Array, dtype) -> jax.Array:
+def linear(equation: str, x: jax.Array, kernel: nnx.Param | nnx.Module | jax.Array, dtype) -> jax.Array:
     """`einsum` of an activation with a kernel, in the compute dtype.
 
-    The axes summed over are the last of `x` and the first of the kernel, as in `BTHd,HdD->BTD`.
+    The axes summed over are the last of `x` and the first of the kernel, as in `BTHd,HdD->BTD`. A kernel may be
+    a module with an `einsum` of its own, such as an adapted one.
     """
+    if isinstance(kernel, nnx.Module) and hasattr(kernel, "einsum"):
+        return kernel.einsum(equation, x, dtype)
     x, kernel = x.astype(dtype), kernel[...].astype(dtype)
     if jax.default_backend() != "cpu":
         return jnp.einsum(equation, x, kernel)

@@ -12,6 +12,7 @@ from typing import Any
 import ml_collections
 
 from gqa import checkpoints, models
+from gqa.adapters.lora import LoRAConfig
 from gqa.data.examples import DECODER_TASKS, TASKS, make_task
 from gqa.data.prepare import Manifest, PrepareSpec, default_directory, prepare, read_manifest
 from gqa.errors import InputError
@@ -19,6 +20,7 @@ from gqa.models.heads import divisors
 from gqa.models.stacks import REMAT_POLICIES
 from gqa.sharding import MeshConfig
 from gqa.training.optimizer import OptimizerConfig
+from gqa.training.preferences import DPOConfig, RewardConfig
 
 DTYPES = ("float32", "bfloat16")
 
@@ -156,11 +158,33 @@ class RunConfig:
     mesh: MeshConfig
     uptrain: UptrainConfig | None
     distillation: DistillationConfig | None = None
+    adapter: LoRAConfig | None = None  # trains adapters beside a frozen checkpoint; None: all parameters
+    dpo: DPOConfig | None = None  # objective on preferences
+    reward: RewardConfig | None = None  # objective on preferences: a reward model
 
     def __post_init__(self):
         self.optimizer.validate()
+        self._check_objective()
         if (self.train.steps is None) == (self.uptrain is None):
             raise InputError("train.steps or uptrain (original_steps and alpha): set exactly one of them")
+
+    def _check_objective(self) -> None:
+        named = {name: getattr(self, name) for name in ("dpo", "reward", "distillation")}
+        chosen = [name for name, value in named.items() if value is not None]
+        if len(chosen) > 1:
+            raise InputError(f"{' and '.join(chosen)} are set; expected one objective")
+        on_preferences = self.dpo is not None or self.reward is not None
+        if on_preferences != (self.data.task == "preferences"):
+            wanted = "the task preferences" if on_preferences else "dpo or reward to be set"
+            raise InputError(f"data.task={self.data.task!r} with objective {chosen or 'none'}; expected {wanted}")
+        if on_preferences and self.train.z_loss:
+            raise InputError(f"train.z_loss={self.train.z_loss} has no meaning on preferences; expected 0.0")
+        needs = [name for name in ("dpo", "reward", "adapter") if getattr(self, name) is not None]
+        if needs and self.model.checkpoint is None:
+            raise InputError(f"{needs[0]} goes on from a checkpoint; set model.checkpoint")
+        if self.adapter is not None and (self.reward is not None or self.uptrain is not None):
+            other = "reward" if self.reward is not None else "uptrain"
+            raise InputError(f"adapter and {other} are both set; expected one of them")
 
     @property
     def steps(self) -> int:
@@ -227,7 +251,15 @@ def check_task(manifest: Manifest, architecture: models.ModelConfig) -> None:
 
 # What may differ between two starts of the same run in one working folder.
 MAY_CHANGE = ("train.steps", "train.log_every", "train.eval_every", "train.save_every", "train.keep", "records")
-MAY_CHANGE += ("distillation.cache", "uptrain.alpha", "mesh.data", "mesh.fsdp", "mesh.tensor", "train.accumulation")
+MAY_CHANGE += (
+    "distillation.cache",
+    "dpo.reference",
+    "uptrain.alpha",
+    "mesh.data",
+    "mesh.fsdp",
+    "mesh.tensor",
+    "train.accumulation",
+)
 
 
 def parse(config: ml_collections.ConfigDict | Mapping) -> RunConfig:

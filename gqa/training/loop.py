@@ -30,12 +30,14 @@ from gqa.training import optimizer as optimizers
 from gqa.training.config import MAY_CHANGE, RunConfig, flatten, to_json
 from gqa.training.flops import train_step_flops
 from gqa.training.metrics import MetricsWriter
+from gqa.training.recipe import Recipe, make_recipe
 from gqa.training.state import abstract_state, initial_state, jit_train_step, make_train_step, place_batch
 from gqa.training.teacher import Teacher, distillation_loss
 
 CONFIG = "config.json"
 FINISHED = "finished.json"
 MODEL = "model"
+ADAPTER = "adapter"
 UNFINISHED = "unfinished"  # where the final model is written before it gets its name
 
 
@@ -60,17 +62,28 @@ def _heldout_sums(model: models.Model, batch: Mapping) -> Sums:
 
 
 def heldout_metrics(
-    model: models.Model, batches: loader.Batches, mesh: Mesh, show_progress: bool = False
+    model: models.Model,
+    batches: loader.Batches,
+    mesh: Mesh,
+    show_progress: bool = False,
+    recipe: Recipe | None = None,
 ) -> dict[str, float]:
-    """Loss in nats a token, accuracy and tokens scored; one transfer from the devices at the end."""
+    """Loss in nats a token, accuracy and tokens scored, or what a `recipe` scores; one transfer from the devices."""
     steps = tqdm(range(len(batches)), desc="held-out", unit="batch", disable=not show_progress, dynamic_ncols=True)
+    score, added = (recipe.heldout_sums or _heldout_sums, recipe.added) if recipe else (_heldout_sums, None)
+    sums = []
     with jax.set_mesh(mesh):
-        sums = jax.device_get([_heldout_sums(model, place_batch(mesh, batches(step))) for step in steps])
-    total = Sums(*(np.sum(np.asarray(part, np.float64)) for part in zip(*sums, strict=True)))
+        for step in steps:
+            batch = batches(step)
+            placed = place_batch(mesh, batch)
+            sums.append(score(model, added("heldout", batch, placed) if added else placed))
+        sums = jax.device_get(sums)
+    total = jax.tree.map(lambda *parts: float(np.sum(np.asarray(parts, np.float64))), *sums)
     return {
-        "loss": float(total.loss_sum / total.weight_sum),
-        "accuracy": float(total.correct_sum / total.weight_sum),
+        "loss": total.loss_sum / total.weight_sum,
+        "accuracy": total.correct_sum / total.weight_sum,
         "target_tokens": int(total.weight_sum),
+        **{name: value / weight for name, (value, weight) in total.named.items() if weight},
     }
 
 
@@ -91,7 +104,7 @@ def train(
     Args:
       config: the run; written to `config.json`, and every later start must agree with it.
       workdir: gets `config.json`, `architecture.json`, `metrics.jsonl`, `tensorboard/`, `checkpoints/` and, at the end,
-        `model/`.
+        `model/`, and `adapter/` where one was trained.
       mesh: the devices.
       architecture: the model's configuration.
       initial_model: the model of step 0, or a function that initialises one in place.
@@ -104,14 +117,17 @@ def train(
     """
     abstract_model = models.abstract(architecture)
     merged, finish = _merging(config, architecture)
+    recipe = make_recipe(config, abstract_model, initial_model, records, mesh)
     learning_rate = optimizers.schedule(config.optimizer)
-    optimizer = optimizers.optimizer(config.optimizer, config.schedule_offset, logical_axes(abstract_model))
+    optimizer = optimizers.optimizer(config.optimizer, config.schedule_offset, logical_axes(recipe.trained))
     dropout = config.model.dropout_rate > 0
-    loss_fn = language_model_loss(config.train.z_loss, dropout)
+    loss_fn = recipe.loss_fn or language_model_loss(config.train.z_loss, dropout)
     if teacher is not None:
         loss_fn = distillation_loss(config.distillation, config.train.z_loss, dropout)
     train_step = make_train_step(
-        lambda model, batch, key, step: loss_fn(merged(model, step), batch, key, step),
+        lambda model, batch, key, step, *frozen: loss_fn(
+            merged(recipe.whole(model, key, *frozen), step), batch, key, step
+        ),
         optimizer,
         lambda step: learning_rate(step + config.schedule_offset),
         accumulation=config.train.accumulation,
@@ -129,35 +145,41 @@ def train(
     written = hf_config.write(architecture, architecture.param_dtype, token_ids)
     _write_json(workdir / training_run.ARCHITECTURE, written)
 
+    def scored(state):
+        return merged(recipe.whole(state.model, None, *recipe.frozen), state.step)
+
     with contextlib.ExitStack() as stack:
         store = stack.enter_context(Store(workdir / "checkpoints", config.train.keep))
         signals = stack.enter_context(_Signals())
         stack.enter_context(jax.set_mesh(mesh))
-        like = abstract_state(abstract_model, optimizer, mesh)
+        like = abstract_state(recipe.trained, optimizer, mesh)
         train_step = jit_train_step(train_step, like)
         start = store.latest_step()
         if start is not None and start > config.steps:
             raise InputError(
                 f"workdir {workdir} holds {start} steps already, the config says {config.steps}; choose more"
             )
-        state = initial_state(initial_model, optimizer, like) if start is None else store.restore(start, like)
+        state = initial_state(recipe.initial(), optimizer, like) if start is None else store.restore(start, like)
         del initial_model  # not kept beside the state
+        recipe = recipe._replace(initial=None)
         writer = stack.enter_context(contextlib.closing(MetricsWriter(workdir, start)))
         if start is None:
             start = 0
-            writer.write(0, "heldout", heldout_metrics(merged(state.model, state.step), heldout, mesh))
+            writer.write(0, "heldout", heldout_metrics(scored(state), heldout, mesh, recipe=recipe))
         progress = stack.enter_context(contextlib.closing(_Progress(start, config.steps, flops)))
         for step, batch in enumerate(batches.prefetch(start, config.steps, depth=2), start + 1):
             placed = place_batch(mesh, batch)
             if teacher is not None:
                 placed = said(step - 1, placed)
-            state, metrics = train_step(state, placed)
+            if recipe.added is not None:
+                placed = recipe.added("train", batch, placed)
+            state, metrics = train_step(state, placed, *recipe.frozen)
             last = step == config.steps
             if last or step % config.train.log_every == 0:
                 # The one transfer from the devices in the loop; the step itself never waits for the host.
                 writer.write(step, "train", progress.report(step, batch, jax.device_get(metrics)))
             if last or step % config.train.eval_every == 0:
-                scores = heldout_metrics(merged(state.model, state.step), heldout, mesh)
+                scores = heldout_metrics(scored(state), heldout, mesh, recipe=recipe)
                 writer.write(step, "heldout", scores)
                 progress.heldout(step, scores["loss"])
             if last or signals.received or step % config.train.save_every == 0:
@@ -166,8 +188,11 @@ def train(
                 store.wait()
                 raise Interrupted(f"{signals.received} at step {step}: saved; the same command goes on from there")
         store.wait()
-        model = finish(state.model)
+        model = finish(recipe.finish(state.model))
         _replace_model(workdir, lambda folder: export(model, folder))
+        if recipe.export_adapter is not None:
+            shutil.rmtree(workdir / ADAPTER, ignore_errors=True)  # of this run when it had fewer steps
+            recipe.export_adapter(state.model, workdir / ADAPTER)
         _write_json(workdir / FINISHED, {"step": config.steps})
         return model
 

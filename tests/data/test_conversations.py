@@ -46,14 +46,14 @@ def test_packed_conversations():
 def test_packed_preferences():
     chunks = [np.array([17, 3, 3, *flagged(1, 5, -6), *flagged(1, 5, -7, -8)], np.int32)]
     chunks.append(np.array([4, 0, 2, *flagged(1, -9), *flagged(1, -8)], np.int32))
-    row = packed_row(chunks, make_task("preferences", 8, None, 100), None)
+    row = packed_row(chunks, make_task("preferences", 12, None, 100), None)
     assert {name: array.tolist() for name, array in row.items()} == {
-        "targets": [5, 6, 5, 7, 8, 9, 8, 0],
-        "targets_segments": [1, 1, 2, 2, 2, 3, 4, 0],
-        "decoder_inputs": [1, 5, 1, 5, 7, 1, 1, 0],
-        "loss_weights": [0, 1, 0, 1, 1, 1, 1, 0],
-        "pairs": [17, 4, 0, 0],
-        "ratings": [3, 0, 0, 0],
+        "targets": [5, 6, 0, 5, 7, 8, 0, 9, 0, 8, 0, 0],
+        "targets_segments": [1, 1, 1, 2, 2, 2, 2, 3, 3, 4, 4, 0],
+        "decoder_inputs": [1, 5, 6, 1, 5, 7, 8, 1, 9, 1, 8, 0],
+        "loss_weights": [0, 1, 0, 0, 1, 1, 0, 1, 0, 1, 0, 0],
+        "pairs": [17, 4, 0],
+        "ratings": [3, 0, 0],
     }
 
 
@@ -144,5 +144,5 @@ def test_specs_that_do_not_suit(chat_vocabulary, tmp_path, tiny_corpus):
 def test_a_line_that_is_no_json(chat_vocabulary, tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"messages": []}\n{"messages"\n')
-    with pytest.raises(InputError, match='line 2 is not JSON: b\'{"messages"'):
+    with pytest.raises(InputError, match="line 2 is not JSON"):
         Conversations(str(path), "preferences", Template("llama2", chat_vocabulary))

@@ -223,7 +223,7 @@ def test_conversations_that_are_none(messages, message):
 
 
 def test_names_of_templates(chat_vocabulary):
-    with pytest.raises(InputError, match="template='lama2'; expected one of alpaca, .*; nearest: llama2"):
+    with pytest.raises(InputError, match=r"template='lama2'; expected one of alpaca, .*; nearest: llama2"):
         Template("lama2", chat_vocabulary)
     with pytest.raises(InputError, match="has no chat_template"):
         Template("tokenizer", chat_vocabulary)
