@@ -2,7 +2,7 @@
 
 | task | a line of the file |
 |---|---|
-| `sft` | `{"messages": […]}`, or `{"instruction", "output"}` with or without `"input"` and `"system"` |
+| `sft` | `{"messages": […]}`; or `{"instruction", "output"}` `"input"` and `"system"` or not; or a preference |
 | `preferences` | `{"prompt": text or messages, "chosen": text, "rejected": text}`, with or without `"rating"` |
 
 What no line may be (roles, missing fields, ratings outside of the scale) is refused with the line's number. What there
@@ -50,9 +50,14 @@ def lines(path: str | Path) -> Iterator[tuple[int, dict]]:
 
 
 def messages_of(row: Mapping) -> list[dict]:
-    """The messages of a line of `sft`; `InputError` where it has neither messages nor instruction and output."""
+    """The messages of a line of `sft`; `InputError` where it has neither messages nor instruction and output.
+
+    A line of `preferences` is a conversation with the chosen response: what a reference is tuned on (DPO §4).
+    """
     if "messages" in row:
         return row["messages"]
+    if "prompt" in row and "chosen" in row:
+        return pair_of({"rejected": "", **row})[0]
     for name in ("instruction", "output"):
         if name not in row:
             found = ", ".join(map(str, row)) or "nothing"

@@ -16,7 +16,7 @@ from gqa.training.config import RunConfig
 from gqa.training.preferences import Reference, dpo_loss, reward_loss
 from gqa.training.state import Batch
 
-_ADAPTER_SEED = 1  # folded into the run's, so that an adapter shares no draw with a model
+_ADAPTER_SEED = 2**31 - 1  # folded into the run's and the step's keys: an adapter shares no draw with a model
 
 
 class Recipe(NamedTuple):
@@ -69,6 +69,11 @@ def make_recipe(
 def _with_adapter(recipe: Recipe, config: RunConfig, abstract_model: models.Model, base: models.Model) -> Recipe:
     settings = config.adapter
     key = jax.random.fold_in(jax.random.key(config.train.seed), _ADAPTER_SEED)
+
+    def whole(adapters: lora.Adapters, dropout_key: jax.Array | None, base: models.Model) -> models.Model:
+        key = None if dropout_key is None else jax.random.fold_in(dropout_key, _ADAPTER_SEED)
+        return lora.attach(base, adapters, settings, key)
+
     merge = jax.jit(lambda base, adapters: lora.merge(base, adapters, settings))
 
     def export(adapters: lora.Adapters, directory: Path) -> None:
@@ -79,7 +84,7 @@ def _with_adapter(recipe: Recipe, config: RunConfig, abstract_model: models.Mode
         trained=jax.eval_shape(lambda: lora.create(abstract_model, settings, key)),
         initial=lambda: lambda: lora.create(abstract_model, settings, key),
         frozen=(base,),
-        whole=lambda adapters, dropout_key, base: lora.attach(base, adapters, settings, dropout_key),
+        whole=whole,
         finish=lambda adapters: merge(base, adapters),
         export_adapter=export,
     )

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from gqa.data import loader
-from gqa.data.conversations import Conversations
+from gqa.data.conversations import Conversations, messages_of
 from gqa.data.examples import TRAINED, make_task
 from gqa.data.packing import packed_row
 from gqa.data.prepare import PrepareSpec, prepare
@@ -90,6 +90,11 @@ def test_every_usable_line_is_in_a_row_once(chat_vocabulary, tmp_path, task):
     else:
         assert sorted(seen) == sorted(f"{number} is {what}" for number in range(60) for what in ("good", "bad"))
         assert all(good.replace("good", "bad") == bad for good, bad in zip(seen[::2], seen[1::2], strict=True))
+
+
+def test_a_preference_is_a_conversation_with_its_chosen_response():
+    expected = [{"role": "user", "content": "say 3"}, {"role": "assistant", "content": "3 is good"}]
+    assert messages_of(pair(3)) == messages_of({"prompt": expected[:1], "chosen": "3 is good"}) == expected
 
 
 def test_no_prompt_is_in_both_splits(chat_vocabulary, tmp_path):

@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -12,6 +13,7 @@ from gqa import checkpoints, models, train
 from gqa.adapters import lora
 from gqa.checkpoints import peft, reward
 from gqa.checkpoints.hf import save
+from gqa.command_line import load_config
 from gqa.data import loader
 from gqa.data.examples import TRAINED, make_task
 from gqa.data.packing import packed_row
@@ -159,6 +161,15 @@ def test_a_reward_model_learns_is_saved_and_loaded(run, tmp_path, tiny_config):
     assert {name: end[name] for name in found} == pytest.approx(found, rel=1e-6)
     with pytest.raises(InputError, match=r"has no reward_head\.safetensors; expected a reward model"):
         reward.load(config.model.checkpoint, **config.model.run_choices())
+
+
+@pytest.mark.parametrize("name", ["sft", "sft_lora", "dpo", "reward"])
+def test_configs_are_valid_and_ask_for_a_source(name):
+    path = Path(__file__).parents[2] / "configs" / "posttraining" / f"{name}.py"
+    config = run_config.parse(load_config(path, ["--config.data.source=rows.jsonl"]))
+    assert config.data.source == "rows.jsonl" and config.data.template == "openbezoar"
+    with pytest.raises(InputError, match=r"config\.data\.source has no value"):
+        load_config(path)
 
 
 @pytest.mark.parametrize(
