@@ -65,6 +65,8 @@ class ChatTemplate:
             return self._template.render(
                 messages=[{"role": message["role"], "content": message["content"]} for message in messages],
                 add_generation_prompt=add_generation_prompt,
+                tools=None,
+                documents=None,
                 **self._variables,
             )
         except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:

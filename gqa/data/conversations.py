@@ -20,6 +20,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
 from gqa.command_line import nearest
 from gqa.data.corpus import HELDOUT_FRACTION, SPLITS
@@ -153,7 +154,7 @@ class Conversations:
 
     def chunks(self, split: str, max_tokens: int, target_counts: np.ndarray) -> Iterator[np.ndarray]:
         """The usable lines of a split as chunks; adds the tokens that are trained to `target_counts`."""
-        for number, row in self._rows[split]:
+        for number, row in tqdm(self._rows[split], desc=f"prepare {split}", unit=" lines", delay=1):
             try:
                 with _of_line(self.source, number):
                     chunk, examples = self._chunk(number, row, max_tokens)
@@ -163,6 +164,10 @@ class Conversations:
             for example in examples:
                 np.add.at(target_counts, example.tokens[example.trained], 1)
             yield chunk
+
+    def left_out(self, split: str) -> str:
+        """What `chunks` left out, to be read: `2 empty response, 1 prompt too long`; empty where there was nothing."""
+        return ", ".join(f"{count} {reason}" for reason, count in sorted(self.skipped[split].items()))
 
     def _chunk(self, number: int, row: Mapping, max_tokens: int) -> tuple[np.ndarray, list[Example]]:
         if self.task == "sft":

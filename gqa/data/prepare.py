@@ -13,6 +13,7 @@ import json
 import os
 import random
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -208,10 +209,12 @@ def _write(folder: Path, inputs: Manifest, corpus: Corpus | Conversations, vocab
             num_rows += 1
             tokens += sum(map(len, row))
         writer.close()
+        left_out = corpus.left_out(split) if isinstance(corpus, Conversations) else ""
         if not num_rows:
-            skipped = [f"{n} {reason}" for reason, n in getattr(corpus, "skipped", {}).get(split, {}).items()]
-            why = f": left out {', '.join(skipped)}" if skipped else ""
+            why = f"; left out: {left_out}" if left_out else ""
             raise InputError(f"the {split} split of {inputs.source} is too short for one example of {inputs.task}{why}")
+        if left_out:
+            tqdm.write(f"{inputs.source}, {split}: left out {left_out}", file=sys.stderr)
         num_tokens[split], num_records[split], target_counts[split] = tokens, num_rows, counts
         record_bytes[split] = record_path(folder, split).stat().st_size
     manifest = dataclasses.replace(

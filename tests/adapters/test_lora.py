@@ -53,7 +53,7 @@ def logits(model):
 
 def test_fresh_adapters_change_nothing(model):
     fresh = lora.create(model, settings(), jax.random.key(0))
-    np.testing.assert_array_equal(logits(lora.attach(model, fresh, settings())), logits(model))
+    np.testing.assert_allclose(logits(lora.attach(model, fresh, settings())), logits(model), rtol=1e-5, atol=1e-5)
     down = fresh["decoder.0.self_attention.out"]["down"][...]
     assert down.shape == (2, 4, 8, 3) and 0.9 * 32**-0.5 < jnp.abs(down).max() < 32**-0.5
 
@@ -95,7 +95,7 @@ def test_dropout_is_of_what_the_adapters_read(model, adapters):
     assert float(jnp.abs(one - other).max()) > 0.01
     fresh = lora.create(model, config, jax.random.key(0))
     attached = lora.attach(model, fresh, config, jax.random.key(0))
-    np.testing.assert_array_equal(jax.jit(lambda model: model(TOKENS))(attached), logits(model))
+    np.testing.assert_allclose(logits(attached), logits(model), rtol=1e-5, atol=1e-5)
 
 
 def test_patterns_choose_kernels(model):

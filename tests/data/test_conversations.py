@@ -140,7 +140,7 @@ def test_specs_that_do_not_suit(chat_vocabulary, tmp_path, tiny_corpus):
         ),
         (PrepareSpec("sft", source, vocabulary, 64, 32, "llama2"), "targets_length=32 has no meaning for sft"),
         (PrepareSpec("sft", str(tmp_path), vocabulary, 64, None, "llama2"), "is not a file; expected conversations"),
-        (PrepareSpec("sft", source, vocabulary, 10, None, "llama2"), "left out 1 prompt too long"),
+        (PrepareSpec("sft", source, vocabulary, 10, None, "llama2"), "left out: 1 prompt too long"),
     ):
         with pytest.raises(InputError, match=message):
             prepare(spec, tmp_path / "records")

@@ -36,14 +36,13 @@ LORA = dict(kernels=("self_attention.*", "mlp.up"), rank=4, alpha=8.0, dropout_r
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory):
-    """Files of 200 conversations and of 200 pairs, whose good response ends with what was said."""
+    """Files of 200 conversations and of 200 pairs, whose chosen response says yes."""
     folder = tmp_path_factory.mktemp("sources")
     words = [f"{first}{second}" for first in "abcdefghijklmnopqrst" for second in "uvwxyzabcd"]
     rows = [{"instruction": word, "output": f"{word} {word}"} for word in words]
     pairs = [
-        {"prompt": word, "chosen": f"{word} {word}", "rejected": f"{word} {other}", "rating": RATINGS[1 + number % 2]}
-        for number, (word, other) in enumerate(zip(words, reversed(words), strict=True))
-        if word != other
+        {"prompt": word, "chosen": f"{word} yes", "rejected": f"{word} no", "rating": RATINGS[1 + number % 2]}
+        for number, word in enumerate(words)
     ]
     for name, content in (("sft", rows), ("preferences", pairs)):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))
@@ -128,6 +127,8 @@ def test_adapters_learn_and_the_base_stays(run, base, tmp_path, tiny_run):
     merged = lora.merge(before, lora.from_layers(before, config, adapter), config)
     jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, atol=1e-6), merged, after)
     # What a run saves is the adapter and its moments alone.
+    with pytest.raises(InputError, match=r"trains adapter parameters; use .*model, which is there at its end"):
+        checkpoints.read(tmp_path / "whole", **choices)
     run(tmp_path / "parts", "sft", changes | {"train.steps": 15})
     assert run(tmp_path / "parts", "sft", changes) == history
     weights = [(tmp_path / name / "model" / "model.safetensors").read_bytes() for name in ("whole", "parts")]
