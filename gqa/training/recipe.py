@@ -49,7 +49,7 @@ def make_recipe(
         head_key = jax.random.key(config.train.seed)
         loss_fn, score = (reward_loss(config.reward, is_training) for is_training in (dropout, False))
         recipe = recipe._replace(
-            trained=jax.eval_shape(lambda: reward.with_head(abstract_model, head_key)),
+            trained=jax.eval_shape(reward.with_head, abstract_model, head_key),
             initial=lambda: reward.with_head(initial_model, head_key),
             loss_fn=loss_fn,
             heldout_sums=jax.jit(lambda model, batch: score(model, batch, None, None)),

@@ -10,9 +10,9 @@ chat_template_utils = pytest.importorskip("transformers.utils.chat_template_util
 
 TEMPLATES = {
     "llama_3": """{% set loop_messages = messages %}{% for message in loop_messages %}
-{% set content = '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n'+ message['content'] | trim + '<eot>' %}
+{% set content = '<|start|>' + message['role'] + '<|end|>\n\n'+ message['content'] | trim + '<eot>' %}
 {% if loop.index0 == 0 %}{% set content = bos_token + content %}{% endif %}{{ content }}{% endfor %}
-{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}""",
+{% if add_generation_prompt %}{{ '<|start|>assistant<|end|>\n\n' }}{% endif %}""",
     "tools_and_namespace": """{%- set ns = namespace(found=false) -%}
 {%- if tools is not none %}{{ tools | tojson }}{%- endif %}
 {%- for message in messages %}
