@@ -65,7 +65,8 @@ class LoRAKernel(nnx.Module):
         self.base = base
         self.down, self.up = down, up
         self.scale, self.rate = scale, rate
-        self.dropout_key = dropout_key  # raw, one of each layer, so that a stack of layers can be sliced
+        # Raw, one of each layer: a stack of layers can be sliced. A bare array under trace would count as static.
+        self.dropout_key = None if dropout_key is None else nnx.Variable(dropout_key)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -80,7 +81,7 @@ class LoRAKernel(nnx.Module):
         thin = f"{of_x[:-n]}R"
         read = x
         if self.dropout_key is not None:
-            read = Dropout(self.rate, jax.random.wrap_key_data(self.dropout_key))(x, 0)
+            read = Dropout(self.rate, jax.random.wrap_key_data(self.dropout_key[...]))(x, 0)
         hidden = linear(f"{of_x},{of_kernel[:n]}R->{thin}", read, self.down, dtype)
         added = linear(f"{thin},R{of_kernel[n:]}->{result}", hidden, self.up, dtype)
         return linear(equation, x, self.base, dtype) + jnp.asarray(self.scale, dtype) * added
