@@ -15,6 +15,9 @@ from gqa.errors import InputError
 torch = pytest.importorskip("torch")
 pytest.importorskip("peft")
 
+# peft asks transformers for an attribute under its old name.
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+
 CONFIG = lora.LoRAConfig(("*",), rank=3, alpha=12.0, dropout_rate=0.0, rank_stabilised=True)
 SETTINGS = peft.Settings(3, 12.0, 0.0, True)
 TOKENS = np.random.default_rng(0).integers(0, 96, (2, 9))
