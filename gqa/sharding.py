@@ -28,6 +28,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "vocab": ("tensor",),
     "head_dim": (),
     "layers": (),
+    "rank": (),
     "buckets": (),
     "length": (),
     "activation": (),  # the model width of an activation: `embed` would clash with the batch on `fsdp`

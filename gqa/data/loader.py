@@ -82,11 +82,24 @@ def heldout_batches(
     if num_examples is not None and num_examples < 1:
         raise InputError(f"num_examples={num_examples}; expected 1 or more")
     manifest, rows = _open(folder, "heldout", _HELDOUT_SEED, num_examples)
+    return Batches(_padded(rows, batch_size), manifest, batch_size, process_index, process_count)
+
+
+def ordered_batches(folder: str | Path, split: str, batch_size: int) -> Batches:
+    """Batches of all records of a split in the order in which they lie, for one process.
+
+    The last is filled with padding, as are held-out ones.
+    """
+    manifest, rows = _open(folder, split, _HELDOUT_SEED)
+    return Batches(_padded(rows, batch_size), manifest, batch_size, 0, 1)
+
+
+def _padded(rows: grain.MapDataset, batch_size: int) -> grain.MapDataset:
     num_padding = -len(rows) % batch_size
-    if num_padding:
-        padding = {key: np.zeros_like(value) for key, value in rows[0].items()}
-        rows = grain.MapDataset.concatenate([rows, grain.MapDataset.source([padding] * num_padding)])
-    return Batches(rows, manifest, batch_size, process_index, process_count)
+    if not num_padding:
+        return rows
+    padding = {key: np.zeros_like(value) for key, value in rows[0].items()}
+    return grain.MapDataset.concatenate([rows, grain.MapDataset.source([padding] * num_padding)])
 
 
 def _open(
