@@ -31,6 +31,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "vocab": ("tensor",),
     "head_dim": (),
     "layers": (),
+    "rank": (),
     "buckets": (),
     "length": ("sequence",),  # of residual stream, queries and MLP; keys and values are gathered: `kv_length`
     "kv_length": (),

@@ -38,7 +38,7 @@ def _train(arguments: argparse.Namespace, raw_config: ConfigDict) -> None:
     import jax
 
     from gqa import checkpoints, models, sharding
-    from gqa.checkpoints import hf
+    from gqa.checkpoints import hf, reward
     from gqa.data import prepare
     from gqa.training import config as run_config
     from gqa.training import loop, signals
@@ -79,6 +79,9 @@ def _train(arguments: argparse.Namespace, raw_config: ConfigDict) -> None:
         return checkpoints.load(config.distillation.teacher, mesh=mesh, **choices)
 
     def export(model, directory):
+        if config.reward is not None:
+            reward.save(model, directory, token_ids=token_ids, extra_files=[config.data.vocabulary])
+            return
         hf.save(model, directory, dtype="float32", token_ids=token_ids, extra_files=[config.data.vocabulary])
 
     loop.train(

@@ -45,6 +45,9 @@ def read(directory: Path, run_choices: Mapping[str, Any]) -> Contents:
     if not (workdir / ARCHITECTURE).is_file():
         instead = f"use {workdir / MODEL}" if (workdir / MODEL).is_dir() else "start the run once more"
         raise InputError(f"{workdir} has no {ARCHITECTURE}, which a run writes when it starts; {instead}")
+    for what in ("adapter", "reward"):
+        if _run_config(workdir).get(what) is not None:
+            raise InputError(f"{workdir} trains {what} parameters; use {workdir / MODEL}, which is there at its end")
     raw = hf_config.read_json(workdir / ARCHITECTURE)
     hf_config.family(raw, workdir / ARCHITECTURE)
     choices = {**run_choices, "tied_logits": hf_config.ties_logits(raw)}
@@ -124,8 +127,12 @@ def _companions(workdir: Path) -> list[Path]:
     """A finished run's model has them beside it; before, the run's configuration names the vocabulary."""
     if (workdir / MODEL).is_dir():
         return companions(workdir / MODEL)
-    data = hf_config.read_json(workdir / CONFIG).get("data") if (workdir / CONFIG).is_file() else None
+    data = _run_config(workdir).get("data")
     named = data.get("vocabulary") if isinstance(data, dict) else None
     # Of a vocabulary's suffix only: a copy must not take the place of the new checkpoint's own files.
     good = isinstance(named, str) and Path(named).suffix == ".model" and Path(named).is_file()
     return [Path(named)] if good else []
+
+
+def _run_config(workdir: Path) -> dict:
+    return hf_config.read_json(workdir / CONFIG) if (workdir / CONFIG).is_file() else {}

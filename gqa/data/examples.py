@@ -6,9 +6,12 @@
 | `prefix_lm` | encoder-decoder | tokens before a random pivot | the rest |
 | `causal_lm` | decoder only | none | all tokens; a document ends with EOS |
 | `supervised` | encoder-decoder | what is asked | the answer |
+| `sft` | decoder only | none | all tokens of a conversation after its first; loss on responses alone |
+| `preferences` | decoder only | none | as of `sft`, for a prompt with each of two responses |
 
 The lengths of both sides depend on the chunk alone, not on the noise: so rows are packed once, and noise is drawn when
-a row is read. A chunk is a piece of a document; of `supervised`, the number of inputs, the inputs and the targets.
+a row is read. A chunk is a piece of a document; of `supervised`, the number of inputs, the inputs and the targets;
+of conversations, tokens with those that are trained flagged.
 """
 
 import functools
@@ -35,7 +38,7 @@ _SMALLEST_ROW = 8  # tokens; a shorter row holds next to nothing
 
 
 class _Document:
-    """A task on pieces of documents, whose room follows from their number of tokens."""
+    """A task on pieces of documents or on conversations, whose room follows from their number of tokens."""
 
     def room(self, chunk: np.ndarray) -> tuple[int, int]:
         """Room that a chunk takes in (inputs, targets)."""
@@ -170,8 +173,66 @@ class Supervised:
         return chunk[1 : 1 + chunk[0]], chunk[1 + chunk[0] :]
 
 
-Task = SpanCorruption | PrefixLM | CausalLM | Supervised
-TASKS = {"span_corruption": SpanCorruption, "prefix_lm": PrefixLM, "causal_lm": CausalLM, "supervised": Supervised}
+TRAINED = 1 << 30  # added to a token of a conversation that is trained; no vocabulary is that large
+PAIR_HEADER = 3  # numbers before the tokens of a pair: its own, its rating, the length of the chosen part
+
+
+@dataclass(frozen=True)
+class SFT(_Document):
+    """Conversations with their trained tokens flagged; the first token of each is predicted from nothing: no target."""
+
+    inputs_length: int
+    targets_length: int
+    vocabulary_size: int
+
+    min_tokens = 2
+
+    @property
+    def max_tokens(self) -> int:
+        return self.targets_length + 1
+
+    def lengths(self, num_tokens: int) -> tuple[int, int]:
+        return 0, num_tokens - 1
+
+
+@dataclass(frozen=True)
+class Preferences(_Document):
+    """A pair's two conversations, one after the other behind a header of `PAIR_HEADER` numbers."""
+
+    inputs_length: int
+    targets_length: int
+    vocabulary_size: int
+
+    min_tokens = PAIR_HEADER + 4
+
+    @property
+    def max_tokens(self) -> int:
+        """Of one of the two."""
+        return self.targets_length // 2
+
+    @property
+    def max_pairs(self) -> int:
+        """Pairs that fit a row: each part of one has two tokens or more."""
+        return self.targets_length // 4
+
+    def lengths(self, num_tokens: int) -> tuple[int, int]:
+        return 0, num_tokens - PAIR_HEADER
+
+    def num_tokens(self, chunk: np.ndarray) -> int:
+        """Tokens of both conversations."""
+        return len(chunk) - PAIR_HEADER
+
+
+Task = SpanCorruption | PrefixLM | CausalLM | Supervised | SFT | Preferences
+CONVERSATIONS = {"sft": SFT, "preferences": Preferences}
+TASKS = {
+    "span_corruption": SpanCorruption,
+    "prefix_lm": PrefixLM,
+    "causal_lm": CausalLM,
+    "supervised": Supervised,
+    **CONVERSATIONS,
+}
+DECODER_TASKS = ("causal_lm", *CONVERSATIONS)  # without inputs
 
 
 def make_task(name: str, inputs_length: int, targets_length: int | None, vocabulary_size: int) -> Task:
@@ -185,12 +246,12 @@ def make_task(name: str, inputs_length: int, targets_length: int | None, vocabul
         raise InputError(f"task={name!r} is unknown; expected one of {', '.join(TASKS)}")
     if inputs_length < _SMALLEST_ROW:
         raise InputError(f"inputs_length={inputs_length} is too short; expected {_SMALLEST_ROW} or more")
-    if name == "causal_lm":
+    if name in DECODER_TASKS:
         if targets_length not in (None, inputs_length):
             raise InputError(
-                f"targets_length={targets_length} has no meaning for causal_lm; expected none or {inputs_length}"
+                f"targets_length={targets_length} has no meaning for {name}; expected none or {inputs_length}"
             )
-        return CausalLM(0, inputs_length, vocabulary_size)
+        return TASKS[name](0, inputs_length, vocabulary_size)
     if name == "supervised":
         if targets_length is None or targets_length < 2:
             raise InputError(f"targets_length={targets_length} holds no target of supervised; expected 2 or more")

@@ -76,11 +76,24 @@ def heldout_batches(
     if num_examples is not None and num_examples < 1:
         raise InputError(f"num_examples={num_examples}; expected 1 or more")
     manifest, examples = _open(folder, "heldout", _HELDOUT_SEED, num_examples)
+    return Batches(_padded(examples, batch_size), manifest, batch_size, rows)
+
+
+def ordered_batches(folder: str | Path, split: str, batch_size: int) -> Batches:
+    """Batches of all records of a split in the order in which they lie, for one process.
+
+    The last is filled with padding, as are held-out ones.
+    """
+    manifest, examples = _open(folder, split, _HELDOUT_SEED)
+    return Batches(_padded(examples, batch_size), manifest, batch_size, None)
+
+
+def _padded(examples: grain.MapDataset, batch_size: int) -> grain.MapDataset:
     num_padding = -len(examples) % batch_size
-    if num_padding:
-        padding = {key: np.zeros_like(value) for key, value in examples[0].items()}
-        examples = grain.MapDataset.concatenate([examples, grain.MapDataset.source([padding] * num_padding)])
-    return Batches(examples, manifest, batch_size, rows)
+    if not num_padding:
+        return examples
+    padding = {key: np.zeros_like(value) for key, value in examples[0].items()}
+    return grain.MapDataset.concatenate([examples, grain.MapDataset.source([padding] * num_padding)])
 
 
 def _open(

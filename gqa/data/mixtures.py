@@ -74,8 +74,8 @@ def prepare_mixture(config: MixtureConfig, spec: PrepareSpec) -> Path:
     folders = {}
     for name, rate in config.parts.items():
         if name in NAMED_TASKS:
-            # The source, its columns and the prefix are those of the config's own task.
-            own = {} if name == spec.task else {"source": None, "fields": None, "prefix": None}
+            # The source and how it is read are those of the config's own task.
+            own = {} if name == spec.task else dict.fromkeys(("source", "fields", "prefix", "template"))
             part = dataclasses.replace(spec, task=name, **own)
             folder = default_directory(part)
             prepare(part, folder)
@@ -110,6 +110,8 @@ def mixture(folders: Mapping[Path, float]) -> Manifest:
     for folder, manifest in manifests.items():
         if manifest.parts is not None:
             raise InputError(f"{folder} is a mixture itself; name its parts")
+        if manifest.task == "preferences":
+            raise InputError(f"{folder} holds preferences, which are not mixed; put their lines into one file")
     for folder, manifest in others:
         for name in _ALIKE:
             if getattr(manifest, name) != getattr(like, name):
@@ -127,6 +129,7 @@ def mixture(folders: Mapping[Path, float]) -> Manifest:
     return dataclasses.replace(
         like,
         task="mixture",
+        vocabulary_size=max(manifest.vocabulary_size for manifest in manifests.values()),  # templates may add ids
         source="+".join(dict.fromkeys(manifest.source for manifest in manifests.values())),
         corpus_digests={split: together("corpus_digests", split) for split in SPLITS},
         **{
@@ -141,6 +144,7 @@ def mixture(folders: Mapping[Path, float]) -> Manifest:
         num_skipped=None,
         fields=None,
         prefix=None,
+        template=None,
         parts={str(folder.absolute()): rate / total for folder, rate in folders.items()},
     )
 

@@ -5,13 +5,24 @@ A packed row of three segments of 3, 2 and 1 targets, in a row of 8:
     targets           5 6 1 7 1 1 0 0
     targets_segments  1 1 1 2 2 3 0 0      0 is padding
     decoder_inputs    0 5 6 0 7 0 0 0      targets shifted right within each segment; 0 (pad) begins, as in T5
+
+A conversation begins with a token of its own, such as BOS, which is no target. Two of 4 and 3 tokens, the capitals
+trained:
+
+    tokens            a b C D, e f G
+    targets           b C D f G 0 0 0
+    loss_weights      0 1 1 0 1 0 0 0
+    decoder_inputs    a b C e f 0 0 0
+
+Of a pair of preferences, the chosen part is an odd segment and the rejected one the next: 1 and 2, 3 and 4, … The last
+token of each part is an input too, with no target, for a reward model to read.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 
-from gqa.data.examples import Task
+from gqa.data.examples import PAIR_HEADER, SFT, TRAINED, Preferences, Task
 from gqa.errors import InputError
 
 
@@ -68,8 +79,13 @@ def packed_row(chunks: Sequence[np.ndarray], task: Task, rng: np.random.Generato
     """One row of a batch: the examples that `task` makes of `chunks` with noise from `rng`.
 
     int32 `targets`, `targets_segments` and `decoder_inputs`, float32 `loss_weights` (1 on targets, 0 on padding), each
-    [targets_length]; and, for a task with inputs, int32 `inputs` and `inputs_segments` [inputs_length].
+    [targets_length]; and, for a task with inputs, int32 `inputs` and `inputs_segments` [inputs_length]; for
+    preferences, int32 `pairs` and `ratings` [max_pairs], each pair's number and rating, 0 behind the last pair.
     """
+    if isinstance(task, SFT):
+        return _conversations_row(chunks, task.targets_length)
+    if isinstance(task, Preferences):
+        return _pairs_row(chunks, task)
     pairs = [task.example(chunk, rng) for chunk in chunks]
     targets = [targets for _, targets in pairs]
     targets_segments = _segments(targets, task.targets_length)
@@ -84,6 +100,27 @@ def packed_row(chunks: Sequence[np.ndarray], task: Task, rng: np.random.Generato
         row["inputs"] = _joined(inputs, task.inputs_length)
         row["inputs_segments"] = _segments(inputs, task.inputs_length)
     return row
+
+
+def _conversations_row(chunks: Sequence[np.ndarray], length: int) -> dict[str, np.ndarray]:
+    tokens = [chunk % TRAINED for chunk in chunks]
+    return {
+        "targets": _joined([part[1:] for part in tokens], length),
+        "targets_segments": _segments([part[1:] for part in tokens], length),
+        "decoder_inputs": _joined([part[:-1] for part in tokens], length),
+        "loss_weights": _joined([chunk[1:] >= TRAINED for chunk in chunks], length).astype(np.float32),
+    }
+
+
+def _pairs_row(chunks: Sequence[np.ndarray], task: Preferences) -> dict[str, np.ndarray]:
+    parts = []
+    for chunk in chunks:
+        pair = np.split(chunk[PAIR_HEADER:], [chunk[PAIR_HEADER - 1]])
+        parts += [np.append(part, 0) for part in pair]
+    return _conversations_row(parts, task.targets_length) | {
+        "pairs": _joined([[chunk[0]] for chunk in chunks], task.max_pairs),
+        "ratings": _joined([[chunk[1]] for chunk in chunks], task.max_pairs),
+    }
 
 
 def _joined(parts: Sequence[np.ndarray], length: int) -> np.ndarray:

@@ -1,14 +1,15 @@
 r"""python -m gqa.data.prepare --task=span_corruption --source=embedded --vocabulary=FILE --inputs_length=512
 
-Tokenises a text source, or the inputs and targets of a task, and packs them into rows, written as array records:
-train.array_record, heldout.array_record, token_histogram.json (how often each token is a target) and manifest.json,
-which says what they were made from. They go to --output=DIR, or to a cache where gqa.train finds them. The same input
-gives the same bytes, whatever the machine; a folder that already holds just this is left as it is, and a preparation
-that was stopped goes on from its last block of 16,384 texts.
+Tokenises a text source, the inputs and targets of a task, or conversations (a JSONL file), and packs them into rows,
+written as array records: train.array_record, heldout.array_record, token_histogram.json (how often each token is a
+target) and manifest.json, which says what they were made from. They go to --output=DIR, or to a cache where gqa.train
+finds them. The same input gives the same bytes, whatever the machine; a folder that already holds just this is left as
+it is, and a preparation that was stopped goes on from its last block of 16,384 texts.
 
     python -m gqa.data.prepare --task=docstring --vocabulary=FILE
     python -m gqa.data.prepare --task=supervised --source=qa.csv --fields=inputs=question,targets=answer \
         --prefix="question: " --inputs_length=256 --targets_length=32 --vocabulary=FILE
+    python -m gqa.data.prepare --task=sft --source=chats.jsonl --template=llama2 --inputs_length=2048 --vocabulary=FILE
 """
 
 import argparse
@@ -21,6 +22,7 @@ import json
 import os
 import random
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -28,13 +30,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
 from gqa.command_line import parse_arguments, run
+from gqa.data.conversations import Conversations
 from gqa.data.corpus import SPLITS, Corpus
-from gqa.data.examples import Supervised, Task, make_task
+from gqa.data.examples import CONVERSATIONS, DECODER_TASKS, Supervised, Task, make_task
 from gqa.data.public import PREFIX as PUBLIC
 from gqa.data.span_corruption import MEAN_NOISE_SPAN_LENGTH, NOISE_DENSITY
 from gqa.data.tasks import NAMED_TASKS, Source, named_task, open_source, parse_fields, read_examples, read_texts
+from gqa.data.templates import TEMPLATES, Template
 from gqa.data.tokenise import BLOCK, SIDES, Item, Totals, finished_texts, remove_blocks, write_split
 from gqa.data.vocabulary import Vocabulary
 from gqa.errors import InputError
@@ -49,12 +54,13 @@ class PrepareSpec:
     """What to prepare: everything that decides the records."""
 
     task: str  # one of gqa.data.tasks.NAMED_TASKS
-    source: str | None  # embedded, embedded_large, a path to text or tables, tfds:NAME; None: the task's own
+    source: str | None  # embedded, embedded_large, a path to text, tables or conversations, tfds:NAME; None: the task's
     vocabulary: str  # SentencePiece .model file
     inputs_length: int | None  # tokens in a row's inputs; for causal_lm, in its targets; None: the task's own
     targets_length: int | None  # tokens in a row's targets; None: the task's own, or what the inputs call for
     fields: Mapping[str, Any] | None = None  # of tables: column of the inputs and of the targets, or of the text
     prefix: str | None = None  # before every input of a supervised task; None: the task's own
+    template: str | None = None  # of conversations: one of gqa.data.templates.TEMPLATES
 
     @property
     def objective(self) -> str:
@@ -72,22 +78,35 @@ class PrepareSpec:
 
     def open_vocabulary(self) -> Vocabulary:
         """The vocabulary; a decoder's may have any special ids, T5's tasks need T5's and its sentinels."""
-        return Vocabulary(self.vocabulary, foreign=self.objective == "causal_lm")
+        return Vocabulary(self.vocabulary, foreign=self.objective in DECODER_TASKS)
 
-    def open_source(self) -> Corpus | Source:
-        """What the texts or pairs are read from."""
+    def open_template(self, vocabulary: Vocabulary) -> Template | None:
+        """How conversations are put; `None` where the task has none."""
+        if self.objective not in CONVERSATIONS:
+            if self.template is not None:
+                raise InputError(f"template={self.template!r} has no meaning for task {self.task}; expected none")
+            return None
+        if self.template is None:
+            raise InputError(f"task {self.task} needs a template; expected one of {', '.join(TEMPLATES)}")
+        return Template(self.template, vocabulary)
+
+    def open_source(self) -> Source:
+        """What the texts, pairs or conversations are read from."""
         if self.prefix is not None and self.objective != "supervised":
             raise InputError(f"prefix={self.prefix!r} has no meaning for task {self.task}; expected none")
         return open_source(self.task, self.source, self.fields)
 
-    def items(self, source: Corpus | Source, split: str) -> Iterator[Item]:
-        """The texts of a split, or its pairs with the prefix."""
+    def items(self, source: Source, split: str, vocabulary: Vocabulary) -> Iterator[Item]:
+        """The texts of a split, its pairs with the prefix, or its conversations as chunks."""
         task = named_task(self.task)
         if isinstance(source, Corpus):
             names = source.names(split)
             random.Random(0).shuffle(names)
             for name in names:
                 yield source.read(name).text
+        elif isinstance(source, Conversations):
+            template = self.open_template(vocabulary)
+            yield from source.chunks(split, template, self.make_task(template.num_ids).max_tokens)
         elif self.objective == "supervised":
             prefix = task.prefix if self.prefix is None else self.prefix
             for example in read_examples(task, source, split, self.fields):
@@ -121,6 +140,7 @@ class Manifest:
     num_skipped: dict[str, dict[str, int]] | None = None  # by split and reason: rows that were left out
     fields: dict[str, str] | None = None  # of tables
     prefix: str | None = None  # of a supervised task
+    template: str | None = None  # of conversations
     parts: dict[str, float] | None = None  # of a mixture, which has no records of its own: folder -> rate
 
     def make_task(self) -> Task:
@@ -239,9 +259,11 @@ def _locked(folder: Path) -> Iterator[bool]:
         os.close(descriptor)
 
 
-def _inputs(spec: PrepareSpec, source: Corpus | Source, vocabulary: Vocabulary) -> Manifest:
+def _inputs(spec: PrepareSpec, source: Source, vocabulary: Vocabulary) -> Manifest:
     """The manifest as far as it is known before anything is written."""
-    task, named = spec.make_task(vocabulary.size), named_task(spec.task)
+    template = spec.open_template(vocabulary)
+    size = vocabulary.size if template is None else template.num_ids
+    task, named = spec.make_task(size), named_task(spec.task)
     source_name = spec.source or named.source
     return Manifest(
         format=FORMAT,
@@ -253,9 +275,10 @@ def _inputs(spec: PrepareSpec, source: Corpus | Source, vocabulary: Vocabulary) 
         source=source_name.removeprefix(PUBLIC) if source_name.startswith(PUBLIC) else Path(source_name).name,
         corpus_digests={split: source.digest(split) for split in SPLITS},
         vocabulary_sha256=hashlib.sha256(vocabulary.path.read_bytes()).hexdigest(),
-        vocabulary_size=vocabulary.size,
+        vocabulary_size=size,
         fields=None if spec.fields is None else dict(spec.fields),
         prefix=(named.prefix if spec.prefix is None else spec.prefix) if isinstance(task, Supervised) else None,
+        template=spec.template,
     )
 
 
@@ -277,12 +300,20 @@ def _reuse(output: Path, inputs: Manifest) -> Manifest:
 def _write(folder: Path, inputs: Manifest, spec: PrepareSpec, source: Source, vocabulary: Vocabulary) -> Manifest:
     task = inputs.make_task()
     totals: dict[str, Totals] = {}
+    skipped: dict[str, dict[str, int]] = {}
     for split in SPLITS:
-        num_items = len(source.names(split)) if isinstance(source, Corpus) else None
-        items = functools.partial(spec.items, source, split)
+        num_items = len(source.names(split)) if isinstance(source, Corpus | Conversations) else None
+        items = functools.partial(spec.items, source, split, vocabulary)
         totals[split] = write_split(record_path(folder, split), items, num_items, vocabulary, task)
+        skipped[split] = {} if isinstance(source, Corpus) else dict(source.skipped[split])
+        left_out = ", ".join(f"{count} {reason}" for reason, count in sorted(skipped[split].items()))
         if not totals[split].records:
-            raise InputError(f"the {split} split of {inputs.source} is too short for one example of {inputs.task}")
+            raise InputError(
+                f"the {split} split of {inputs.source} is too short for one example of {inputs.task}"
+                + (f"; left out: {left_out}" if left_out else "")
+            )
+        if left_out:
+            tqdm.write(f"{inputs.source}, {split}: left out {left_out}", file=sys.stderr)
     histogram = {split: [round(count, 2) for count in totals[split].targets.tolist()] for split in SPLITS}
     (folder / HISTOGRAM).write_text(json.dumps(histogram) + "\n", encoding="utf-8")
     supervised = isinstance(task, Supervised)
@@ -296,7 +327,7 @@ def _write(folder: Path, inputs: Manifest, spec: PrepareSpec, source: Source, vo
         unigram_cross_entropy=round(_cross_entropy(totals["heldout"].targets, totals["train"].targets), 6),
         lengths={split: totals[split].length_histogram(supervised) for split in SPLITS},
         num_trimmed=_trimmed(totals) if supervised else None,
-        num_skipped=None if isinstance(source, Corpus) else {split: dict(source.skipped[split]) for split in SPLITS},
+        num_skipped=None if isinstance(source, Corpus) else skipped,
     )
     write_manifest(folder, manifest)
     return manifest
@@ -322,7 +353,8 @@ def main() -> None:
     parser.add_argument("--task", required=True, choices=list(NAMED_TASKS))
     parser.add_argument(
         "--source",
-        help="embedded, embedded_large, a folder or file of text or tables, tfds:NAME (left out: the task's)",
+        help="embedded, embedded_large, a folder or file of text or tables, a JSONL file of conversations, tfds:NAME "
+        "(left out: the task's)",
     )
     parser.add_argument("--vocabulary", required=True, metavar="FILE", help="SentencePiece .model file")
     parser.add_argument("--inputs_length", type=int, metavar="N", help="tokens in a row (left out: the task's)")
@@ -336,6 +368,7 @@ def main() -> None:
         "--fields", type=parse_fields, metavar="ROLE=COLUMN,…", help="columns of tables: inputs=A,targets=B, or text=A"
     )
     parser.add_argument("--prefix", help="text before every input of a supervised task (left out: the task's)")
+    parser.add_argument("--template", choices=TEMPLATES, help="how conversations are put (sft and preferences)")
     parser.add_argument("--output", metavar="DIR", help="folder to write (left out: one in $GQA_CACHE or ~/.cache/gqa)")
     args = parse_arguments(parser)
     spec = PrepareSpec(**{field.name: getattr(args, field.name) for field in dataclasses.fields(PrepareSpec)})

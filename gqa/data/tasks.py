@@ -15,6 +15,7 @@ Named tasks: where the text comes from, what is asked of the model, in which len
 | `docstring` | Python that every installation carries | 512, 64 | ROUGE |
 | `long_docstring` | the same | 2048, 512 | ROUGE |
 | `supervised` | a table of the user's own | the config's | the config's |
+| `sft`, `preferences` | conversations of the user's own | the config's | loss |
 
 Lengths and scores of the public ones are those of GQA §3.1; prefixes and splits are T5's (Raffel et al. 2020,
 appendix D), and where T5 has none, as for the long inputs, the nearest of them.
@@ -33,12 +34,15 @@ from tqdm import tqdm
 
 from gqa.command_line import nearest, parse_arguments, run
 from gqa.data import docstrings, public, tables
+from gqa.data.conversations import Conversations
 from gqa.data.corpus import Corpus
+from gqa.data.examples import CONVERSATIONS
 from gqa.data.examples import TASKS as OBJECTIVES
 from gqa.errors import InputError
 
 Row = Mapping[str, Any]
-Source = docstrings.Docstrings | public.PublicDataset | tables.Table
+RowSource = docstrings.Docstrings | public.PublicDataset | tables.Table
+Source = Corpus | Conversations | RowSource
 
 SUMMARIZE = "summarize: "
 METRICS = ("rouge", "bleu", "trivia_qa")
@@ -139,7 +143,7 @@ def named_task(name: str) -> NamedTask:
     return NAMED_TASKS[name]
 
 
-def open_source(name: str, source: str | None, fields: Mapping[str, str] | None) -> Corpus | Source:
+def open_source(name: str, source: str | None, fields: Mapping[str, str] | None) -> Source:
     """What the task `name` reads: its own source, or another `source`, of whose columns `fields` says which is what.
 
     Raises `InputError` for a source that is missing or not of the kind that the task reads.
@@ -148,6 +152,10 @@ def open_source(name: str, source: str | None, fields: Mapping[str, str] | None)
     source = source or task.source
     if source is None:
         raise InputError(f"task {name} needs a source: a path, embedded, embedded_large or tfds:NAME")
+    if task.objective in CONVERSATIONS:
+        if fields is not None:
+            raise InputError(f"fields={dict(fields)} has no meaning for task {name}; expected none")
+        return Conversations(source, task.objective)
     roles = ("inputs", "targets") if task.objective == "supervised" else ("text",)
     if fields is not None and set(fields) != set(roles):
         raise InputError(f"fields={dict(fields)}; expected the columns of {' and '.join(roles)}")
@@ -178,7 +186,9 @@ def examples(
     return read_examples(task, opened, split, fields)
 
 
-def read_examples(task: NamedTask, source: Source, split: str, fields: Mapping[str, str] | None) -> Iterator[Example]:
+def read_examples(
+    task: NamedTask, source: RowSource, split: str, fields: Mapping[str, str] | None
+) -> Iterator[Example]:
     """`examples` of an opened source; what is left out is counted in `source.skipped[split]`."""
     read = _pair("inputs", "targets")
     if isinstance(source, public.PublicDataset):
@@ -191,7 +201,7 @@ def read_examples(task: NamedTask, source: Source, split: str, fields: Mapping[s
             source.skipped[split][EMPTY] += 1
 
 
-def read_texts(source: Source, split: str, fields: Mapping[str, str] | None) -> Iterator[str]:
+def read_texts(source: RowSource, split: str, fields: Mapping[str, str] | None) -> Iterator[str]:
     """The texts of an opened source of a task that is not supervised."""
     column = fields["text"] if fields and isinstance(source, public.PublicDataset) else "text"
     for row in source.rows(split):

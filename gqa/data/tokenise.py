@@ -1,4 +1,4 @@
-"""Texts and pairs to packed records of one split, block by block, so that an interrupted preparation goes on."""
+"""Texts, pairs and conversations to packed records of a split, block by block: an interrupted preparation goes on."""
 
 import dataclasses
 import itertools
@@ -14,14 +14,14 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 from tqdm import tqdm
 
-from gqa.data.examples import Supervised, Task
+from gqa.data.examples import CONVERSATIONS, TRAINED, Supervised, Task
 from gqa.data.packing import encode_record, pack
 from gqa.data.vocabulary import Vocabulary
 
-Item = str | tuple[str, str]  # a text; of `supervised`, inputs and targets
+Item = str | tuple[str, str] | np.ndarray  # a text; of `supervised`, inputs and targets; of conversations, their chunk
 SIDES = ("inputs", "targets")
 
-BLOCK = 16_384  # texts or pairs packed together; a shorter split is one block
+BLOCK = 16_384  # items packed together; a shorter split is one block
 _TEXTS_PER_CALL = 256  # tokenised together
 _NUM_OPEN_ROWS = 32
 _LENGTHS = 32  # powers of two that lengths are counted by
@@ -33,7 +33,7 @@ _ONE_RECORD_A_GROUP = "group_size:1"  # a read by index then decodes that record
 class Totals:
     """What is in some records; those of blocks add up."""
 
-    documents: int  # texts or pairs
+    documents: int  # texts, pairs or conversations
     tokens: int  # of text, each once, without sentinels
     records: int  # packed rows
     targets: np.ndarray  # [V], how often each id is expected among the targets
@@ -80,7 +80,7 @@ def write_split(
     Blocks that a call before has finished lie beside it, as `PATH.NUMBER` and `PATH.NUMBER.npz`, and are not made
     again: their items are read and passed over.
     """
-    totals = Totals.zeros(vocabulary.size)
+    totals = Totals.zeros(task.vocabulary_size)
     description = f"prepare {path.name.split('.')[0]}"
     remaining = items()
     blocks = []
@@ -91,7 +91,7 @@ def write_split(
             if done.exists():
                 deque(mine, maxlen=0)
             else:
-                made = _write_block(block, mine, vocabulary, task, len(totals.targets))
+                made = _write_block(block, mine, vocabulary, task)
                 made.documents = mine.count
                 made.save(done)
             totals.add(Totals.load(done))
@@ -103,7 +103,7 @@ def write_split(
 
 
 def finished_texts(folder: Path) -> int:
-    """How many texts or pairs are in the finished blocks of an interrupted preparation."""
+    """How many items are in the finished blocks of an interrupted preparation."""
     return sum(Totals.load(path).documents for path in folder.glob(_FINISHED))
 
 
@@ -128,12 +128,15 @@ class _Counted:
         return item
 
 
-def _write_block(path: Path, items: Iterator[Item], vocabulary: Vocabulary, task: Task, vocabulary_size: int) -> Totals:
-    totals = Totals.zeros(vocabulary_size)
-    chunks = _pairs if isinstance(task, Supervised) else _pieces
+def _write_block(path: Path, items: Iterator[Item], vocabulary: Vocabulary, task: Task) -> Totals:
+    totals = Totals.zeros(task.vocabulary_size)
+    if isinstance(task, tuple(CONVERSATIONS.values())):
+        chunks = _conversations(items, task, totals)
+    else:
+        chunks = (_pairs if isinstance(task, Supervised) else _pieces)(items, vocabulary, task, totals)
     writer = ArrayRecordWriter(str(path), _ONE_RECORD_A_GROUP)
     capacities = (task.inputs_length, task.targets_length)
-    for row in pack(chunks(items, vocabulary, task, totals), task.room, capacities, task.least_room, _NUM_OPEN_ROWS):
+    for row in pack(chunks, task.room, capacities, task.least_room, _NUM_OPEN_ROWS):
         writer.write(encode_record(row))
         totals.records += 1
         totals.tokens += sum(map(task.num_tokens, row))
@@ -179,6 +182,14 @@ def _pairs(
             totals.trimmed[side] += len(ids) + 1 > length
         chunk = task.chunk(inputs, targets)
         np.add.at(totals.targets, task.example(chunk)[1], 1)
+        yield chunk
+
+
+def _conversations(items: Iterator[np.ndarray], task: Task, totals: Totals) -> Iterator[np.ndarray]:
+    """Conversations as they come, cut to a row already."""
+    for chunk in items:
+        _count_length(totals, 0, task.num_tokens(chunk))
+        np.add.at(totals.targets, chunk[chunk >= TRAINED] % TRAINED, 1)
         yield chunk
 
 

@@ -24,6 +24,7 @@ TYPES = ("unigram", "bpe")
 TRAINING_CHARACTERS = 20_000_000
 
 _SPACE = "\u2581"  # what SentencePiece writes for a space inside a piece
+_ANCHOR = "\ue000"  # a private character, part of no piece
 _LINE_PIECES = ["\n", "\t", "\n\n", "\n\n\n"] + ["\n" + _SPACE * n for n in (4, 8, 12, 16, 20)]
 _RUN_PIECES = [_SPACE * n for n in (2, 3, 4, 5, 6, 7, 8, 12, 16)]
 
@@ -70,6 +71,17 @@ class Vocabulary:
         # has byte pieces, that character is spelled in bytes instead.
         byte_ids = [self._model.PieceToId(f"<0x{byte:02X}>") for byte in _SPACE.encode()]
         self._space_mark_ids = None if self.unk_id in byte_ids else byte_ids
+        self._anchor_ids = self._model.Encode(_ANCHOR)
+        self._adds_space = self._model.IdToPiece(self._model.Encode("a")[0]).startswith(_SPACE)
+
+    @property
+    def special_ids(self) -> dict[str, int]:
+        """The special tokens that no text is encoded as (BOS, EOS, …) by their spelling."""
+        return {
+            self._model.IdToPiece(i): i
+            for i in range(self._num_pieces)
+            if self._model.IsControl(i) and not self._model.IsUnknown(i)
+        }
 
     @property
     def token_ids(self) -> dict[str, int]:
@@ -88,9 +100,14 @@ class Vocabulary:
             raise ValueError(f"sentinel index={index} is not in 0..{self._num_sentinels - 1}")
         return self.size - 1 - index
 
-    def encode(self, text: str) -> list[int]:
-        """Ids of `text`, without EOS; text that spells a sentinel is text."""
-        return self.encode_all([text], num_threads=1)[0]
+    def encode(self, text: str, *, continued: bool = False) -> list[int]:
+        """Ids of `text`, without EOS; text that spells a sentinel is text.
+
+        `continued`: it follows on other text, so no space is put before it where the model puts one before a text.
+        """
+        if not continued or not self._adds_space:
+            return self.encode_all([text], num_threads=1)[0]
+        return self.encode_all([_ANCHOR + text], num_threads=1)[0][len(self._anchor_ids) :]
 
     def encode_all(self, texts: Sequence[str], num_threads: int) -> list[list[int]]:
         """`encode` of each text, on `num_threads` threads."""

@@ -163,6 +163,24 @@ class Llama(nnx.Module):
           prefix_BT: True where a token belongs to a prefix that all of its document may see; `None`: causal.
           dropout_key: random key of dropout at `config.dropout_rate`; `None`: no dropout.
         """
+        return self._logits(
+            self.features(
+                decoder_inputs_BT,
+                decoder_segments_BT=decoder_segments_BT,
+                prefix_BT=prefix_BT,
+                dropout_key=dropout_key,
+            )
+        )
+
+    def features(
+        self,
+        decoder_inputs_BT: jax.Array,
+        *,
+        decoder_segments_BT: jax.Array | None = None,
+        prefix_BT: jax.Array | None = None,
+        dropout_key: jax.Array | None = None,
+    ) -> jax.Array:
+        """What logits are read from, `[B, T, D]`: the last layer's outputs behind the last norm; arguments as above."""
         config = self.config
         dropout = None
         if dropout_key is not None and config.dropout_rate > 0:
@@ -170,7 +188,7 @@ class Llama(nnx.Module):
         layer_fn = self.decoder_layer_fn(decoder_inputs_BT.shape[1], decoder_segments_BT, prefix_BT, dropout)
         x_BTD = self.embed(decoder_inputs_BT, dropout)
         x_BTD, _ = apply_stacks(layer_fn, self.decoder, x_BTD, None, scan=config.scan_layers, remat=config.remat)
-        return self._logits(x_BTD)
+        return self.decoder_norm(x_BTD)
 
     def decoder_layer_fn(self, T: int, decoder_segments_BT, prefix_BT=None, dropout: Dropout | None = None) -> Callable:
         """`(layer, x [B, T, D], None, number) -> (x, None)`: what applies a layer, in the model or on its own."""
@@ -228,7 +246,7 @@ class Llama(nnx.Module):
         x_BTD, caches = apply_stacks(
             layer_fn, self.decoder, x_BTD, cache.self_attention, scan=config.scan_layers, remat="none"
         )
-        return self._logits(x_BTD), DecoderCache(caches, cache.index + T)
+        return self._logits(self.decoder_norm(x_BTD)), DecoderCache(caches, cache.index + T)
 
     def unstacked(self) -> "Llama":
         """The same model with one layer per stack: the form for decoding."""
@@ -252,7 +270,6 @@ class Llama(nnx.Module):
         return constrain(dropped(x_BTD, dropout, 0), "batch", "length", "activation")
 
     def _logits(self, x_BTD) -> jax.Array:
-        x_BTD = self.decoder_norm(x_BTD)
         if self.config.tied_logits:
             logits_BTV = unembed(self.embedding, x_BTD)
         else:

@@ -13,6 +13,7 @@ from flax import nnx
 
 from gqa.errors import InputError
 from gqa.nn.backend import backend
+from gqa.nn.matrices import einsum_of_matrices
 
 GROUP = 64  # inputs that share a scale in int4: 4.5 bits a weight with float32 scales
 LARGEST = {8: 127, 4: 7}  # symmetric: zero stays zero, and the error is at most half a scale
@@ -60,6 +61,10 @@ class QuantizedKernel(nnx.Module):
     def rows(self, indices: jax.Array, dtype) -> jax.Array:
         """Rows of an embedding, whose outputs are the vocabulary: `[…, in]` of `indices` `[…]`."""
         return self._scaled(self.integers[...][indices], self.scale[...][indices], dtype)
+
+    def einsum(self, equation: str, x: jax.Array, dtype) -> jax.Array:
+        """`einsum` of `x` with the kernel; arguments as of `gqa.nn.layers.linear`."""
+        return einsum_of_matrices(equation, x.astype(dtype), self.shape, self.product)
 
     def product(self, x_RI: jax.Array) -> jax.Array:
         """`[R, out]`: `R` rows of inputs times the kernel, in their dtype."""

@@ -18,6 +18,7 @@ class Sums(NamedTuple):
     correct_sum: jax.Array  # 1 where no logit is higher than the target's
     weight_sum: jax.Array
     added_sum: jax.Array  # what another objective adds, such as distillation
+    named: dict[str, tuple[jax.Array, jax.Array]]  # further metrics, each a sum and the weight that it is divided by
 
 
 def cross_entropy(logits_BTV: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array, z_loss: float) -> Sums:
@@ -41,4 +42,5 @@ def cross_entropy(logits_BTV: jax.Array, targets_BT: jax.Array, weights_BT: jax.
         correct_sum=jnp.sum(correct_BT * weights_BT),
         weight_sum=jnp.sum(weights_BT),
         added_sum=jnp.zeros(()),
+        named={},
     )

@@ -13,7 +13,8 @@ from typing import Any
 import ml_collections
 
 from gqa import checkpoints, models
-from gqa.data.examples import TASKS
+from gqa.adapters.lora import LoRAConfig
+from gqa.data.examples import DECODER_TASKS, TASKS
 from gqa.data.mixtures import MixtureConfig, prepare_mixture
 from gqa.data.prepare import Manifest, PrepareSpec, default_directory, prepare, read_manifest
 from gqa.errors import InputError
@@ -21,6 +22,7 @@ from gqa.models.heads import divisors
 from gqa.models.stacks import REMAT_POLICIES
 from gqa.sharding import MESH_AXES, RULES, MeshConfig
 from gqa.training.optimizer import OptimizerConfig
+from gqa.training.preferences import DPOConfig, RewardConfig
 
 DTYPES = ("float32", "bfloat16")
 
@@ -187,13 +189,37 @@ class RunConfig:
     uptrain: UptrainConfig | None
     distillation: DistillationConfig | None = None
     mixture: MixtureConfig | None = None  # what is read instead of one task's records; data says vocabulary and lengths
+    adapter: LoRAConfig | None = None  # trains adapters beside a frozen checkpoint; None: all parameters
+    dpo: DPOConfig | None = None  # objective on preferences
+    reward: RewardConfig | None = None  # objective on preferences: a reward model
 
     def __post_init__(self):
         self.optimizer.validate()
+        self._check_objective()
         if self.mixture is not None and self.records is not None:
             raise InputError("mixture or records: set at most one of them; a folder of records is a part of a mixture")
         if (self.train.steps is None) == (self.uptrain is None):
             raise InputError("train.steps or uptrain (original_steps and alpha): set exactly one of them")
+
+    def _check_objective(self) -> None:
+        named = {name: getattr(self, name) for name in ("dpo", "reward", "distillation")}
+        chosen = [name for name, value in named.items() if value is not None]
+        if len(chosen) > 1:
+            raise InputError(f"{' and '.join(chosen)} are set; expected one objective")
+        on_preferences = self.dpo is not None or self.reward is not None
+        if on_preferences != (self.data.task == "preferences"):
+            wanted = "the task preferences" if on_preferences else "dpo or reward to be set"
+            raise InputError(f"data.task={self.data.task!r} with objective {chosen or 'none'}; expected {wanted}")
+        if on_preferences and self.mixture is not None:
+            raise InputError(f"mixture and {chosen[0]} are both set; expected one of them: preferences are not mixed")
+        if on_preferences and self.train.z_loss:
+            raise InputError(f"train.z_loss={self.train.z_loss} has no meaning on preferences; expected 0.0")
+        needs = [name for name in ("dpo", "reward", "adapter") if getattr(self, name) is not None]
+        if needs and self.model.checkpoint is None:
+            raise InputError(f"{needs[0]} goes on from a checkpoint; set model.checkpoint")
+        if self.adapter is not None and (self.reward is not None or self.uptrain is not None):
+            other = "reward" if self.reward is not None else "uptrain"
+            raise InputError(f"adapter and {other} are both set; expected one of them")
 
     @property
     def steps(self) -> int:
@@ -218,7 +244,11 @@ class RunConfig:
             prepare(self.data, directory)
             return directory
         manifest, vocabulary = read_manifest(self.records), self.data.open_vocabulary()
-        wanted = self.data.make_task(vocabulary.size)
+        wanted = self.data.make_task(manifest.vocabulary_size)
+        if manifest.template != self.data.template:
+            raise InputError(
+                f"records {self.records} have template {manifest.template}; the data's is {self.data.template}"
+            )
         if manifest.make_task() != wanted:
             raise InputError(f"records {self.records} are of {manifest.make_task()}; the config's data says {wanted}")
         if manifest.vocabulary_sha256 != hashlib.sha256(vocabulary.path.read_bytes()).hexdigest():
@@ -252,7 +282,7 @@ def check_task(manifest: Manifest, architecture: models.ModelConfig) -> None:
     """Raises `InputError` when records are of the other kind of model: with inputs for a decoder, or without."""
     has_encoder, has_inputs = isinstance(architecture, models.t5.T5Config), manifest.inputs_length > 0
     if has_encoder != has_inputs:
-        tasks = ", ".join(name for name in TASKS if (name != "causal_lm") == has_encoder)
+        tasks = ", ".join(name for name in TASKS if (name in DECODER_TASKS) != has_encoder)
         family = models.family_of(architecture)
         raise InputError(f"data.task={manifest.task!r} is not for a {family} model; expected one of {tasks}")
 
@@ -260,7 +290,8 @@ def check_task(manifest: Manifest, architecture: models.ModelConfig) -> None:
 # What may differ between two starts of the same run in one working folder.
 MAY_CHANGE = ("train.steps", "train.log_every", "train.eval_every", "train.save_every", "train.keep", "records")
 MAY_CHANGE += tuple(f"train.{n}" for n in "keep_minutes mirror skip_above roll_back_after peak_tflops".split())
-MAY_CHANGE += ("distillation.cache", "uptrain.alpha", "train.accumulation", *(f"mesh.{axis}" for axis in MESH_AXES))
+MAY_CHANGE += ("distillation.cache", "dpo.reference", "uptrain.alpha", "train.accumulation")
+MAY_CHANGE += tuple(f"mesh.{axis}" for axis in MESH_AXES)
 
 
 def parse(config: ml_collections.ConfigDict | Mapping) -> RunConfig:

@@ -24,6 +24,7 @@ from gqa.training import run_folder
 from gqa.training.config import RunConfig
 from gqa.training.flops import train_step_flops
 from gqa.training.metrics import JSONL, MetricsWriter
+from gqa.training.recipe import Recipe, make_recipe
 from gqa.training.roll_back import RollBacks
 from gqa.training.signals import Interrupted, Signals
 from gqa.training.state import abstract_state, initial_state, jit_train_step, make_train_step, place_batch
@@ -52,26 +53,31 @@ def heldout_metrics(
     batches: loader.Batches,
     mesh: Mesh,
     show_progress: bool = False,
+    recipe: Recipe | None = None,
     stopping: Callable[[], bool] = lambda: False,
 ) -> dict[str, float]:
-    """Loss in nats a token, accuracy and tokens scored; one transfer from the devices at the end.
+    """Loss in nats a token, accuracy and tokens scored, or what a `recipe` scores; one transfer from the devices.
 
     Raises `Interrupted` between two batches once `stopping()`.
     """
     steps = tqdm(range(len(batches)), desc="held-out", unit="batch", disable=not show_progress, dynamic_ncols=True)
+    score, added = (recipe.heldout_sums or _heldout_sums, recipe.added) if recipe else (_heldout_sums, None)
     sums = []
     with jax.set_mesh(mesh):
         for step in steps:
             if stopping():
                 raise Interrupted
-            sums.append(_heldout_sums(model, place_batch(mesh, batches(step))))
+            batch = batches(step)
+            placed = place_batch(mesh, batch)
+            sums.append(score(model, added("heldout", batch, placed) if added else placed))
             jax.block_until_ready(sums[-2:-1])  # one batch ahead of the devices, not all
         sums = jax.device_get(sums)
-    total = Sums(*(np.sum(np.asarray(part, np.float64)) for part in zip(*sums, strict=True)))
+    total = jax.tree.map(lambda *parts: float(np.sum(np.asarray(parts, np.float64))), *sums)
     return {
-        "loss": float(total.loss_sum / total.weight_sum),
-        "accuracy": float(total.correct_sum / total.weight_sum),
+        "loss": total.loss_sum / total.weight_sum,
+        "accuracy": total.correct_sum / total.weight_sum,
         "target_tokens": int(total.weight_sum),
+        **{name: value / weight for name, (value, weight) in total.named.items() if weight},
     }
 
 
@@ -93,7 +99,7 @@ def train(
     Args:
       config: the run; written to `config.json`, and every later start must agree with it.
       workdir: gets `config.json`, `architecture.json`, `metrics.jsonl`, `tensorboard/`, `checkpoints/` and, at the end,
-        `model/`.
+        `model/`, and `adapter/` where one was trained.
       mesh: the devices.
       architecture: the model's configuration.
       initial_model: the model of step 0, or a function that initialises one in place.
@@ -110,14 +116,19 @@ def train(
     """
     abstract_model = models.abstract(architecture)
     merged, finish = _merging(config, architecture)
+    recipe = make_recipe(config, abstract_model, initial_model, records, mesh)
     learning_rate = optimizers.schedule(config.optimizer)
-    optimizer = optimizers.optimizer(config.optimizer, config.schedule_offset, logical_axes(abstract_model))
+    optimizer = optimizers.optimizer(config.optimizer, config.schedule_offset, logical_axes(recipe.trained))
     dropout = config.model.dropout_rate > 0
-    loss_fn = language_model_loss(config.train.z_loss, dropout)
+    loss_fn = recipe.loss_fn or language_model_loss(config.train.z_loss, dropout)
     if teacher is not None:
         loss_fn = distillation_loss(config.distillation, config.train.z_loss, dropout)
+
+    def loss_of_trained(trained, batch, key, step, *frozen):
+        return loss_fn(merged(recipe.whole(trained, key, *frozen), step), batch, key, step)
+
     train_step = make_train_step(
-        lambda model, batch, key, step: loss_fn(merged(model, step), batch, key, step),
+        loss_of_trained,
         optimizer,
         lambda step: learning_rate(step + config.schedule_offset),
         accumulation=config.train.accumulation,
@@ -153,7 +164,7 @@ def train(
         store = stack.enter_context(Store(workdir / training_run.STEPS, **kept))
         signals = stack.enter_context(Signals())
         stack.enter_context(jax.set_mesh(mesh))
-        like = abstract_state(abstract_model, optimizer, mesh)
+        like = abstract_state(recipe.trained, optimizer, mesh)
         train_step = jit_train_step(train_step, like)
         newest = store.latest_step()
         if newest is not None and newest > config.steps:
@@ -161,11 +172,12 @@ def train(
                 f"workdir {workdir} holds {newest} steps already, the config says {config.steps}; choose more"
             )
         found = store.restore_newest(like)
-        step, state = found or (0, initial_state(initial_model, optimizer, like))
+        step, state = found or (0, initial_state(recipe.initial(), optimizer, like))
         facts = store.facts(step) if found else {}
         writer = MetricsWriter(workdir, step, store.folder(step)) if found else MetricsWriter(workdir, None)
         stack.callback(lambda: writer.close())  # whichever it is then
         del initial_model, found  # not kept beside the state
+        recipe = recipe._replace(initial=None)
         started = facts.get("started", run_folder.started(workdir))
         work = Work(config.steps, flops, len(rows) / batch_size, peak_tflops(config.train.peak_tflops), started)
         watch = Watch(step, facts.get("useful_seconds", 0.0), int(jax.device_get(state.health.skipped)), work)
@@ -176,14 +188,15 @@ def train(
         def is_due(every: int) -> bool:
             return step == config.steps or step % every == 0
 
+        def told_to_stop() -> bool:
+            return signals.received is not None and step < config.steps
+
         def score() -> None:
             watch.settle()
-            model = merged(state.model, state.step)
+            model = merged(recipe.whole(state.model, None, *recipe.frozen), state.step)
             # Where a signal cuts it short, the next start makes up for it; the last step's lets the run end.
             with contextlib.suppress(Interrupted):
-                scores = heldout_metrics(
-                    model, heldout, mesh, stopping=lambda: step < config.steps and signals.received is not None
-                )
+                scores = heldout_metrics(model, heldout, mesh, recipe=recipe, stopping=told_to_stop)
                 writer.write(step, "heldout", scores)
                 watch.say(f"step {step}: held-out loss {scores['loss']:.4f}")
             watch.resume()
@@ -204,10 +217,12 @@ def train(
             placed = place_batch(mesh, batch)
             if said is not None:
                 placed = said(batch_index, placed)
+            if recipe.added is not None:
+                placed = recipe.added("train", batch, placed)
             step, batch_index = step + 1, batch_index + 1
             signals.look(batch_index)
             with profiler.step(step, watch):
-                state, metrics = train_step(state, placed)
+                state, metrics = train_step(state, placed, *recipe.frozen)
             watch.step(metrics)
             if is_due(config.train.log_every):
                 watch.settle()
@@ -231,12 +246,13 @@ def train(
         store.wait()
         if signals.received and step < config.steps:
             raise Interrupted(f"{signals.received} {_what_is_saved(step, store.latest_step())}")
-        model = distributed.gathered(state.model)
-        if distributed.is_primary():
-            model = finish(model)
+        trained = distributed.gathered(state.model)
+        model = finish(recipe.finish(trained)) if distributed.is_primary() else None
 
         def write_model() -> None:
-            run_folder.replace_model(workdir, lambda folder: export(model, folder))
+            run_folder.replace(workdir, run_folder.MODEL, lambda folder: export(model, folder))
+            if recipe.export_adapter is not None:
+                run_folder.replace(workdir, run_folder.ADAPTER, lambda folder: recipe.export_adapter(trained, folder))
             run_folder.write_json(workdir / run_folder.FINISHED, {"step": config.steps})
 
         distributed.on_primary(write_model)

@@ -16,8 +16,8 @@ from gqa.training.config import MAY_CHANGE, RunConfig, flatten, to_json
 CONFIG = "config.json"
 FINISHED = "finished.json"
 LOCK = "lock"  # stays when the run ends; that it is locked is what counts
-MODEL = "model"
-UNFINISHED = "unfinished"  # where the final model is written before it gets its name
+MODEL, ADAPTER = "model", "adapter"
+UNFINISHED = "unfinished"  # where these are written before they get their names
 
 
 def check(workdir: Path, config: RunConfig, what: str = "workdir") -> None:
@@ -81,13 +81,13 @@ def locked(workdir: Path) -> Iterator[None]:
         yield
 
 
-def replace_model(workdir: Path, export: Callable[[Path], None]) -> None:
-    """Puts what `export` writes at `workdir/model`, there when it is complete."""
+def replace(workdir: Path, name: str, export: Callable[[Path], None]) -> None:
+    """Puts the folder that `export` writes at `workdir/name`, there when it is complete."""
     unfinished = workdir / UNFINISHED
     shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed here
-    export(unfinished / MODEL)
-    shutil.rmtree(workdir / MODEL, ignore_errors=True)  # of this run when it had fewer steps
-    (unfinished / MODEL).rename(workdir / MODEL)
+    export(unfinished / name)
+    shutil.rmtree(workdir / name, ignore_errors=True)  # of this run when it had fewer steps
+    (unfinished / name).rename(workdir / name)
     unfinished.rmdir()
 
 

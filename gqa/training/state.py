@@ -1,11 +1,14 @@
 """What training carries from step to step, born sharded, and the step itself."""
 
+import hashlib
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from gqa.models import Model
@@ -68,7 +71,7 @@ def initial_state(
 ) -> TrainState:
     """The state of step 0 for a model, or for a function that initialises one, created in place on its devices."""
     placed = jax.tree.map(lambda leaf: leaf.sharding, like)
-    if callable(model) and not isinstance(model, Model):
+    if callable(model) and not isinstance(model, nnx.Module):
         return jax.jit(lambda: _initial(model(), optimizer), out_shardings=placed)()
     return jax.jit(lambda model: _initial(model, optimizer), out_shardings=placed)(model)
 
@@ -106,32 +109,33 @@ def _judge(health: Health, loss: jax.Array, grad_norm: jax.Array, skip_above: fl
 
 
 def make_train_step(
-    loss_fn: Callable[[Model, Batch, jax.Array, jax.Array], Sums],
+    loss_fn: Callable[..., Sums],
     optimizer: optax.GradientTransformation,
     learning_rate: Callable[[jax.Array], jax.Array],
     *,
     accumulation: int,
     seed: int,
     skip_above: float | None = None,
-) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
-    """One optimizer step as a pure function, to be jitted with a donated state.
+) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
+    """One optimizer step, `(state, batch, *frozen) -> (state, metrics)`, pure and to be jitted with a donated state.
 
-    `loss_fn(model, batch, key, step)` returns sums over tokens; gradients are normalised by the weight of the whole
-    batch, over all devices and micro-batches, so that `accumulation` changes memory and nothing else.
+    `loss_fn(model, batch, key, step, *frozen)` returns sums over tokens; `frozen` has no gradient. Gradients are
+    normalised by the weight of the whole batch, over all devices and micro-batches, so that `accumulation` changes
+    memory and nothing else.
 
     A step whose loss or gradient norm is not finite, or above `skip_above` times its running mean, leaves parameters
     and moments as they are, decided on the devices; counters go on, so that schedules stay functions of the step.
     """
 
-    def total(model, batch, key, step):
-        sums = loss_fn(model, batch, key, step)
+    def total(model, batch, key, step, *frozen):
+        sums = loss_fn(model, batch, key, step, *frozen)
         return sums.loss_sum + sums.z_loss_sum + sums.added_sum, sums
 
     gradient_of_total = jax.grad(total, has_aux=True)
 
-    def accumulated(model, batch, key, step):
+    def accumulated(model, batch, key, step, *frozen):
         if accumulation == 1:
-            return gradient_of_total(model, batch, key, step)
+            return gradient_of_total(model, batch, key, step, *frozen)
 
         def split(x):  # strided, so that every device keeps the rows it has
             x = x.reshape(x.shape[0] // accumulation, accumulation, *x.shape[1:]).swapaxes(0, 1)
@@ -139,19 +143,19 @@ def make_train_step(
 
         def body(carry, micro_batch_and_number):
             micro_batch, number = micro_batch_and_number
-            new = gradient_of_total(model, micro_batch, jax.random.fold_in(key, number), step)
+            new = gradient_of_total(model, micro_batch, jax.random.fold_in(key, number), step, *frozen)
             return jax.tree.map(jnp.add, carry, new), None
 
         micro_batches = jax.tree.map(split, batch)
         zeros = jax.tree.map(
             lambda leaf: jnp.zeros(leaf.shape, leaf.dtype),
-            jax.eval_shape(gradient_of_total, model, jax.tree.map(lambda x: x[0], micro_batches), key, step),
+            jax.eval_shape(gradient_of_total, model, jax.tree.map(lambda x: x[0], micro_batches), key, step, *frozen),
         )
         return jax.lax.scan(body, zeros, (micro_batches, jnp.arange(accumulation)))[0]
 
-    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
+    def train_step(state: TrainState, batch: Batch, *frozen) -> tuple[TrainState, dict[str, jax.Array]]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
-        gradients, sums = accumulated(state.model, batch, key, state.step)
+        gradients, sums = accumulated(state.model, batch, key, state.step, *frozen)
         gradients = jax.tree.map(lambda gradient: gradient / sums.weight_sum, gradients)
         updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.model)
         loss, grad_norm = sums.loss_sum / sums.weight_sum, optax.tree.norm(gradients)
@@ -173,6 +177,7 @@ def make_train_step(
             "batch": state.batch,
             "skipped_steps": health.skipped,
             "skipped_in_a_row": health.in_a_row,
+            **{name: value / jnp.maximum(weight, 1e-9) for name, (value, weight) in sums.named.items()},
         }
         return TrainState(state.step + 1, model, optimizer_state, state.batch + 1, health), metrics
 
@@ -189,3 +194,11 @@ def jit_train_step(train_step: Callable, like: TrainState) -> Callable:
 def place_batch(mesh: Mesh, batch: Mapping) -> Batch:
     """Puts a host batch, or this process's rows of one, on the devices, rows over the batch's mesh axes."""
     return {name: place_rows(mesh, array) for name, array in batch.items()}
+
+
+def digest(model: Model) -> str:
+    """SHA-256 of a model's configuration and parameters."""
+    found = hashlib.sha256(repr(model.config).encode())
+    for leaf in jax.tree.leaves(model):
+        found.update(np.asarray(jax.device_get(leaf)).tobytes())
+    return found.hexdigest()

@@ -1,6 +1,5 @@
 """Distillation in the loop: what the teacher says of each batch, live or kept by step, and the loss that uses it."""
 
-import hashlib
 import json
 import os
 import zipfile
@@ -17,6 +16,7 @@ from gqa.models.observe import attention_outputs
 from gqa.objectives.distillation import TopK, attention_error, kl_to_teacher, top_k
 from gqa.objectives.language_model import Sums, cross_entropy
 from gqa.training.config import DistillationConfig, RunConfig
+from gqa.training.state import digest
 
 IDS, LOG_PROBS, ATTENTION = "teacher_ids", "teacher_log_probs", "teacher_attention_"
 
@@ -81,7 +81,7 @@ class Teacher:
             if jax.process_count() > 1:
                 raise InputError("distillation.cache is for one process; leave it out")
             identity = {
-                "teacher": _digest(model),
+                "teacher": digest(model),
                 "corpus": dict(corpus),
                 "seed": run.train.seed,
                 "batch_size": run.train.batch_size,
@@ -151,10 +151,3 @@ def _replace(path: Path, content: bytes) -> None:
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     unfinished.write_bytes(content)
     os.replace(unfinished, path)
-
-
-def _digest(model: models.Model) -> str:
-    digest = hashlib.sha256(repr(model.config).encode())
-    for leaf in jax.tree.leaves(model):
-        digest.update(np.asarray(jax.device_get(leaf)).tobytes())
-    return digest.hexdigest()

@@ -120,6 +120,26 @@ def test_impossible_mixtures_are_refused(values, message):
         MixtureConfig(*values)
 
 
+def test_conversations_share_a_batch_with_text_and_preferences_do_not(parts, tiny_vocabulary, tmp_path, monkeypatch):
+    monkeypatch.setenv("GQA_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "chats.jsonl").write_text("".join(f'{{"instruction": "{i}", "output": "b"}}\n' for i in range(20)))
+    pairs = (f'{{"prompt": "{i}", "chosen": "b", "rejected": "c"}}\n' for i in range(20))
+    (tmp_path / "pairs.jsonl").write_text("".join(pairs))
+    like = dict(vocabulary=str(tiny_vocabulary), inputs_length=128, targets_length=None)
+    text = PrepareSpec("causal_lm", str(parts[0].parent / "x_text"), fields={"text": "text"}, **like)
+    prepare(text, tmp_path / "text")
+    chats = PrepareSpec("sft", str(tmp_path / "chats.jsonl"), template="human_bot", **like)
+    folder = prepare_mixture(MixtureConfig({"sft": 1.0, str(tmp_path / "text"): 1.0}), chats)
+    batch = train_batches(folder, 2, seed=0)(0)
+    untrained = (batch["targets_segments"] > 0) & (batch["loss_weights"] == 0)
+    assert sorted(untrained.any(axis=1)) == [False, True]  # the loss of a conversation is on its responses alone
+    prepare(
+        dataclasses.replace(chats, task="preferences", source=str(tmp_path / "pairs.jsonl")), tmp_path / "preferences"
+    )
+    with pytest.raises(InputError, match="preferences holds preferences, which are not mixed"):
+        write_mixture({tmp_path / "preferences": 1}, tmp_path / "mixture")
+
+
 def test_records_that_cannot_share_a_batch_are_refused(parts, tiny_vocabulary, tmp_path):
     spec = PrepareSpec("causal_lm", str(parts[0].parent / "x_text"), str(tiny_vocabulary), 16, None, {"text": "text"})
     prepare(spec, tmp_path / "longer")

@@ -237,7 +237,7 @@ def test_records_that_a_model_cannot_read_are_refused(tiny_run, tiny_records):
         "data.task='causal_lm' is not for a t5 model; expected one of span_corruption, prefix_lm, supervised"
     )
     assert error_of(run_config.check_task, spans, llama) == (
-        "data.task='span_corruption' is not for a llama model; expected one of causal_lm"
+        "data.task='span_corruption' is not for a llama model; expected one of causal_lm, sft, preferences"
     )
     run_config.check_vocabulary(causal, models.replace(llama, vocab_size=147))
     assert error_of(run_config.check_vocabulary, causal, models.replace(llama, vocab_size=146)) == (

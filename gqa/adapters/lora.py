@@ -1,0 +1,249 @@
+"""LoRA (Hu et al. 2021): kernels that stay as they are, each with a trained product of two thin ones beside it.
+
+Adapters are a pytree of their own: `{"decoder.0.self_attention.query": {"down": …, "up": …}}`, the number being that
+of the stack. What is trained, saved and given an optimizer is that dictionary; the model beside it is frozen. `attach`
+puts the two together for a forward pass, `merge` for good.
+
+    down [L, in…, r]     up [L, r, out…]     y = x W + scale · (dropout(x) down) up
+"""
+
+import dataclasses
+import fnmatch
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from gqa.errors import InputError
+from gqa.models import Model
+from gqa.models.stacks import num_layers
+from gqa.nn.layers import Dropout, linear
+
+Adapters = dict[str, dict[str, nnx.Param]]
+ByLayer = dict[str, tuple[np.ndarray, np.ndarray]]  # path of a layer's kernel -> its down [in…, r] and up [r, out…]
+
+
+@dataclasses.dataclass(frozen=True)
+class LoRAConfig:
+    """Which kernels are adapted, and how."""
+
+    kernels: tuple[str, ...]  # patterns such as self_attention.query, self_attention.*, mlp.*, or * for all
+    rank: int  # r; h2oGPT: 8
+    alpha: float  # the product counts alpha / r (with rank_stabilised alpha / sqrt(r)) times
+    dropout_rate: float  # on what the adapters read; h2oGPT: 0.05
+    rank_stabilised: bool  # rsLoRA (Kalajdzievski 2023)
+
+    def __post_init__(self):
+        if self.rank < 1:
+            raise InputError(f"adapter.rank={self.rank}; expected at least 1, such as 8")
+        if self.alpha <= 0:
+            raise InputError(f"adapter.alpha={self.alpha}; expected a number above 0, such as {2 * self.rank}")
+        if not 0 <= self.dropout_rate < 1:
+            raise InputError(f"adapter.dropout_rate={self.dropout_rate}; expected [0, 1), such as 0.05")
+        if not self.kernels:
+            raise InputError("adapter.kernels is empty; expected patterns such as self_attention.*")
+
+    @property
+    def scale(self) -> float:
+        """Factor on the product."""
+        return self.alpha / (math.sqrt(self.rank) if self.rank_stabilised else self.rank)
+
+
+class LoRAKernel(nnx.Module):
+    """A kernel of any kind with an adapter: stands where the kernel stood.
+
+    A kernel is a parameter with logical axes, or a module with `shape`, `axes` and an `einsum` of its own.
+    """
+
+    def __init__(
+        self, base: Any, down: jax.Array, up: jax.Array, scale: float, rate: float, dropout_key: jax.Array | None
+    ):
+        self.base = base
+        self.down, self.up = down, up
+        self.scale, self.rate = scale, rate
+        # Raw, one of each layer: a stack of layers can be sliced. A bare array under trace would count as static.
+        self.dropout_key = None if dropout_key is None else nnx.Variable(dropout_key)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The kernel's."""
+        return self.base.shape
+
+    def einsum(self, equation: str, x: jax.Array, dtype) -> jax.Array:
+        """`einsum` of `x` with kernel and adapter; arguments as of `gqa.nn.layers.linear`."""
+        inputs, result = equation.split("->")
+        of_x, of_kernel = inputs.split(",")
+        n = sum(axis in of_x for axis in of_kernel)
+        thin = f"{of_x[:-n]}R"
+        read = x
+        if self.dropout_key is not None:
+            read = Dropout(self.rate, jax.random.wrap_key_data(self.dropout_key[...]))(x, 0)
+        hidden = linear(f"{of_x},{of_kernel[:n]}R->{thin}", read, self.down, dtype)
+        added = linear(f"{thin},R{of_kernel[n:]}->{result}", hidden, self.up, dtype)
+        return linear(equation, x, self.base, dtype) + jnp.asarray(self.scale, dtype) * added
+
+
+def create(model: Model, config: LoRAConfig, key: jax.Array) -> Adapters:
+    """Fresh adapters for a model (or its abstract form), float32: `up` is zero, so that they change nothing yet.
+
+    Raises `InputError` where a pattern names no kernel.
+    """
+    found = _chosen(model, config)
+    adapters = {}
+    for number, (path, kernel) in enumerate(found.items()):
+        axes, n = _axes(kernel), _num_inputs(kernel)
+        layers, shape = kernel.shape[: len(kernel.shape) - len(axes)], kernel.shape[-len(axes) :]
+        bound = math.prod(shape[:n]) ** -0.5  # as PEFT: Kaiming's uniform with a = sqrt(5)
+        down_shape = (*layers, *shape[:n], config.rank)
+        down = jax.random.uniform(jax.random.fold_in(key, number), down_shape, jnp.float32, -bound, bound)
+        up = jnp.zeros((*layers, config.rank, *shape[n:]), jnp.float32)
+        adapters[path] = {
+            "down": nnx.Param(down, axes=(*axes[:n], "rank")),
+            "up": nnx.Param(up, axes=("rank", *axes[n:])),
+        }
+    return adapters
+
+
+def attach(model: Model, adapters: Adapters, config: LoRAConfig, dropout_key: jax.Array | None = None) -> Model:
+    """The model with its adapters in place; its arrays are shared, and what is differentiated is up to the caller.
+
+    `dropout_key`: of the adapters' dropout; `None`: none.
+    """
+    dropped = dropout_key is not None and config.dropout_rate > 0
+
+    def adapted(number: int, path: str, kernel):
+        keys = None
+        if dropped:
+            layers = kernel.shape[: len(kernel.shape) - len(_axes(kernel))]
+            keys = jax.random.key_data(jax.random.split(jax.random.fold_in(dropout_key, number), layers))
+        pair = adapters[path]
+        return LoRAKernel(kernel, pair["down"], pair["up"], config.scale, config.dropout_rate, keys)
+
+    return _replaced(model, {path: adapted(i, path, kernel) for i, (path, kernel) in enumerate(_of(model, adapters))})
+
+
+def merge(model: Model, adapters: Adapters, config: LoRAConfig) -> Model:
+    """A model without adapters that computes what `attach` would: each kernel with its product added, in its dtype."""
+
+    def merged(path: str, kernel: nnx.Param) -> nnx.Param:
+        down, up = adapters[path]["down"][...], adapters[path]["up"][...]
+        layers = down.shape[: kernel.ndim - len(_axes(kernel))]
+        product = down.reshape(*layers, -1, config.rank) @ up.reshape(*layers, config.rank, -1)
+        value = kernel[...].astype(jnp.float32) + config.scale * product.reshape(kernel.shape)
+        return jax.tree.map(lambda leaf: value.astype(leaf.dtype), kernel)
+
+    return _replaced(model, {path: merged(path, kernel) for path, kernel in _of(model, adapters)})
+
+
+def by_layer(model: Model, adapters: Adapters) -> ByLayer:
+    """Every layer's adapters by the path of its kernel, as checkpoints name it: `decoder.3.self_attention.query`."""
+    found = {}
+    for path, first, length in _stacked_paths(model, adapters):
+        down, up = (np.asarray(jax.device_get(adapters[path][name][...])) for name in ("down", "up"))
+        for layer in range(length):
+            found[_layer_path(path, first + layer)] = (down[layer], up[layer])
+    return found
+
+
+def from_layers(model: Model, config: LoRAConfig, layers: ByLayer) -> Adapters:
+    """The inverse of `by_layer`, for the kernels of `config`.
+
+    Raises `InputError` where a layer has none, where there are more, and for shapes that are not the model's.
+    """
+    abstract = jax.eval_shape(lambda: create(model, config, jax.random.key(0)))
+    rest, adapters = dict(layers), {}
+    for path, first, length in _stacked_paths(model, abstract):
+        names = [_layer_path(path, first + layer) for layer in range(length)]
+        for name in names:
+            if name not in rest:
+                raise InputError(f"the adapter has nothing for {name}; expected one of every layer")
+        pairs = [rest.pop(name) for name in names]
+        like = abstract[path]
+        adapters[path] = {}
+        for side, arrays in zip(("down", "up"), zip(*pairs, strict=True), strict=True):
+            if arrays[0].shape != like[side].shape[1:]:
+                raise InputError(
+                    f"the adapter is of another model: {names[0]} has {side} {list(arrays[0].shape)}, "
+                    f"expected {list(like[side].shape[1:])}"
+                )
+            value = jnp.asarray(np.stack(arrays), jnp.float32)
+            adapters[path][side] = jax.tree.map(lambda _, value=value: value, like[side])
+    if rest:
+        raise InputError(f"the adapter has {sorted(rest)[0]}, which the model or its patterns lack")
+    return adapters
+
+
+def num_trainable(model: Model, config: LoRAConfig) -> int:
+    """Parameters that are trained, by shapes alone."""
+    return sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(lambda: create(model, config, jax.random.key(0)))))
+
+
+def _kernels(model: Model) -> Iterator[tuple[str, Any]]:
+    """Path and kernel of every linear map of the layers, in a fixed order."""
+    for side in ("encoder", "decoder"):
+        for number, stack in enumerate(getattr(model, side, ())):
+            for name, part in sorted(vars(stack).items()):
+                for attribute, kernel in sorted(vars(part).items()) if isinstance(part, nnx.Module) else ():
+                    if "embed" in _axes(kernel) and len(_axes(kernel)) > 1:
+                        yield f"{side}.{number}.{name}.{attribute}", kernel
+
+
+def _axes(kernel) -> tuple[str, ...]:
+    """Logical axes of a parameter, without that of the layers; of a kernel of another kind, its own `axes`."""
+    if isinstance(kernel, nnx.Variable):
+        return kernel.get_metadata().get("axes", ())
+    return getattr(kernel, "axes", ()) if isinstance(kernel, nnx.Module) else ()
+
+
+def _num_inputs(kernel) -> int:
+    """Axes that are summed over: heads and their width of the attention's output, one of all others."""
+    return 2 if _axes(kernel)[0] in ("heads", "kv_heads") else 1
+
+
+def _name(path: str) -> str:
+    return path.split(".", 2)[2]
+
+
+def _chosen(model: Model, config: LoRAConfig) -> dict[str, Any]:
+    kernels = dict(_kernels(model))
+    names = sorted({_name(path) for path in kernels})
+    for pattern in config.kernels:
+        if not fnmatch.filter(names, pattern):
+            raise InputError(f"adapter.kernels: {pattern!r} names no kernel; expected some of {', '.join(names)}")
+    return {
+        path: kernel
+        for path, kernel in kernels.items()
+        if any(fnmatch.fnmatchcase(_name(path), pattern) for pattern in config.kernels)
+    }
+
+
+def _of(model: Model, adapters: Mapping) -> list[tuple[str, Any]]:
+    found = [(path, kernel) for path, kernel in _kernels(model) if path in adapters]
+    assert len(found) == len(adapters), "adapters of another model"
+    return found
+
+
+def _stacked_paths(model: Model, adapters: Mapping) -> Iterator[tuple[str, int, int]]:
+    """Path, number of the first layer and number of layers of every adapter."""
+    for path in adapters:
+        side, stack, _ = path.split(".", 2)
+        stacks = getattr(model, side)
+        lengths = [num_layers(each) for each in stacks[: int(stack) + 1]]
+        yield path, sum(lengths[:-1]), lengths[-1]
+
+
+def _layer_path(path: str, layer: int) -> str:
+    side, _, name = path.split(".", 2)
+    return f"{side}.{layer}.{name}"
+
+
+def _replaced(model: Model, kernels: Mapping[str, Any]) -> Model:
+    model = jax.tree.map(lambda leaf: leaf, model)  # modules of its own, the same arrays
+    for path, kernel in kernels.items():
+        side, stack, name, attribute = path.split(".")
+        setattr(getattr(getattr(model, side)[int(stack)], name), attribute, kernel)
+    return model
