@@ -15,7 +15,7 @@ BEST := --method=svd+group+refit --calibrate=embedded_large --calibration_length
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help quickstart test test-full lint format uptrain-full clean
+.PHONY: help quickstart test test-full test-data lint format uptrain-full clean
 
 help:  ## list these targets
 	@sed -n 's/^\([a-z-]*\):.*## /make \1: /p' Makefile
@@ -33,7 +33,11 @@ test: .venv/.test  ## run the tests
 	JAX_PLATFORMS=cpu $(RUN) -m pytest $(WORKERS)
 
 test-full: .venv/.test  ## run the tests, with the long counts of kills and mutilations
-	JAX_PLATFORMS=cpu $(RUN) -m pytest $(WORKERS) -m ""
+	JAX_PLATFORMS=cpu $(RUN) -m pytest $(WORKERS) -m "not tfds"
+
+test-data: .venv/.test  ## run the tests of public datasets, which bring TensorFlow: 2.4 GB
+	$(INSTALL) '.[data]'
+	JAX_PLATFORMS=cpu $(RUN) -m pytest -m tfds
 
 lint: .venv/.dev  ## check style and formatting
 	$(RUN) -m ruff check
@@ -64,6 +68,6 @@ clean:  ## remove .venv, build files and caches; keep runs/
 	@touch $@
 
 .venv/.test: .venv/.dev
-	@echo 'Installing torch and transformers, which the tests compare against, into .venv'
-	@$(INSTALL) '.[dev,parity]'
+	@echo 'Installing torch, transformers and what else the tests compare against into .venv'
+	@$(INSTALL) '.[dev,parity,eval]'
 	@touch $@

@@ -1,4 +1,4 @@
-"""Installs gqa: `pip install -e .`, with extras `data`, `parity`, `tpu` and `dev` as `pip install -e '.[dev]'`."""
+"""Installs gqa: `pip install -e .`, with extras `data`, `eval`, `parity`, `tpu`, `dev`: `pip install -e '.[eval]'`."""
 
 from setuptools import find_packages, setup
 
@@ -19,6 +19,7 @@ CORE = [
     "tqdm",
     "matplotlib",
     "tensorboard",
+    "jinja2",
 ]
 
 EXTRAS = {
@@ -30,11 +31,12 @@ EXTRAS = {
         "tensorflow-datasets>=4.9.10",
         "importlib-resources",
         "clu",
-        "rouge-score",
-        "sacrebleu",
+        "pyarrow",
     ],
+    # Scores of generated text, and the LM Evaluation Harness.
+    "eval": ["rouge-score", "sacrebleu", "lm_eval>=0.4.13", "tokenizers"],
     # The other implementations that the tests compare against.
-    "parity": ["torch==2.13.0", "transformers>=5.23,<6", "ctranslate2>=4.8,<5"],
+    "parity": ["torch==2.13.0", "transformers>=5.23,<6", "ctranslate2>=4.8,<5", "peft", "accelerate"],
     # TPUs, and compiling for TPUs that are not there.
     "tpu": ["jax[tpu]>=0.10,<0.13"],
     "dev": ["pytest", "pytest-xdist", "ruff", "hypothesis"],

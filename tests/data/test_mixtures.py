@@ -59,9 +59,8 @@ def test_a_batch_of_a_mixture_is_a_function_of_seed_and_step(parts, tmp_path):
     for found, expected in zip(again, steps[5:], strict=True):
         np.testing.assert_array_equal(found["targets"], expected["targets"])
     for count in (2, 3):
-        processes = [
-            train_batches(tmp_path / "mixture", 6, seed=3, process_index=i, process_count=count) for i in range(count)
-        ]
+        parts = np.array_split(np.arange(6), count)
+        processes = [train_batches(tmp_path / "mixture", 6, seed=3, rows=rows) for rows in parts]
         for step in (0, 7):
             found = np.concatenate([process(step)["targets"] for process in processes])
             np.testing.assert_array_equal(found, steps[step]["targets"])
