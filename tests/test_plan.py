@@ -79,7 +79,7 @@ def test_an_estimate_says_that_it_is_one(tiny_config):
 def test_a_plan_that_does_not_fit_says_what_would(tiny_config):
     raw = tiny_config("llama", {"model.size": "llama_2_13b", "model.changes": {}, "mesh.data": 8})
     found, text = plan.make_plan(raw, parse_topology("gpu:h100:8"), search=False, price=None)
-    assert found["memory"]["fits"] is False and "**does not fit**" in text
+    assert found["memory"]["fits"] is False and "**total: does not fit**" in text
     assert found["would_fit"].startswith("--config.mesh.data=1 --config.mesh.fsdp=")
     assert "What would fit: --config.mesh.data=1" in text
 

@@ -67,7 +67,7 @@ def _usd(usd: float | None, price: float | None) -> str:
 
 
 def _memory(memory: Plan) -> list[str]:
-    fits = {True: "fits", False: "**does not fit**", None: "limit not known"}[memory["fits"]]
+    fits = {True: "fits", False: "does not fit", None: "limit not known"}[memory["fits"]]
     limit = "" if memory["limit"] is None else f" of {gib(memory['limit'])}"
     return [
         "| memory per device | |",
