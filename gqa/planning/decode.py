@@ -1,6 +1,7 @@
 """The plan of decoding: for each number of key/value heads the memory of the loop, the largest batch, time a sample."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -48,8 +49,8 @@ class DecodeConfig:
         if set(raw) != names:
             wrong = sorted(set(raw) ^ names)[0]
             raise InputError(f"config.{wrong} is {'unknown' if wrong in raw else 'missing'} in a decoding config")
-        if set(raw["mesh"]) != set(sharding.MESH_AXES):
-            raise InputError(f"config.mesh has {', '.join(raw['mesh'])}; expected {', '.join(sharding.MESH_AXES)}")
+        if not {"data", "fsdp", "tensor"} <= set(raw["mesh"]) <= set(sharding.MESH_AXES):
+            raise InputError(f"config.mesh has {', '.join(raw['mesh'])}; expected data, fsdp and tensor")
         config = cls(**{**raw, "kv_heads": tuple(raw["kv_heads"]), "mesh": MeshConfig(**raw["mesh"])})
         for name in ("batch_size_per_device", "inputs_length", "new_tokens"):
             if getattr(config, name) < 1:
@@ -75,15 +76,15 @@ def plan(config: DecodeConfig, topology: Topology, price: float | None, estimate
     mesh = AbstractMesh(sizes, sharding.MESH_AXES)
     if not estimate:
         mesh = sharding.make_mesh(config.mesh, devices(topology))
-    step = sizes[0] * sizes[1]
+    step = _ways(mesh)
     wanted = config.batch_size_per_device * topology.num_devices
     if wanted % step:
         raise InputError(
             f"batch_size_per_device={config.batch_size_per_device} on {topology.num_devices} devices is not divisible "
-            f"by data*fsdp={step}; nearest: {max(step, round(wanted / step) * step) // topology.num_devices or 1}"
+            f"by slice*data*fsdp={step}; nearest: {max(step, round(wanted / step) * step) // topology.num_devices or 1}"
         )
     architectures = {K: config.architecture(K) for K in config.kv_heads}  # refuses before anything is compiled
-    notes = {K: head_notes(architecture, sizes[2]) for K, architecture in architectures.items()}
+    notes = {K: head_notes(architecture, mesh.shape["tensor"]) for K, architecture in architectures.items()}
     return {
         "kind": "decoding",
         "source": "estimated" if estimate else "compiled",
@@ -101,8 +102,13 @@ def plan(config: DecodeConfig, topology: Topology, price: float | None, estimate
     }
 
 
+def _ways(mesh: Mesh | AbstractMesh) -> int:
+    """Devices, or groups of them, that the rows of a batch are cut over."""
+    return math.prod(mesh.shape[axis] for axis in sharding.RULES["batch"])
+
+
 def _row(config, architecture, topology, price, mesh: Mesh | AbstractMesh, wanted: int, estimate: bool) -> Plan:
-    step = mesh.shape["data"] * mesh.shape["fsdp"]
+    step = _ways(mesh)
     model, state = _sizes(config, architecture, mesh, step)
     one, fixed = bytes_per_device(state), bytes_per_device(model)
     limit = topology.chip.hbm

@@ -38,7 +38,7 @@ def check(config: RunConfig, architecture: models.ModelConfig, topology: Topolog
     if config.uptrain is not None and config.uptrain.merge is not None:
         raise InputError("config.uptrain.merge: a plan covers a converted checkpoint; expected None")
     config.check_devices(topology.num_devices)
-    _, _, tensor = config.mesh.sizes(topology.num_devices)
+    *_, tensor = config.mesh.sizes(topology.num_devices)
     return head_notes(architecture, tensor)
 
 
@@ -195,7 +195,7 @@ def _abstract_state(architecture, optimizer_config, schedule_offset: int, mesh: 
 
 
 def _estimated(config, architecture, topology, price, mesh, state, batch, notes) -> Plan:
-    data, fsdp, tensor = (mesh.shape[axis] for axis in sharding.MESH_AXES)
+    data, fsdp, tensor = mesh.shape["slice"] * mesh.shape["data"], mesh.shape["fsdp"], mesh.shape["tensor"]
     itemsize = jnp.dtype(architecture.dtype).itemsize
     D, H, d, F = architecture.d_model, architecture.num_heads, architecture.head_dim, architecture.d_ff
     rows = config.train.batch_size // config.train.accumulation // (data * fsdp)
