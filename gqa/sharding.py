@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import logging
 import math
+from collections.abc import Iterable
 
 import jax
 import numpy as np
@@ -56,24 +57,26 @@ class MeshConfig:
         sizes = [getattr(self, name) for name in MESH_AXES]
         if any(size == 0 or size < -1 for size in sizes) or sizes.count(-1) > 1:
             raise InputError(
-                f"mesh {_describe(sizes)}: sizes are positive, at most one is -1 (the rest of the devices)"
+                f"mesh {describe_mesh(sizes)}: sizes are positive, at most one is -1 (the rest of the devices)"
             )
         if -1 in sizes:
             known = math.prod(size for size in sizes if size != -1)
             if num_devices % known:
                 raise InputError(
-                    f"mesh {_describe(sizes)} does not fit {num_devices} device(s): {known} does not divide it; "
+                    f"mesh {describe_mesh(sizes)} does not fit {num_devices} device(s): {known} does not divide it; "
                     f"nearest: {_nearest_divisor(known, num_devices)}"
                 )
             sizes[sizes.index(-1)] = num_devices // known
         if math.prod(sizes) != num_devices:
             raise InputError(
-                f"mesh {_describe(sizes)} needs {math.prod(sizes)} device(s), found {num_devices}; set one size to -1"
+                f"mesh {describe_mesh(sizes)} needs {math.prod(sizes)} device(s), found {num_devices}; "
+                "set one size to -1"
             )
         return tuple(sizes)
 
 
-def _describe(sizes) -> str:
+def describe_mesh(sizes: Iterable[int]) -> str:
+    """Sizes of `MESH_AXES` to read: `data=2 x fsdp=4 x tensor=1`, and of the others those that cut."""
     named = zip(MESH_AXES, sizes, strict=True)
     shown = ((name, size) for name, size in named if size != 1 or name in ("data", "fsdp", "tensor"))
     return " x ".join(f"{name}={size}" for name, size in shown)
@@ -101,7 +104,7 @@ def make_mesh(config: MeshConfig, devices=None) -> Mesh:
         else:
             array = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
     except (ValueError, NotImplementedError) as error:
-        raise InputError(f"mesh {_describe(sizes)} cannot be laid on the devices: {error}") from error
+        raise InputError(f"mesh {describe_mesh(sizes)} cannot be laid on the devices: {error}") from error
     # `Mesh` has Auto axes; `jax.make_mesh` would give Explicit ones.
     return Mesh(array, MESH_AXES)
 

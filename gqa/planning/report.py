@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from gqa.planning.chips import PRICES_OF, Topology
 from gqa.planning.train import Plan
+from gqa.sharding import describe_mesh
 
 OTHERS = ("batch", "temporaries", "padding", "program")  # of decoding, as one column
 
@@ -21,7 +22,7 @@ def chip_line(topology: Topology) -> str:
 def training(plan: Plan, topology: Topology) -> str:
     """A training plan as Markdown."""
     memory, work, seconds, run = plan["memory"], plan["work"], plan["seconds"], plan["run"]
-    mesh = " x ".join(f"{axis}={size}" for axis, size in plan["mesh"].items())
+    mesh = describe_mesh(plan["mesh"].values())
     lengths = " / ".join(str(plan["lengths"][name]) for name in ("inputs", "targets") if name in plan["lengths"])
     lines = [
         f"{plan['parameters'] / 1e9:.2f} billion parameters, batch {plan['batch']} x {lengths} tokens in "
@@ -87,7 +88,7 @@ def _collectives(collectives: Sequence[Plan]) -> list[str]:
 
 def decoding(plan: Plan, topology: Topology) -> str:
     """A decoding plan as Markdown."""
-    mesh = " x ".join(f"{axis}={size}" for axis, size in plan["mesh"].items())
+    mesh = describe_mesh(plan["mesh"].values())
     origin = "**an analytic estimate**" if plan["source"] == "estimated" else "the loop compiled"
     devices = plan["devices"]
     lines = [

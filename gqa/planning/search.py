@@ -9,7 +9,7 @@ from gqa.models.heads import divisors
 from gqa.models.stacks import REMAT_POLICIES
 from gqa.planning import train
 from gqa.planning.chips import Topology
-from gqa.sharding import MeshConfig
+from gqa.sharding import MeshConfig, describe_mesh
 from gqa.training.config import RunConfig
 
 MARGIN = 0.9  # share of the memory that an estimate may fill: it is within a fifth
@@ -99,7 +99,7 @@ def of_plan(config: RunConfig, architecture: models.ModelConfig, plan: train.Pla
 
 def describe(plan: train.Plan) -> str:
     """A variant as overrides of its config: `--config.mesh.data=4 …`, and its memory."""
-    mesh = " ".join(f"--config.mesh.{axis}={size}" for axis, size in plan["mesh"].items())
+    mesh = " ".join(f"--config.mesh.{part}" for part in describe_mesh(plan["mesh"].values()).split(" x "))
     total = plan["memory"]["total"] / 2**30
     return (
         f"{mesh} --config.train.accumulation={plan['accumulation']} --config.model.remat={plan['remat']} "
