@@ -11,7 +11,7 @@ import pytest
 
 from gqa import command_line, models, train
 from gqa.checkpoints import hf
-from gqa.data import prepare
+from gqa.data import tokenise
 from gqa.data.prepare import record_path
 from gqa.training import run_folder
 
@@ -189,14 +189,14 @@ def test_told_to_stop_while_records_are_prepared(config_file, monkeypatch, capsy
     """Nothing is left of them; and the signal is again what it was."""
     monkeypatch.setenv("GQA_CACHE", str(tmp_path / "cache"))
     before = signal.getsignal(signal.SIGTERM)
-    write = prepare.encode_record
+    arguments = [f"--config={config_file('t5', {'records': None})}", f"--workdir={tmp_path / 'run'}"]
+    write = tokenise.encode_record
 
     def write_and_receive(row):
         signal.raise_signal(signal.SIGTERM)
         return write(row)
 
-    monkeypatch.setattr(prepare, "encode_record", write_and_receive)
-    arguments = [f"--config={config_file('t5', {'records': None})}", f"--workdir={tmp_path / 'run'}"]
+    monkeypatch.setattr(tokenise, "encode_record", write_and_receive)
     monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
     with pytest.raises(SystemExit) as stopped:
         command_line.run(train.main)

@@ -214,14 +214,14 @@ def test_distillation_that_cannot_be(distil, tmp_path, tiny_run, settings, messa
 
 @pytest.fixture
 def signal_at(monkeypatch):
-    """A function (step, signals) that makes the loop receive them while it writes the metrics of that step."""
+    """A function (step, signals, split) that makes the loop receive them while it writes the metrics of that step."""
 
-    def arrange(step, numbers):
+    def arrange(step, numbers, split="train"):
         write = loop.MetricsWriter.write
 
-        def write_and_receive(self, at, split, values):
-            write(self, at, split, values)
-            if (at, split) == (step, "train"):
+        def write_and_receive(self, at, of, values):
+            write(self, at, of, values)
+            if (at, of) == (step, split):
                 for number in numbers:
                     signal.raise_signal(number)
 
@@ -264,8 +264,8 @@ def test_a_second_signal_does_not_wait(run, signal_at, tmp_path):
     assert os.listdir(tmp_path / "run" / "checkpoints") == []
 
 
-def test_a_signal_at_the_last_step_lets_the_run_end(run, signal_at, tmp_path):
-    signal_at(10, [signal.SIGINT])
+def test_a_signal_after_the_last_score_lets_the_run_end(run, signal_at, tmp_path):
+    signal_at(10, [signal.SIGINT], "heldout")
     run(tmp_path / "run", "llama", {"train.steps": 10})
     assert (tmp_path / "run" / "model" / "model.safetensors").exists()
 
