@@ -130,7 +130,11 @@ def test_an_int8_cache_moves_the_logits_by_little(name):
 
 @pytest.mark.parametrize(
     ("name", "weights", "choice"),
-    [("t5_1_1_mini", "int4", "beams"), ("llama_mini", "int8", "continuous"), ("llama_mini", "int4", "draft")],
+    [
+        pytest.param("t5_1_1_mini", "int4", "beams", marks=pytest.mark.full),
+        ("llama_mini", "int8", "continuous"),
+        ("llama_mini", "int4", "draft"),
+    ],
 )
 def test_quantised_kernels_give_the_tokens_of_their_values(name, weights, choice):
     quantized = quantize(model(name), weights)

@@ -72,7 +72,13 @@ def drawn(settings, key, batches: int, rows: int):
     return tokens.reshape(-1), accepted.reshape(-1)
 
 
-@pytest.mark.parametrize("settings", [sampling(1.0), sampling(0.9, top_k=100, top_p=0.9)], ids=["all", "top"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        pytest.param(sampling(1.0), id="all", marks=pytest.mark.full),
+        pytest.param(sampling(0.9, top_k=100, top_p=0.9), id="top"),
+    ],
+)
 def test_draws_have_the_models_distribution_whatever_the_draft(settings, check_frequencies):
     tokens, accepted = drawn(settings, jax.random.key(2), 50, 2048)
     expected = np.asarray(jax.nn.softmax(processed_logits(jnp.asarray(TARGET[:1]), settings))[0], np.float64)

@@ -19,7 +19,9 @@ def run(monkeypatch):
     return run
 
 
-@pytest.mark.parametrize(("family", "kv_heads"), [("mini", [4, 1]), ("mini_t5", [4])])
+@pytest.mark.parametrize(
+    ("family", "kv_heads"), [("mini", [4, 1]), pytest.param("mini_t5", [4], marks=pytest.mark.full)]
+)
 def test_all_decode_the_same_tokens(run, tmp_path, capsys, family, kv_heads):
     output = tmp_path / "result.json"
     arguments = [f"--family={family}", "--batch=2", "--new_tokens=5", "--repetitions=1", f"--output={output}"]

@@ -25,6 +25,7 @@ sys.meta_path.insert(0, Block())
 """
 
 
+@pytest.mark.full
 def test_the_script_needs_the_core_only(tmp_path):
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "sitecustomize.py").write_text(BLOCK)

@@ -24,6 +24,7 @@ def tiny_config():
     return parse(command_line.load_config("configs/teacher_t5.py", OVERRIDES))
 
 
+@pytest.mark.full
 @pytest.mark.skipif(not importlib.util.find_spec("transformers"), reason="the parity extra is not installed")
 def test_both_implementations_compute_the_same_loss(tmp_path, monkeypatch, capsys):
     output = tmp_path / "result.json"
@@ -76,6 +77,7 @@ def test_scanned_programs_do_not_grow_with_depth(tiny_config):
     assert lines(5, False) > 1.5 * lines(2, False)
 
 
+@pytest.mark.full
 def test_compile_time_reports_every_form_and_depth(tiny_config):
     rows = compile_time.measure(tiny_config, [1], 1)
     assert [(row["form"], row["layers"]) for row in rows] == [("scanned", 1), ("unrolled", 1)]

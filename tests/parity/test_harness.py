@@ -96,6 +96,7 @@ def test_requests(pair):
     assert stopped[longest] == expected[longest].split(stop)[0] != ""
 
 
+@pytest.mark.full
 def test_tasks(pair, tmp_path, monkeypatch):
     """Multiple choice and generation, from local files through task YAMLs, by the command."""
     import datasets
