@@ -104,15 +104,16 @@ def test_a_search_recommends_what_fits(tiny_config):
 
 def test_decoding_smaller_caches_hold_more_rows():
     raw = DECODING | dict(size="t5_1_1_xxl", kv_heads=(64, 8, 1), inputs_length=2048, new_tokens=512)
-    raw |= dict(batch_size_per_device=96)
+    layers = dict(num_encoder_layers=1, num_decoder_layers=1)
+    raw |= dict(changes=layers, batch_size_per_device=2304)
     found, text = plan.make_plan(raw, parse_topology("gpu:h100:2"), search=False, price=None)
     by_heads = {row["kv_heads"]: row for row in found["rows"]}
     # GQA §2.2: a key and a value of 64 in bfloat16 for each head, layer and position, 2048 across and 512 of its own;
     # two devices hold half of the heads each, and of MQA's one head both hold all.
     for K, cut in ((64, 2), (8, 2), (1, 1)):
         row = by_heads[K]
-        assert row["memory"]["parts"]["cache"] == row["batch"] * 2 * 24 * K * 64 * 2 * (2048 + 512) // cut
-    assert not by_heads[64]["fits_wanted"] and by_heads[64]["batch"] < 192
+        assert row["memory"]["parts"]["cache"] == row["batch"] * 2 * K * 64 * 2 * (2048 + 512) // cut
+    assert not by_heads[64]["fits_wanted"] and by_heads[64]["batch"] < 2 * 2304
     assert by_heads[8]["fits_wanted"] and by_heads[1]["fits_wanted"]
     assert by_heads[64]["batch"] < by_heads[8]["largest_batch"] < by_heads[1]["largest_batch"]
     assert f"the largest batch that fits is {by_heads[64]['batch']}" in text
