@@ -11,28 +11,12 @@ from pathlib import Path
 from tqdm import tqdm
 
 from gqa.command_line import parse_arguments, run
-from gqa.errors import InputError
-
-ROUGE = ("rouge1", "rouge2", "rougeLsum")
-
-
-def scores(answers, predictions) -> dict[str, float]:
-    """Means of ROUGE F-measures, without stemming, as T5 was evaluated (Raffel et al. 2020)."""
-    try:
-        from rouge_score import rouge_scorer
-    except ImportError as error:
-        raise InputError(f"ROUGE needs rouge-score ({error}): pip install 'gqa[data]'") from error
-    scorer = rouge_scorer.RougeScorer(ROUGE)
-    totals = dict.fromkeys(ROUGE, 0.0)
-    for answer, prediction in zip(answers, predictions, strict=True):
-        for name, score in scorer.score(answer, prediction).items():
-            totals[name] += 100 * score.fmeasure
-    return {name: total / len(answers) for name, total in totals.items()}
 
 
 def main() -> None:
     from gqa.data.docstrings import copy_the_name
     from gqa.data.tasks import examples
+    from gqa.evaluation.text_metrics import rouge
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--source", help="Python source (left out: embedded_large, the task's own)")
@@ -40,7 +24,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, metavar="FILE", help="file for the scores as JSON")
     args = parse_arguments(parser)
     found = list(tqdm(examples("docstring", "heldout", source=args.source), unit=" functions", delay=1))[: args.limit]
-    baseline = scores([example.targets for example in found], [copy_the_name(example.inputs) for example in found])
+    baseline = rouge([example.targets for example in found], [copy_the_name(example.inputs) for example in found])
     report = {"functions": len(found), "copy_the_name": {name: round(score, 2) for name, score in baseline.items()}}
     print(json.dumps(report, indent=2))
     if args.output:

@@ -161,17 +161,19 @@ class Sweep:
 
     def _work(self, run: Run, folder: Path, lock: int) -> None:
         (folder / FAILED).unlink(missing_ok=True)
+        from experiments.measure import write_json
+
         start, commands = time.time(), []
         for module, arguments in self._commands(run, folder):
             commands.append(shlex.join(["python", "-m", module, *arguments]))
             code = _call(module, arguments, folder / LOG, lock)
             if code:
                 reason = _last_line(folder / LOG)
-                _write_json(folder / FAILED, run._asdict() | {"command": commands[-1], "code": code, "reason": reason})
+                write_json(folder / FAILED, run._asdict() | {"command": commands[-1], "code": code, "reason": reason})
                 return
         scores = json.loads((folder / "evaluation.json").read_text())
         result = run._asdict() | {name: scores[name] for name in SCORES}
-        _write_json(folder / RESULT, result | {"seconds": time.time() - start, "commands": commands})
+        write_json(folder / RESULT, result | {"seconds": time.time() - start, "commands": commands})
         for name in () if self._config.keep_checkpoints else ("converted", "uptrained"):
             shutil.rmtree(folder / name, ignore_errors=True)
 
@@ -202,6 +204,8 @@ class Sweep:
 
     def collect(self) -> list[dict[str, Any]]:
         """Writes and prints the results so far; the failed runs."""
+        from experiments.measure import write_json
+
         done, failed, waiting = [], [], 0
         for run in self.runs:
             folder = self.workdir / run.name
@@ -212,7 +216,7 @@ class Sweep:
             else:
                 waiting += 1
         columns = [*AXES, *SCORES, "seconds"]
-        _write_json(self.workdir / "results.json", {"runs": done, "failed": failed, "waiting": waiting})
+        write_json(self.workdir / "results.json", {"runs": done, "failed": failed, "waiting": waiting})
         unfinished = self.workdir / "results.tmp"
         with unfinished.open("w", newline="") as file:
             table = csv.DictWriter(file, columns, extrasaction="ignore")
@@ -267,12 +271,6 @@ def _last_line(log: Path) -> str:
     lines = [line for line in log.read_text(errors="replace").replace("\r", "\n").splitlines() if line.strip()]
     errors = [line for line in lines if line.startswith("error:")]
     return (errors or lines or ["it said nothing"])[-1].strip()
-
-
-def _write_json(path: Path, content: dict) -> None:
-    unfinished = path.with_suffix(".tmp")
-    unfinished.write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(unfinished, path)
 
 
 if __name__ == "__main__":

@@ -194,10 +194,10 @@ def _lines(path: Path) -> Iterator[tuple[str, str | BadRow]]:
 
 def _check_columns(path: Path, found: Iterable[str], wanted: set[str]) -> None:
     found = list(found)
+    if not found:
+        raise InputError(f"{path} has no columns; expected {', '.join(sorted(wanted))}")
     for column in sorted(wanted - set(found)):
-        raise InputError(
-            f"{path} has no column {column!r} among {', '.join(found) or 'none'}; nearest: {nearest(column, found)}"
-        )
+        raise InputError(f"{path} has no column {column!r} among {', '.join(found)}; nearest: {nearest(column, found)}")
 
 
 def _fraction(text: str) -> float:

@@ -261,8 +261,13 @@ def main() -> None:
     arguments = parse_arguments(parser)
     from gqa.data.conversations import lines, messages_of
 
+    if arguments.number < 1:
+        raise InputError(f"--number={arguments.number}; expected 1 or more")
     template = Template(arguments.template, Vocabulary(arguments.vocabulary, foreign=True))
-    for number, row in itertools.islice(lines(arguments.input), arguments.number):
+    shown = list(itertools.islice(lines(arguments.input), arguments.number))
+    if not shown:
+        raise InputError(f"{arguments.input} is empty; expected conversations, a JSON object a line")
+    for number, row in shown:
         try:
             example = template.example(messages_of(row))
         except InputError as error:

@@ -249,6 +249,9 @@ def test_show(chat_vocabulary, tmp_path, monkeypatch, capsys):
     assert shown.err == (
         f"error: {file} line 3: there is no 'output' among instruction; expected messages, or instruction and output\n"
     )
+    file.write_text("")
+    code, shown = show(1)
+    assert code == 2 and shown.err == f"error: {file} is empty; expected conversations, a JSON object a line\n"
 
 
 def test_trained_tokens_are_never_the_first(chat_vocabulary):
