@@ -92,7 +92,7 @@ def _draw(cells: dict, teacher: float, sites: str, path: Path) -> None:
         axis.set_title(f"α = {alpha:.0%}")
         axis.grid(alpha=0.3)
     axes[0][0].set_ylabel("held-out loss, nats a token")
-    axes[0][0].legend()
+    axes[0][0].legend(loc="upper right")
     figure.tight_layout()
     figure.savefig(path, dpi=130)
     plt.close(figure)

@@ -50,7 +50,7 @@ def draw(lines: list[dict], unigram: float | None, path: Path) -> None:
     axes.set_xlabel("steps")
     axes.set_ylabel("loss, nats a target token")
     axes.grid(alpha=0.3)
-    axes.legend()
+    axes.legend(loc="upper right")
     figure.savefig(path, dpi=130)
     plt.close(figure)
 

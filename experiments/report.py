@@ -186,7 +186,7 @@ def draw(report: dict, path: Path) -> None:
     axes.set_title("Quality against latency")
     axes.margins(0.15)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=8, loc="upper right")
     figure.savefig(path, dpi=150)
     plt.close(figure)
 

@@ -403,7 +403,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
     axes.set_ylabel("time per sample, s")
     axes.set_title(f"{config['size']}: input {config['inputs_length']}, {config['new_tokens']} new tokens")
     axes.grid(alpha=0.3)
-    axes.legend()
+    axes.legend(loc="upper left")
     figure.savefig(path, dpi=150)
     plt.close(figure)
 

@@ -11,6 +11,7 @@ A step is a folder that appears when it is complete:
 import contextlib
 import json
 import logging
+import re
 import shutil
 import sys
 import time
@@ -349,10 +350,11 @@ def _damage(problems: Mapping[int, str]) -> str:
 
 
 def _reason(error: Exception) -> str:
-    """The system's own words, without the path of calls that TensorStore puts before them."""
+    """The system's own words, without the path of calls that TensorStore puts before them and the details behind."""
     if isinstance(error, OSError):
         return error.strerror or str(error)
-    return " ".join(str(error).split()).rpartition(": ")[2].partition(" [os_error_code")[0]
+    words = re.split(r" \[\w+=", " ".join(str(error).split()))[0]  # then details, in an order that changes
+    return words.rpartition(": ")[2]
 
 
 def _warn(message: str) -> None:
