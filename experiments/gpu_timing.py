@@ -52,10 +52,10 @@ def main() -> None:
     arguments = command_line.parse_arguments(parser)
     if arguments.output.exists():
         raise InputError(f"--output={arguments.output} exists already; name a new folder")
-    from experiments import timing
+    from experiments import bandwidth, timing
 
     if arguments.tiny:
-        timing.COPY_BYTES = 2**20
+        bandwidth.COPY_BYTES = 2**20
     clock = Clock(arguments.seconds)
     command = " ".join(["python -m experiments.gpu_timing", *sys.argv[1:]])
     for part in PARTS:

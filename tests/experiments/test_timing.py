@@ -3,7 +3,7 @@ import sys
 
 import pytest
 
-from experiments import timing
+from experiments import bandwidth, timing
 from gqa import models
 from gqa.errors import InputError
 
@@ -16,24 +16,24 @@ def architecture(size, **changes):
 def test_bytes_of_a_step_of_t5_xxl(kv_heads, gigabytes):
     """Batch 32, 2048 inputs, 256 cached positions, bfloat16: computed by hand once."""
     heads = dict(decoder_self_kv_heads=kv_heads, cross_kv_heads=kv_heads)
-    parts = timing.step_bytes(architecture("t5_1_1_xxl", **heads), 32, 2048, 256, None, None)
+    parts = bandwidth.step_bytes(architecture("t5_1_1_xxl", **heads), 32, 2048, 256, None, None)
     assert sum(parts.values()) == pytest.approx(gigabytes * 1e9, rel=0.02)
     # 2 (key, value) x 24 layers x heads x 64 x 2 bytes x 32 rows x 2048 positions
     assert parts["cross_cache"] == 2 * 24 * kv_heads * 64 * 2 * 32 * 2048
 
 
 def test_bytes_of_a_step_of_llama():
-    parts = timing.step_bytes(architecture("llama_mini", vocab_size=100), 3, 10, 7, None, None)
+    parts = bandwidth.step_bytes(architecture("llama_mini", vocab_size=100), 3, 10, 7, None, None)
     layer = 4 * 64 * 64 + 3 * 64 * 96 + 2 * 64
     assert parts["weights"] == 2 * (2 * layer + 64 * 100)
     assert parts["self_cache"] == 2 * 2 * 4 * 16 * 2 * 3 * 16
     assert parts["cross_cache"] == 0
-    quantised = timing.step_bytes(architecture("llama_mini", vocab_size=100), 3, 10, 7, "int8", None)
+    quantised = bandwidth.step_bytes(architecture("llama_mini", vocab_size=100), 3, 10, 7, "int8", None)
     assert quantised["self_cache"] == 2 * 2 * 4 * (16 + 4) * 3 * 16
     kernels, norms, outputs = 4 * 64 * 64 + 3 * 64 * 96, 2 * 64, 4 * 64 + 2 * 96 + 64  # of a layer
-    int8 = timing.step_bytes(architecture("llama_mini", vocab_size=100), 3, 10, 7, None, "int8")
+    int8 = bandwidth.step_bytes(architecture("llama_mini", vocab_size=100), 3, 10, 7, None, "int8")
     assert int8["weights"] == 2 * (kernels + 2 * norms + 4 * outputs) + 64 * 100 + 4 * 100
-    int4 = timing.step_bytes(architecture("llama_mini", vocab_size=100), 3, 10, 7, None, "int4")
+    int4 = bandwidth.step_bytes(architecture("llama_mini", vocab_size=100), 3, 10, 7, None, "int4")
     # A scale for 64 inputs; the MLP's output has 96, which 32 divides.
     scales = outputs - 64 + 64 * 3
     assert int4["weights"] == 2 * (kernels // 2 + 2 * norms + 4 * scales) + 64 * 100 // 2 + 4 * 100
@@ -49,7 +49,7 @@ def run(tmp_path, monkeypatch):
     config.write_text(
         f"from ml_collections import ConfigDict\n\n\ndef get_config():\n    return ConfigDict({values!r})\n"
     )
-    monkeypatch.setattr(timing, "COPY_BYTES", 2**16)
+    monkeypatch.setattr(bandwidth, "COPY_BYTES", 2**16)
 
     def run(*overrides):
         monkeypatch.setattr(sys, "argv", ["timing.py", f"--config={config}", *overrides])
@@ -60,15 +60,17 @@ def run(tmp_path, monkeypatch):
 
 def test_table_json_and_picture(run, tmp_path, capsys):
     run(f"--output={tmp_path / 'out'}", "--config.weights=None,int4", "--config.cache=None,int8")
+    out = capsys.readouterr().out
     results = json.loads((tmp_path / "out" / "timing.json").read_text())
     kinds = [(row["kv_heads"], row["batch_size"], row["weights"], row["cache"]) for row in results["rows"]]
     assert kinds == [(1, 2, None, None), (4, 2, None, None), (1, 2, "int4", "int8"), (4, 2, "int4", "int8")]
     for row in results["rows"]:
         total = sum(row["step_bytes"].values())
         assert row["gb_per_second"] == pytest.approx(total / row["step_ms"] / 1e6)
-        assert row["share_of_copy"] == pytest.approx(row["gb_per_second"] / results["copy_gb_per_second"], rel=1e-6)
+        assert (row["cache_seconds"] is None) == (row["cache"] == "int8")
+        share = row["gb_per_second"] / results["copy_gb_per_second"]
+        assert f"| {row['gb_per_second']:.1f} | {share:.0%} |" in out
     assert (tmp_path / "out" / "timing.png").read_bytes().startswith(b"\x89PNG")
-    out = capsys.readouterr().out
     assert "| 4 | float32, float32 | 2 |" in out and "| 4 | int4, int8 | 2 |" in out
 
 
