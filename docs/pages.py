@@ -79,12 +79,13 @@ def expand(markdown: str) -> str:
 
 
 def section(heading: str) -> str:
-    """What the README says under a heading, its own subsections one level down, up to the next of its level."""
+    """What the README says under a heading of the second level, up to the next of its kind."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    found = re.search(rf"^(#+) {re.escape(heading)}\n(.*?)(?=^#{{1,2}} |\Z)", text, re.MULTILINE | re.DOTALL)
-    if found is None:
-        raise ValueError(f"README.md has no heading {heading!r}")
-    return found[2].strip()
+    parts = re.split(r"^## (.+)\n", text, flags=re.MULTILINE)  # a shell's comments have one mark
+    headings = dict(zip(parts[1::2], parts[2::2], strict=True))
+    if heading not in headings:
+        raise ValueError(f"README.md has no heading {heading!r}; it has {', '.join(headings)}")
+    return headings[heading].strip()
 
 
 def _relink(markdown: str, base: Path) -> str:

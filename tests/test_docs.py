@@ -36,7 +36,9 @@ def test_every_key_of_a_configuration_is_there_with_its_meaning(pages):
 
 
 def test_sections_of_the_readme_and_links(pages):
-    assert "make quickstart" in pages.section("See it work") and "## " not in pages.section("What it reads")
+    assert "make quickstart" in pages.section("See it work")
+    own = pages.section("Your own checkpoint")
+    assert "# 4. Give it to others" in own and "| know that two are the same function |" in own and "\n## " not in own
     with pytest.raises(ValueError, match="no heading 'Nowhere'"):
         pages.section("Nowhere")
     text = pages.expand("[x](../gqa/plan.py) [y](scaling.md#gpus) ![z](../assets/teacher_curve.png) [w](https://a.b/c)")
