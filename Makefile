@@ -15,7 +15,7 @@ BEST := --method=svd+group+refit --calibrate=embedded_large --calibration_length
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help quickstart test test-full test-data lint format uptrain-full clean
+.PHONY: help quickstart test test-full test-data lint format uptrain-full figures docs clean
 
 help:  ## list these targets
 	@sed -n 's/^\([a-z-]*\):.*## /make \1: /p' Makefile
@@ -50,6 +50,12 @@ format: .venv/.dev  ## mend style and formatting where that is safe
 uptrain-full: .venv/.core  ## run the full uptraining experiment
 	$(RUN) -m experiments.uptrain_full
 
+figures: .venv/.core  ## draw every committed picture again, from committed results: seconds
+	$(RUN) -m experiments.figures --output=experiments/results/figures --redraw
+
+docs: .venv/.docs  ## build the documentation in build/site
+	$(RUN) -m mkdocs build --strict --quiet
+
 clean:  ## remove .venv, build files and caches; keep runs/
 	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
@@ -69,5 +75,10 @@ clean:  ## remove .venv, build files and caches; keep runs/
 
 .venv/.test: .venv/.dev
 	@echo 'Installing torch, transformers and what else the tests compare against into .venv'
-	@$(INSTALL) '.[dev,parity,eval]'
+	@$(INSTALL) '.[dev,parity,eval,docs]'
+	@touch $@
+
+.venv/.docs: .venv/.core
+	@echo 'Installing what builds the documentation into .venv'
+	@$(INSTALL) '.[docs]'
 	@touch $@

@@ -1,4 +1,6 @@
-"""Installs gqa: `pip install -e .`, with extras `data`, `eval`, `parity`, `tpu`, `dev`: `pip install -e '.[eval]'`."""
+"""Installs gqa: `pip install -e .`, with extras `data`, `eval`, `parity`, `tpu`, `docs`, `dev`:
+`pip install -e '.[eval]'`.
+"""
 
 from setuptools import find_packages, setup
 
@@ -39,6 +41,8 @@ EXTRAS = {
     "parity": ["torch==2.13.0", "transformers>=5.23,<6", "ctranslate2>=4.8,<5", "peft", "accelerate"],
     # TPUs, and compiling for TPUs that are not there.
     "tpu": ["jax[tpu]>=0.10,<0.13"],
+    # The documentation as a site.
+    "docs": ["mkdocs>=1.6,<2", "mkdocstrings[python]>=1.0,<2"],
     "dev": ["pytest", "pytest-xdist", "ruff", "hypothesis"],
 }
 

@@ -33,7 +33,7 @@ def report(results: dict[str, Any], folder: Path, name: str) -> str:
     unfinished = folder / f".{name}.md.partial"
     unfinished.write_text(text + f"\n\n`{results['command']}`, commit {results['commit']}.\n")
     os.replace(unfinished, folder / f"{name}.md")
-    _draw(cells, teacher, next(iter(cells))[0], folder / f"{name}.png")
+    draw(results, folder / f"{name}.png")
     return text
 
 
@@ -61,38 +61,9 @@ def _table(cells: dict, teacher: float, sites: str, alpha: float) -> list[str]:
     return lines
 
 
-def _draw(cells: dict, teacher: float, sites: str, path: Path) -> None:
-    import matplotlib
+def draw(results: dict[str, Any], path: Path) -> None:
+    """The losses of conversions at all sites against their key/value heads."""
+    from experiments import pictures, scores
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    alphas = sorted({key[1] for key in cells if key[0] == sites})
-    figure, axes = plt.subplots(1, len(alphas), figsize=(1 + 4.5 * len(alphas), 4.5), sharey=True, squeeze=False)
-    styles = {"mean": "o-", "mean+refit": "s--", "procrustes+renorm": "^:", "svd": "v--", "svd+group+refit": "D-"}
-    shades = dict(zip(styles, ("0.0", "0.45", "0.6", "0.3", "0.15"), strict=True))
-    for axis, alpha in zip(axes[0], alphas, strict=True):
-        control = [loss for key, losses in cells.items() if key[1] == alpha and key[3] == "teacher" for loss in losses]
-        axis.axhline(np.mean(control) if control else teacher, color="0.5", linestyle="-.", label="teacher")
-        for method, style in styles.items():
-            points = sorted(
-                (key[2], np.mean(losses), np.std(losses))
-                for key, losses in cells.items()
-                if key[:2] == (sites, alpha) and key[3] == method
-            )
-            if points:
-                K, loss, spread = zip(*points, strict=True)
-                hollow = "white" if style.endswith("-") and "--" not in style and method != "mean" else shades[method]
-                axis.errorbar(
-                    K, loss, spread, fmt=style, color=shades[method], markerfacecolor=hollow, capsize=3, label=method
-                )
-        axis.set_xscale("log", base=2)
-        axis.set_xticks(ticks := sorted({key[2] for key in cells if key[3] != "teacher"}), map(str, ticks))
-        axis.set_xlabel("key/value heads")
-        axis.set_title(f"α = {alpha:.0%}")
-        axis.grid(alpha=0.3)
-    axes[0][0].set_ylabel("held-out loss, nats a token")
-    axes[0][0].legend(loc="upper right")
-    figure.tight_layout()
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    found = scores.Results(path.stem, scores.of_conversions(results, path.stem))
+    pictures.save(pictures.quality_against_groups(found, "loss"), path)

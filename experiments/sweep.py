@@ -35,7 +35,7 @@ from gqa.errors import InputError
 AXES = ("teacher", "method", "kv_heads", "alpha", "seed")
 SCORES = ("loss", "accuracy", "target_tokens")
 DRAWN = ("random", "+")  # methods, or marks of methods, whose conversion depends on the seed
-RESULT, FAILED, LOG, LOCK = "result.json", "failed.json", "log.txt", ".lock"
+RESULT, FAILED, LOG, LOCK, METRICS = "result.json", "failed.json", "log.txt", ".lock", "metrics.jsonl"
 
 
 class Run(NamedTuple):
@@ -171,6 +171,8 @@ class Sweep:
                 reason = _last_line(folder / LOG)
                 write_json(folder / FAILED, run._asdict() | {"command": commands[-1], "code": code, "reason": reason})
                 return
+        if (history := folder / "uptrained" / METRICS).exists():
+            shutil.copy(history, folder)  # for the figure of stability
         scores = json.loads((folder / "evaluation.json").read_text())
         result = run._asdict() | {name: scores[name] for name in SCORES}
         write_json(folder / RESULT, result | {"seconds": time.time() - start, "commands": commands})

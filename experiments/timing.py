@@ -47,6 +47,7 @@ def measure(config, command: str, output: Path | None, may_go_on: Callable[[], b
     from gqa.training.memory import keep_freed_memory
 
     keep_freed_memory()
+    from experiments import pictures
     from experiments.measure import commit, machine, write_json
     from gqa import models
     from gqa.models.quantize import check_weights
@@ -87,7 +88,7 @@ def measure(config, command: str, output: Path | None, may_go_on: Callable[[], b
     if results["rows"]:
         print(table(results), flush=True)
         if output:
-            draw(results, output / "timing.png")
+            pictures.save(pictures.time_against_groups(results), output / "timing.png")
     return results
 
 
@@ -314,50 +315,6 @@ def _table_of(header: str, rows: list[dict[str, Any]], name: str, cells: Callabl
     """A further table, of the rows that measured `name`."""
     found = [f"| {row['kv_heads']} | {cells(row[name])} |" for row in rows if name in row]
     return ["", header, "|" + "--:|" * (header.count("|") - 1), *found] if found else []
-
-
-def draw(results: dict[str, Any], path: Path) -> None:
-    """Time per sample against groups (GQA fig. 6), and what reading the input and the steps' bytes alone would take."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
-
-    config = results["config"]
-    rows = [
-        row for row in results["rows"] if (row["weights"], row["cache"]) == (config["weights"][0], config["cache"][0])
-    ]
-    K = [row["kv_heads"] for row in rows]
-    times = np.array([row["seconds_per_sample"] for row in rows])
-    spread = np.abs(np.array([row["seconds_per_sample_range"] for row in rows]).T - times)
-    figure, axes = plt.subplots(figsize=(6.5, 4.2), layout="constrained")
-    copy = 1e9 * results["copy_gb_per_second"]
-    parts = {"reading the input": [row["reading_seconds"] / row["batch_size"] for row in rows]}
-    for name in ("weights", "self_cache", "cross_cache"):
-        of_sample = [config["new_tokens"] * row["step_bytes"][name] / row["batch_size"] for row in rows]
-        if any(of_sample):
-            parts[f"{name.replace('_', ' ')} at copy speed"] = [number / copy for number in of_sample]
-    colors = ["0.9", "0.78", "0.66", "0.54"][: len(parts)]
-    axes.stackplot(K, *parts.values(), labels=parts.keys(), colors=colors)
-    axes.errorbar(K, times, spread, fmt="o-", color="black", capsize=3, label="measured")
-    for number, row in zip(K, rows, strict=True):
-        axes.annotate(
-            f"batch {row['batch_size']}",
-            (number, row["seconds_per_sample"]),
-            xytext=(4, 6),
-            textcoords="offset points",
-            fontsize=8,
-        )
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(K, list(map(str, K)))
-    axes.set_ylim(bottom=0)
-    axes.set_xlabel("key/value heads")
-    axes.set_ylabel("time per sample, s")
-    axes.set_title(f"{config['size']}: input {config['inputs_length']}, {config['new_tokens']} new tokens")
-    axes.grid(alpha=0.3)
-    axes.legend(loc="lower right")
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
 from gqa import models, sharding
-from gqa.data.examples import make_task
 from gqa.decode import generate
 from gqa.errors import InputError
 from gqa.planning import hlo
@@ -119,7 +118,7 @@ def bytes_per_device(tree) -> int:
 def batch_shapes(config: RunConfig, architecture: models.ModelConfig) -> dict[str, jax.ShapeDtypeStruct]:
     """The arrays of a training batch, as `gqa.data.packing.packed_row` makes them; no records are needed."""
     data = config.data
-    task = make_task(data.task, data.inputs_length, data.targets_length, architecture.vocab_size)
+    task = data.make_task(architecture.vocab_size)
     has_inputs, family = task.inputs_length > 0, models.family_of(architecture)
     if has_inputs != (family == "t5"):
         tasks = "span_corruption, prefix_lm" if family == "t5" else "causal_lm"

@@ -50,6 +50,8 @@ def test_killed_and_started_again(sweep_file, run_python, tmp_path):
         finished = run_python(*arguments, f"--workdir={folder}")
         assert finished.returncode == 1, finished.stderr
         assert "does not divide" in finished.stdout and "6 done, 3 failed, 0 waiting" in finished.stdout
+        kept = {path.parent.name for path in folder.glob("*/metrics.jsonl")}
+        assert kept == {f"tiny-{run}-a1-s{seed}" for run in ("none-k8", "mean-k2") for seed in (1, 2)}
         with (folder / "results.csv").open() as file:
             tables.append([row | {"seconds": None} for row in csv.DictReader(file)])
     assert tables[0] == tables[1]

@@ -1,0 +1,209 @@
+"""python -m experiments.figures [--runs=DIR …] --output=DIR [--score=loss] [--redraw]
+
+The paper's figures and its Table 1, drawn from results alone, as PNG and SVG, with the paper's own numbers beside them
+where they compare:
+
+    fig3       quality against time per sample
+    fig4       conversion methods
+    fig5       quality against α
+    fig6       time per sample against key/value heads, and what the bytes alone would take
+    heads      quality against key/value heads
+    table1     models by time and quality, Markdown
+    stability  loss spikes and spread over seeds (GQA, appendix A)
+
+--runs are folders that hold results, at any depth: of experiments.sweep, experiments.conversion_methods,
+experiments.uptrain_full and experiments.timing; for the last figure, runs of gqa.train in folders NAME-s1, NAME-s2 ….
+A timing.json in a folder named as a sweep's teacher gives its models' times. What has no results is left out, with
+the command that makes them.
+"""
+
+import argparse
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from experiments import conversion_report, paper, pictures, report, scores, stability
+from experiments.scores import TEACHER, Results, mean_and_spread, model_name
+from gqa import command_line
+from gqa.errors import InputError
+
+RESULTS = Path(__file__).parent / "results"
+PATTERNS = ("results.json", "timing.json", "conversion_methods/*.json", "quickstart/report.json")
+FORMATS = (".png", ".svg")
+
+_SWEEP = "python -m experiments.sweep --config=configs/sweeps/{}.py --workdir=DIR"
+_TIMING = "python -m experiments.timing --config=configs/timing/{}.py --output=DIR/{}"
+MADE_BY = {
+    "fig3": f"{_SWEEP.format('groups')} and {_TIMING.format('teacher_t5', 't5')}",
+    "fig4": _SWEEP.format("methods"),
+    "fig5": _SWEEP.format("alpha"),
+    "fig6": _TIMING.format("t5_xxl", "t5_xxl"),
+    "heads": _SWEEP.format("groups"),
+    "table1": _SWEEP.format("groups"),
+    "stability": f"{_SWEEP.format('alpha')}, whose runs are read, not results.json alone",
+}
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--runs",
+        type=Path,
+        action="append",
+        metavar="DIR",
+        help=f"folder of results; may be repeated ({RESULTS.name}/)",
+    )
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder of the figures")
+    parser.add_argument("--score", default="loss", help="what is drawn of a sweep's scores (default: loss)")
+    parser.add_argument(
+        "--redraw", action="store_true", help="also draw again, in their places, the pictures beside the results"
+    )
+    arguments = command_line.parse_arguments(parser)
+    folders = arguments.runs or [RESULTS]
+    for folder in folders:
+        if not folder.is_dir():
+            raise InputError(f"--runs={folder} is no folder; expected one with results of the experiments")
+    paths = sorted({path for folder in folders for pattern in PATTERNS for path in folder.rglob(pattern)})
+    paths = [path for path in paths if arguments.output.absolute() not in path.absolute().parents]
+    drawn = set()
+    for figure, path in draw(paths, folders, arguments.score, arguments.output):
+        drawn.add(figure)
+        print(path)
+    if arguments.redraw:
+        for path in redraw(paths):
+            print(path)
+    for figure, command in MADE_BY.items():
+        if figure not in drawn:
+            print(f"{figure}: left out, its results are not there: {command}")
+
+
+def draw(paths: Sequence[Path], folders: Sequence[Path], score: str, output: Path) -> Iterator[tuple[str, Path]]:
+    """Writes every figure that there are results for; its name and file, one after the other."""
+    timings = {path.parent.name: _json(path) for path in paths if path.name == "timing.json"}
+    found = [results for path in paths if path.name != "timing.json" and (results := scores.read(path))]
+    names = [results.name for results in found]
+    for name in names:
+        if names.count(name) > 1:
+            raise InputError(f"two results are named {name}; expected different names of their folders")
+    known = sorted({name for results in found for name in results.names})
+    if known and score not in known:
+        nearest = command_line.nearest(score, known)
+        raise InputError(f"--score={score} is in no results; expected one of {', '.join(known)}; nearest: {nearest}")
+    times = sample_times(timings)
+    for results in (results for results in found if score in results.names):
+        timed = any(teacher in timings for teacher in results.teachers)
+        if results.alpha is not None:
+            yield "table1", _write(output / f"table1_{results.name}.md", table_1(results, times))
+        if results.alpha is not None and timed:
+            yield from _save("fig3", results.name, pictures.quality_against_time(results, times, score), output)
+        for teacher in results.teachers:
+            own = results.of(teacher)
+            name = results.name if len(results.teachers) == 1 else f"{results.name}_{teacher}"
+            for figure, drawing in _of_a_teacher(own):
+                yield from _save(figure, name, drawing(own, score), output)
+    for name, results in timings.items():
+        yield from _save("fig6", name, pictures.time_against_groups(results), output)
+    alpha = next((results.alpha for results in found if results.alpha is not None), None)
+    if curves := stability.read(folders, alpha):
+        yield from _save("stability", "runs", pictures.stability(curves), output)
+
+
+def _of_a_teacher(own: Results) -> Iterator[tuple[str, Callable]]:
+    """The figures that one teacher's results are enough for."""
+    converted = [score for score in own.scores if score.method != TEACHER]
+    if len({score.method for score in converted}) > 2:
+        yield "fig4", pictures.methods
+    if len({score.alpha for score in converted}) > 2:
+        yield "fig5", pictures.quality_against_alpha
+    if len({score.kv_heads for score in converted}) > 2 and own.alpha is not None:
+        yield "heads", pictures.quality_against_groups
+
+
+def sample_times(timings: Mapping[str, Mapping[str, Any]]) -> dict[tuple[str, str], tuple[float, float, float]]:
+    """Seconds a sample, median, least and most, by teacher and model; the most heads that are timed are MHA's."""
+    return {
+        (teacher, "MHA" if row["kv_heads"] == max(timing["config"]["kv_heads"]) else model_name(row["kv_heads"])): (
+            row["seconds_per_sample"],
+            *row["seconds_per_sample_range"],
+        )
+        for teacher, timing in timings.items()
+        for row in pictures.first_format(timing)
+    }
+
+
+def table_1(results: Results, times: Mapping[tuple[str, str], Sequence[float]]) -> str:
+    """Markdown laid out as GQA's Table 1: ours, then the paper's."""
+    names = results.names
+    lines = [
+        f"| model | α | seeds | time per sample, s | {' | '.join(names)} |",
+        "|---|--:|--:|--:|" + "--:|" * len(names),
+    ]
+    for teacher in results.teachers:
+        own = results.of(teacher)
+        cells = {name: own.cells(name) for name in names}
+        for key in own.compared():
+            method, kv_heads, alpha = key
+            model = "MHA" if method == TEACHER else model_name(kv_heads)
+            time = f"{times[teacher, model][0]:.4f}" if (teacher, model) in times else ""
+            row = [
+                model
+                + ("" if method == TEACHER else f", {method}")
+                + (f" ({teacher})" if results.teachers[1:] else ""),
+                f"{alpha:.0%}",
+                str(len(cells[names[0]][key])),
+                time,
+            ]
+            for name in names:
+                mean, spread = mean_and_spread(cells[name][key])
+                row.append(f"{mean:.3f} ± {spread:.3f}" if len(cells[name][key]) > 1 else f"{mean:.3f}")
+            lines.append(f"| {' | '.join(row)} |")
+    lines += ["", "Mean and standard deviation over seeds. The paper's (GQA, Table 1; T5, α = 5%):", ""]
+    lines.append(f"| model | time per sample and TPU v4 chip, s | average | {' | '.join(paper.TABLE_1_COLUMNS)} |")
+    lines.append("|---|" + "--:|" * (2 + len(paper.TABLE_1_COLUMNS)))
+    for model, (time, average, tasks) in paper.TABLE_1.items():
+        lines.append(f"| {model} | {time} | {average} | {' | '.join(map(str, tasks))} |")
+    return "\n".join(lines) + "\n"
+
+
+def redraw(paths: Sequence[Path]) -> Iterator[Path]:
+    """Draws the pictures again that the experiments themselves have put beside `paths`."""
+    for path in paths:
+        if path.name == "timing.json":
+            picture = path.with_suffix(".png")
+            pictures.save(pictures.time_against_groups(_json(path)), picture)
+        elif path.parent.name == "conversion_methods":
+            picture = path.with_suffix(".png")
+            conversion_report.draw(_json(path), picture)
+        elif path.name == "report.json":
+            picture = path.with_name("quality_vs_latency.png")
+            report.draw(_json(path), picture)
+        else:
+            continue
+        yield picture
+
+
+def _json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _save(figure: str, name: str, picture: Figure, output: Path) -> Iterator[tuple[str, Path]]:
+    for suffix in FORMATS:
+        path = output / f"{figure}_{name}{suffix}"
+        pictures.save(picture, path)
+        yield figure, path
+
+
+def _write(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(".tmp")
+    unfinished.write_text(text, encoding="utf-8")
+    unfinished.replace(path)
+    return path
+
+
+if __name__ == "__main__":
+    command_line.run(main)

@@ -1,0 +1,141 @@
+"""Scores of converted models as one tidy list, whichever experiment measured them."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+TEACHER = "none"  # the method of the teacher itself, as in a sweep's table
+SHIPPED_HEADS = 8  # of assets/teacher, which experiments.uptrain_full uptrains
+AXES = ("teacher", "method", "kv_heads", "alpha", "seed")
+NOT_SCORES = ("seconds", "target_tokens")
+LABELS = {
+    "loss": "held-out loss, nats a token (lower is better)",
+    "accuracy": "held-out accuracy, share of tokens (higher is better)",
+}
+
+
+class Score(NamedTuple):
+    """What one run scored."""
+
+    teacher: str
+    method: str
+    kv_heads: int
+    alpha: float
+    seed: int
+    values: Mapping[str, float]  # loss, accuracy, …
+
+    @property
+    def model(self) -> str:
+        """As the paper names it: MHA, GQA-8, MQA."""
+        return "MHA" if self.method == TEACHER else model_name(self.kv_heads)
+
+
+class Results(NamedTuple):
+    """The scores of one file of results, all of the same held-out text."""
+
+    name: str  # for the files of its figures
+    scores: Sequence[Score]
+
+    def of(self, teacher: str) -> "Results":
+        """Those of one teacher."""
+        return Results(self.name, [score for score in self.scores if score.teacher == teacher])
+
+    @property
+    def teachers(self) -> list[str]:
+        """In their order in the file."""
+        return list(dict.fromkeys(score.teacher for score in self.scores))
+
+    @property
+    def names(self) -> list[str]:
+        """Of the scores that every run has."""
+        return [name for name in self.scores[0].values if all(name in score.values for score in self.scores)]
+
+    def cells(self, name: str) -> dict[tuple[str, int, float], np.ndarray]:
+        """`{(method, kv_heads, alpha): the score of each seed}` of one teacher's results."""
+        found: dict[tuple[str, int, float], list[float]] = {}
+        for score in self.scores:
+            found.setdefault((score.method, score.kv_heads, score.alpha), []).append(score.values[name])
+        return {key: np.array(values) for key, values in found.items()}
+
+    @property
+    def alpha(self) -> float | None:
+        """The share of uptraining that models are compared at: the paper's 0.05, else the largest; None without any."""
+        shares = {score.alpha for score in self.scores if score.alpha > 0}
+        return 0.05 if 0.05 in shares else max(shares, default=None)
+
+    def compared(self) -> list[tuple[str, int, float]]:
+        """Of one teacher's cells, those of GQA's Table 1: the teacher as it is and uptrained, conversions uptrained."""
+        keys = dict.fromkeys((score.method, score.kv_heads, score.alpha) for score in self.scores)
+        return [key for key in keys if key[2] == self.alpha or (key[0] == TEACHER and key[2] == 0)]
+
+
+def model_name(kv_heads: int) -> str:
+    """Of a conversion to so many key/value heads."""
+    return "MQA" if kv_heads == 1 else f"GQA-{kv_heads}"
+
+
+def mean_and_spread(values: np.ndarray) -> tuple[float, float]:
+    """The mean over seeds and the standard deviation of a sample, 0 of a single one."""
+    return float(values.mean()), float(values.std(ddof=1)) if len(values) > 1 else 0.0
+
+
+def label(name: str) -> str:
+    """A score's axis label."""
+    return LABELS.get(name, name)
+
+
+def read(path: Path) -> Results | None:
+    """The scores in a JSON file of `experiments.sweep`, `conversion_methods` or `uptrain_full`; None of any other."""
+    content = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(content, dict):
+        return None
+    folder = path.parent.name
+    runs, rows = content.get("runs"), content.get("rows")
+    if isinstance(runs, list) and runs and "sites" in runs[0]:
+        return Results(f"{folder}_{path.stem}", of_conversions(content, path.stem))
+    if isinstance(runs, list) and runs and "teacher" in runs[0]:
+        return Results(folder, [of_sweep(run) for run in runs])
+    if isinstance(rows, list) and rows and "loss_mean" in rows[0]:
+        return Results(folder, of_uptrain_full(content))
+    return None
+
+
+def of_sweep(run: Mapping[str, Any]) -> Score:
+    """A run of `experiments.sweep`: every number beside its axes is a score."""
+    values = {
+        name: float(value)
+        for name, value in run.items()
+        if name not in AXES + NOT_SCORES and isinstance(value, int | float)
+    }
+    return Score(*(run[name] for name in AXES), values)
+
+
+def of_conversions(content: Mapping[str, Any], teacher: str) -> list[Score]:
+    """Runs of `experiments.conversion_methods` that convert all of the family's sites."""
+    sites = content["runs"][0]["sites"]
+    return [
+        Score(
+            teacher,
+            TEACHER if run["method"] == "teacher" else run["method"],
+            run["kv_heads"],
+            run["alpha"],
+            run["seed"],
+            {"loss": run["loss"]},
+        )
+        for run in content["runs"]
+        if run["sites"] == sites
+    ]
+
+
+def of_uptrain_full(content: Mapping[str, Any]) -> list[Score]:
+    """Rows of `experiments.uptrain_full`, each seed apart."""
+    found = []
+    for row in content["rows"]:
+        kv_heads = {"MHA": SHIPPED_HEADS, "MQA": 1}.get(row["model"]) or int(row["model"].removeprefix("GQA-"))
+        method, alpha = TEACHER if row["model"] == "MHA" else "mean", content["alpha"] if row["uptrained"] else 0.0
+        losses = row.get("losses", [row["loss_mean"]])
+        found += [Score("t5", method, kv_heads, alpha, seed, {"loss": loss}) for seed, loss in enumerate(losses, 1)]
+    return found

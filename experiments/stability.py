@@ -1,0 +1,76 @@
+"""How steadily runs train (GQA, appendix A): spikes of the training loss, spread of the last held-out loss by seed."""
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from gqa.training import metrics
+
+WINDOW = 11  # lines of metrics before a loss that say what is usual
+FACTOR = 6.0  # robust standard deviations above that are a spike
+
+
+class Curve(NamedTuple):
+    """The losses of one run."""
+
+    model: str  # runs of one model differ in their seed alone
+    seed: int
+    steps: np.ndarray
+    losses: np.ndarray  # of training batches, at `steps`
+    heldout: float | None  # the last one
+
+    @property
+    def spikes(self) -> np.ndarray:
+        """Where in `steps` the loss jumps up."""
+        return spikes(self.losses)
+
+
+def spikes(losses: np.ndarray) -> np.ndarray:
+    """Indices of the losses that jump up: more than `FACTOR` robust standard deviations above the median of the
+    `WINDOW` before them (1.4826 times the median of |loss - that median| over the run), or no number at all.
+    """
+    known = np.isfinite(losses)
+    usual = np.array(
+        [np.median(losses[i - WINDOW : i][known[i - WINDOW : i]]) for i in range(WINDOW, len(losses)) if known[i]]
+    )
+    later = np.flatnonzero(known)[np.flatnonzero(known) >= WINDOW]
+    above = losses[later] - usual
+    scale = 1.4826 * np.median(np.abs(above)) if len(above) else 0.0
+    return np.sort(np.concatenate([np.flatnonzero(~known), later[above > FACTOR * scale]]))
+
+
+def read(folders: Sequence[Path], alpha: float | None) -> list[Curve]:
+    """The runs in `folders`, of gqa.train or of a sweep: folders NAME-s1, NAME-s2 … or NAME-seed1 … hold seeds of NAME.
+
+    Of a sweep those that uptrain for `alpha` (None: the largest) from mean pooling, and the teacher's. Runs of fewer
+    than two seeds are left out.
+    """
+    paths = sorted({path for folder in folders for path in folder.rglob(metrics.JSONL)})
+    found = list(_curves(path.parent for path in paths if not {"checkpoints", "uptrained"} & set(path.parts)))
+    shares = {share for _, share in found if share is not None}
+    wanted = max(shares, default=None) if alpha is None else alpha
+    curves = [curve for curve, share in found if share in (None, wanted)]
+    models = [curve.model for curve in curves]
+    return [curve for curve in curves if models.count(curve.model) > 1]
+
+
+def _curves(runs: Iterator[Path]) -> Iterator[tuple[Curve, float | None]]:
+    """Each run and its α, None where it is not of a sweep."""
+    for run in runs:
+        name, lines, alpha = re.fullmatch(r"(.+?)-(?:s|seed)(\d+)", run.name), metrics.read(run), None
+        if name is None:
+            continue
+        if (run / "result.json").exists():
+            result = json.loads((run / "result.json").read_text(encoding="utf-8"))
+            alpha = result["alpha"]
+            if result["method"] not in ("none", "mean"):
+                continue
+        training = [(line["step"], line["loss"]) for line in lines if line["split"] == "train"]
+        heldout = [line["loss"] for line in lines if line["split"] == "heldout"]
+        if training:
+            steps, losses = map(np.array, zip(*training, strict=True))
+            yield Curve(name[1], int(name[2]), steps, losses, heldout[-1] if heldout else None), alpha

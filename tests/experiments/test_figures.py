@@ -1,0 +1,246 @@
+"""The figures' numbers are the results', read from what is drawn; what has no results is named with its command."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+
+from experiments import figures, paper, pictures, scores, stability
+from experiments.scores import Results, Score, of_sweep
+from gqa.errors import InputError
+
+LOSSES = {  # method, key/value heads, α: by seed
+    ("none", 8, 0.0): [2.0],
+    ("none", 8, 0.02): [1.95],
+    ("none", 8, 0.05): [1.9, 1.92],
+    ("mean", 4, 0.05): [2.0, 2.02],
+    ("mean", 2, 0.0): [4.0],
+    ("mean", 2, 0.02): [2.6],
+    ("mean", 2, 0.05): [2.1, 2.2],
+    ("mean", 1, 0.05): [2.4, 2.8],
+    ("first", 2, 0.05): [2.3],
+    ("random", 2, 0.05): [2.5, 2.6],
+}
+RUNS = [
+    dict(teacher="t5", method=method, kv_heads=K, alpha=alpha, seed=seed, loss=loss, accuracy=loss / 10, seconds=1.0)
+    for (method, K, alpha), losses in LOSSES.items()
+    for seed, loss in enumerate(losses, 1)
+]
+SECONDS = {1: 0.1, 2: 0.2, 4: 0.4, 8: 0.8}
+TIMING = dict(
+    config=dict(
+        size="t5_1_1_small", weights=[None], cache=[None], kv_heads=list(SECONDS), inputs_length=64, new_tokens=10
+    ),
+    copy_gb_per_second=2.0,
+    rows=[
+        dict(
+            kv_heads=K,
+            weights=None,
+            cache=None,
+            batch_size=4,
+            seconds_per_sample=time,
+            seconds_per_sample_range=[0.9 * time, 1.3 * time],
+            reading_seconds=0.04,
+            step_bytes=dict(weights=8_000_000, self_cache=K * 1_000_000, cross_cache=K * 4_000_000),
+        )
+        for K, time in SECONDS.items()
+    ],
+)
+
+
+@pytest.fixture
+def sweep():
+    return Results("groups", [of_sweep(run) for run in RUNS])
+
+
+def drawn(axis, direction="y"):
+    """`{label: [(x, y, half of the error bar)]}` of the error bars of a panel; without bars the half is 0."""
+    found = {}
+    for container in axis.containers:
+        line, _, bars = container.lines
+        segments = bars[0].get_segments() if bars else [[(0, 0), (0, 0)]] * len(line.get_xdata())
+        side = "xy".index(direction)
+        halves = [float(np.ptp([point[side] for point in segment])) / 2 for segment in segments]
+        points = zip(*map(list, (line.get_xdata(), line.get_ydata())), halves, strict=True)
+        found.setdefault(container.get_label(), []).extend(tuple(map(float, point)) for point in points)
+    return found
+
+
+def of(method, K, alpha):
+    """Mean and spread, from the literals above."""
+    losses = LOSSES[method, K, alpha]
+    return np.mean(losses), np.std(losses, ddof=1) if len(losses) > 1 else 0.0
+
+
+def test_quality_against_alpha(sweep):
+    found = drawn(pictures.quality_against_alpha(sweep, "loss").axes[0])
+    wanted = [(100 * alpha, *of("mean", 2, alpha)) for alpha in (0.0, 0.02, 0.05)]
+    np.testing.assert_allclose(found["GQA-2, mean"], wanted, atol=1e-9)
+    np.testing.assert_allclose(found["MHA"][2], (5, *of("none", 8, 0.05)), atol=1e-9)
+    accuracy = drawn(pictures.quality_against_alpha(sweep, "accuracy").axes[0])
+    assert accuracy["GQA-2, mean"][0][1] == pytest.approx(0.4)
+
+
+def test_methods_and_what_the_paper_reads(sweep):
+    *_, ours, papers = pictures.methods(sweep, "loss").axes
+    assert [text.get_text() for text in ours.get_yticklabels()] == ["mean", "first", "random"]
+    found = drawn(ours, "x")
+    for row, method in enumerate(("mean", "first", "random")):
+        mean, spread = of(method, 2, 0.05)
+        np.testing.assert_allclose(found["GQA-2"][row], (mean, row, spread), atol=1e-9)
+    np.testing.assert_allclose(found["MQA"], [(*of("mean", 1, 0.05)[:1], 0, of("mean", 1, 0.05)[1])], atol=1e-9)
+    (read,) = drawn(papers, "x").values()
+    np.testing.assert_allclose(read, [(55.6, 0, 0), (55.25, 1, 0.15), (54.9, 2, 0.3)], atol=1e-9)
+    assert "read off" in papers.get_title()
+    without = Results("t5", [score for score in sweep.scores if score.alpha == 0])
+    assert [axis.get_title() for axis in pictures.methods(without, "loss").axes] == ["α = 0%"]
+
+
+def test_quality_against_time_with_table_1_beside(sweep):
+    times = figures.sample_times({"t5": TIMING})
+    ours, papers = pictures.quality_against_time(sweep, times, "loss").axes
+    found = drawn(ours)
+    # Every model at α = 5 %, the multi-head one as well.
+    assert sorted(found) == ["GQA-2", "GQA-2, first", "GQA-2, random", "GQA-4", "MHA", "MQA"]
+    for name, K, method in (("MHA", 8, "none"), ("GQA-4", 4, "mean"), ("MQA", 1, "mean")):
+        assert found[name][0][:2] == pytest.approx((SECONDS[K], of(method, K, 0.05)[0]))
+    assert {name: points[0][:2] for name, points in drawn(papers).items()} == {
+        name: row[:2] for name, row in paper.TABLE_1.items()
+    }
+
+
+def test_quality_against_groups(sweep):
+    axis = pictures.quality_against_groups(sweep, "loss").axes[-1]
+    assert axis.get_title() == "α = 5%"
+    np.testing.assert_allclose(drawn(axis)["mean"], [(K, *of("mean", K, 0.05)) for K in (1, 2, 4)], atol=1e-9)
+    teacher = next(line for line in axis.lines if line.get_label() == "MHA, α = 5%")
+    assert teacher.get_ydata()[0] == pytest.approx(1.91)
+
+
+def test_time_against_groups_and_the_byte_model():
+    axis = pictures.time_against_groups(TIMING).axes[0]
+    (measured,) = drawn(axis).values()
+    np.testing.assert_allclose([point[:2] for point in measured], list(SECONDS.items()))
+    assert [2 * point[2] for point in measured] == pytest.approx([0.4 * time for time in SECONDS.values()])
+    # At K = 8: 0.04 s for 4 samples, and 10 steps of 8 + 8 + 32 MB for 4 samples at 2 GB/s.
+    top = max(point[1] for area in axis.collections[:4] for path in area.get_paths() for point in path.vertices)
+    assert top == pytest.approx(0.01 + 10 * 48e6 / 4 / 2e9)
+    xxl = pictures.time_against_groups(TIMING | {"config": TIMING["config"] | {"size": "t5_1_1_xxl"}})
+    stars = next(line for line in xxl.axes[0].lines if "the paper" in str(line.get_label()))
+    assert dict(zip(stars.get_xdata(), stars.get_ydata(), strict=True)) == {64: 1.51, 8: 0.28, 1: 0.24}
+
+
+def test_table_1(sweep):
+    lines = figures.table_1(sweep, figures.sample_times({"t5": TIMING})).splitlines()
+    assert lines[0] == "| model | α | seeds | time per sample, s | loss | accuracy |"
+    assert "| MHA | 0% | 1 | 0.8000 | 2.000 | 0.200 |" in lines
+    assert "| MHA | 5% | 2 | 0.8000 | 1.910 ± 0.014 | 0.191 ± 0.001 |" in lines
+    assert "| MQA, mean | 5% | 2 | 0.1000 | 2.600 ± 0.283 | 0.260 ± 0.028 |" in lines
+    assert "| GQA-8-XXL | 0.28 | 47.1 | 43.5 | 45.4 | 47.7 | 36.3 | 47.2 | 28.4 | 81.6 |" in lines
+    assert not any("2.600" in line and "2%" in line for line in lines)  # α = 2 % is no row
+
+
+def wave(spikes=()):
+    """A falling loss with noise that is no spike, and jumps at `spikes`."""
+    losses = 3 - 0.01 * np.arange(60) + 0.03 * np.tile([1, -1, 0], 20)
+    losses[list(spikes)] += 1.0
+    return losses
+
+
+def test_spikes_are_what_jumps_up():
+    assert stability.spikes(wave()).tolist() == []
+    assert stability.spikes(wave([20, 41])).tolist() == [20, 41]
+    diverged = wave()
+    diverged[-2:] = np.nan
+    assert stability.spikes(diverged).tolist() == [58, 59]
+    assert stability.spikes(np.array([1.0, np.nan])).tolist() == [1]
+
+
+def write_run(folder, losses, heldout, result=None):
+    folder.mkdir(parents=True)
+    lines = [{"step": 10 * i, "split": "train", "loss": float(loss)} for i, loss in enumerate(losses)]
+    lines.append({"step": 10 * len(losses), "split": "heldout", "loss": heldout})
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    if result:
+        (folder / "result.json").write_text(json.dumps(result))
+
+
+def test_stability_of_runs_and_of_a_sweep(tmp_path):
+    write_run(tmp_path / "mqa_scratch-s1", wave([20, 41]), 2.9)
+    write_run(tmp_path / "mqa_scratch-s2", wave(), 2.5)
+    write_run(tmp_path / "alone-s1", wave(), 2.0)  # one seed has no spread
+    for seed in (1, 2):
+        for method, alpha in (("mean", 0.05), ("mean", 0.02), ("first", 0.05)):
+            result = {"method": method, "alpha": alpha}
+            write_run(tmp_path / "sweep" / f"t5-{method}-k2-a{alpha:g}-s{seed}", wave([30]), 2.0 + seed / 10, result)
+    curves = stability.read([tmp_path], 0.05)
+    assert [(curve.model, curve.seed) for curve in curves] == [
+        ("mqa_scratch", 1),
+        ("mqa_scratch", 2),
+        ("t5-mean-k2-a0.05", 1),
+        ("t5-mean-k2-a0.05", 2),
+    ]
+    losses, spikes, heldout = pictures.stability(curves).axes
+    np.testing.assert_allclose(drawn(spikes, "x")["mqa_scratch"], [(1.0, 0, np.sqrt(2))])
+    np.testing.assert_allclose(drawn(heldout, "x")["mqa_scratch"], [(2.7, 0, 0.4 / np.sqrt(2))])
+    np.testing.assert_allclose(drawn(heldout, "x")["t5-mean-k2-a0.05"], [(2.15, 1, 0.1 / np.sqrt(2))])
+    marked = [line.get_xdata().tolist() for line in losses.lines if line.get_marker() == "x"]
+    assert marked == [[200, 410], [], [300], [300]]
+
+
+def test_results_of_every_experiment_are_read(tmp_path):
+    committed = figures.RESULTS
+    uptrained = scores.read(committed / "uptrain_full" / "results.json")
+    raw = json.loads((committed / "uptrain_full" / "results.json").read_text())
+    cells = uptrained.cells("loss")
+    row = next(row for row in raw["rows"] if row["model"] == "GQA-2" and row["uptrained"])
+    assert scores.mean_and_spread(cells["mean", 2, 0.05]) == pytest.approx((row["loss_mean"], row["loss_spread"]))
+    assert cells["none", 8, 0.0].tolist() == [raw["teacher_loss"]]
+    conversions = scores.read(committed / "conversion_methods" / "t5.json")
+    assert conversions.name == "conversion_methods_t5" and conversions.alpha is None
+    raw = json.loads((committed / "conversion_methods" / "t5.json").read_text())
+    runs = [run for run in raw["runs"] if (run["method"], run["kv_heads"]) == ("svd+group", 2)]
+    assert conversions.cells("loss")["svd+group", 2, 0.0].tolist() == [run["loss"] for run in runs]
+    assert scores.read(committed / "train_step" / "mini_t5.json") is None
+    values = of_sweep(RUNS[0] | {"target_tokens": 5, "commands": ["x"], "docstring R1": 20})
+    assert values == Score("t5", "none", 8, 0.0, 1, {"loss": 2.0, "accuracy": 0.2, "docstring R1": 20.0})
+
+
+def run_figures(monkeypatch, *arguments):
+    monkeypatch.setattr("sys.argv", ["figures", *map(str, arguments)])
+    figures.main()
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for name, content in (("groups/results.json", {"runs": RUNS}), ("timing/t5/timing.json", TIMING)):
+        (tmp_path / "runs" / name).parent.mkdir(parents=True)
+        (tmp_path / "runs" / name).write_text(json.dumps(content))
+    return tmp_path / "runs"
+
+
+def test_command(folder, tmp_path, monkeypatch, capsys):
+    output = tmp_path / "figures"
+    run_figures(monkeypatch, f"--runs={folder}", f"--output={output}", "--redraw")
+    names = ["fig3_groups", "fig4_groups", "fig5_groups", "heads_groups", "fig6_t5"]
+    wanted = [f"{name}.{suffix}" for name in names for suffix in ("png", "svg")]
+    assert sorted(path.name for path in output.iterdir()) == sorted([*wanted, "table1_groups.md"])
+    assert (folder / "timing" / "t5" / "timing.png").read_bytes() == (output / "fig6_t5.png").read_bytes()
+    assert "α = 5%, groups" in (output / "fig3_groups.svg").read_text()
+    (left_out,) = [line for line in capsys.readouterr().out.splitlines() if "left out" in line]
+    assert left_out.startswith("stability: ") and "configs/sweeps/alpha.py" in left_out
+
+
+def test_bad_input(folder, tmp_path, monkeypatch):
+    with pytest.raises(
+        InputError, match=r"--score=los is in no results; expected one of accuracy, loss; nearest: loss"
+    ):
+        run_figures(monkeypatch, f"--runs={folder}", f"--output={tmp_path / 'out'}", "--score=los")
+    with pytest.raises(InputError, match=r"is no folder"):
+        run_figures(monkeypatch, f"--runs={folder / 'nothing'}", f"--output={tmp_path / 'out'}")
+    (tmp_path / "more" / "groups").mkdir(parents=True)
+    os.link(folder / "groups" / "results.json", tmp_path / "more" / "groups" / "results.json")
+    with pytest.raises(InputError, match="two results are named groups"):
+        run_figures(monkeypatch, f"--runs={folder}", f"--runs={tmp_path / 'more'}", f"--output={tmp_path / 'out'}")
+    assert not (tmp_path / "out").exists()

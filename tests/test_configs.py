@@ -1,0 +1,97 @@
+"""Every file under configs/ is what its command can run; architectures are built of shapes, without an array."""
+
+from functools import lru_cache
+from pathlib import Path
+
+import pytest
+
+from experiments.sweep import Sweep
+from gqa import models
+from gqa.command_line import load_config
+from gqa.planning.decode import DecodeConfig
+from gqa.planning.programs import batch_shapes
+from gqa.training import config as run_config
+
+ROOT = Path(__file__).parent.parent
+PAPER = sorted((ROOT / "configs" / "paper").glob("*.py"))
+TIMING = sorted((ROOT / "configs" / "timing").glob("*.py"))
+
+
+@lru_cache
+def num_parameters(architecture: models.ModelConfig) -> int:
+    return models.num_parameters(models.abstract(architecture))
+
+
+def test_every_folder_is_known():
+    """The configs beside these folders, and posttraining's, are tested in tests/training."""
+    folders = {path.parent.name for path in (ROOT / "configs").rglob("*.py")}
+    assert folders == {"configs", "paper", "plan", "posttraining", "sweeps", "timing"}
+
+
+# Billions of parameters: T5.1.1's public sizes less the keys and values of 48 sites of the decoder.
+BILLIONS = {"large_mha": 0.783, "large_gqa8": 0.733, "large_mqa": 0.689}
+BILLIONS |= {"xxl_mha": 11.135, "xxl_gqa8": 9.726, "xxl_mqa": 9.550}
+HEADS = {"large_mha": 16, "xxl_mha": 64}
+
+
+@pytest.mark.parametrize("path", PAPER, ids=lambda path: path.stem)
+def test_full_size_runs(path):
+    config = run_config.parse(load_config(path))
+    config.check_devices(64)  # a v4:4x4x4 slice
+    kind, model = path.stem.split("_", 1)
+    size, name = model.split("_")
+    architecture = config.model.architecture()
+    K = HEADS.get(model, {"gqa8": 8, "mqa": 1}.get(name))
+    assert set(architecture.kv_heads("decoder_self") + architecture.kv_heads("cross")) == {K}
+    assert set(architecture.kv_heads("encoder_self")) == {architecture.num_heads}
+    assert num_parameters(architecture) / 1e9 == pytest.approx(BILLIONS[model], abs=6e-4)
+    assert config.data.vocabulary == f"t5_1_1_{size}/spiece.model"
+    if kind == "uptrain":  # GQA §2.1, §3.1
+        assert (config.steps, config.train.batch_size, config.schedule_offset) == (50_000, 2048, 1_000_000)
+        lengths = config.data.make_task(32_000)
+        assert (lengths.inputs_length, lengths.targets_length, config.model.dropout_rate) == (512, 114, 0.0)
+    else:
+        assert (config.optimizer.learning_rate, config.train.batch_size, config.model.dropout_rate) == (1e-3, 128, 0.1)
+        long = run_config.parse(load_config(path, ["--config.data.task=arxiv"]))
+        planned = batch_shapes(long, architecture)  # of the task's own lengths
+        assert (planned["inputs"].shape, planned["targets"].shape) == ((128, 2048), (128, 512))
+
+
+def test_timed_models():
+    for path in TIMING:
+        config = load_config(path)
+        assert len(config.weights) == len(config.cache)
+        architecture = models.replace(models.size(config.size), **config.changes, dtype=config.dtype)
+        sites = models.FAMILIES[models.family_of(architecture)].converted_sites
+        for K in config.kv_heads:
+            grouped = models.replace(architecture, **{f"{site}_kv_heads": K for site in sites})
+            assert set(grouped.kv_heads(sites[0])) == {K}
+        # Multi-head attention is among what is timed: all times are read against it.
+        assert max(config.kv_heads) == architecture.num_heads
+
+
+def test_the_timed_teacher_is_the_swept_one():
+    teacher = load_config(ROOT / "configs" / "timing" / "teacher_t5.py")
+    architecture = models.replace(models.size(teacher.size), **teacher.changes)
+    sweep = load_config(ROOT / "configs" / "sweeps" / "groups.py")
+    found = run_config.parse(
+        load_config(ROOT / sweep.teachers.t5.uptrain, ["--config.model.checkpoint=assets/teacher"])
+    )
+    swept = found.model.architecture()
+    for name in ("vocab_size", "d_model", "num_heads", "head_dim", "d_ff", "num_encoder_layers", "num_decoder_layers"):
+        assert getattr(architecture, name) == getattr(swept, name)
+    assert max(teacher.kv_heads) == sweep.teachers.t5.kv_heads
+
+
+@pytest.mark.parametrize(("name", "runs"), [("alpha", 69), ("groups", 34), ("methods", 44)])
+def test_sweeps_have_the_runs_that_they_say(name, runs, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    path = ROOT / "configs" / "sweeps" / f"{name}.py"
+    assert len(Sweep(load_config(path), tmp_path).runs) == runs
+    assert f"{runs} runs" in path.read_text()
+
+
+def test_decoding_plans():
+    for path in (ROOT / "configs" / "plan").glob("*.py"):
+        config = DecodeConfig.of(load_config(path).to_dict())
+        assert [config.architecture(K).kv_heads("cross")[0] for K in config.kv_heads] == list(config.kv_heads)

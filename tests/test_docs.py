@@ -1,0 +1,65 @@
+"""The site's generated parts say what the sources say, and the whole site builds without a warning."""
+
+import dataclasses
+import importlib.util
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from gqa.training.config import RunConfig, TrainConfig
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def pages():
+    spec = importlib.util.spec_from_file_location("pages", ROOT / "docs" / "pages.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_every_key_of_a_configuration_is_there_with_its_meaning(pages):
+    reference = pages.config_reference()
+    for where, kind in pages.sections("config", RunConfig):
+        part = re.search(rf"^## {re.escape(where)}\n(.*?)(?=^## )", reference, re.MULTILINE | re.DOTALL)[1]
+        rows = [line for line in part.splitlines() if line.startswith("| `")]
+        assert [row.split("`")[1] for row in rows] == [field.name for field in dataclasses.fields(kind)]
+    wheres = [where for where, _ in pages.sections("config", RunConfig)]
+    assert {"config", "config.train", "config.uptrain", "config.uptrain.merge", "config.mesh"} <= set(wheres)
+    row = "| `z_loss` | `float` |  | coefficient of log(Z)^2 (T5: 1e-4) |"
+    assert row in reference and pages.comments(TrainConfig)["batch_size"] == "rows a step, over all devices"
+    assert "| `skip_above` | `float or None` | `None` |" in reference
+
+
+def test_sections_of_the_readme_and_links(pages):
+    assert "make quickstart" in pages.section("See it work")
+    own = pages.section("Your own checkpoint")
+    assert "# 4. Give it to others" in own and "| know that two are the same function |" in own and "\n## " not in own
+    with pytest.raises(ValueError, match="no heading 'Nowhere'"):
+        pages.section("Nowhere")
+    text = pages.expand("[x](../gqa/plan.py) [y](scaling.md#gpus) ![z](../assets/teacher_curve.png) [w](https://a.b/c)")
+    assert text == "x [y](scaling.md#gpus) ![z](repository/assets/teacher_curve.png) [w](https://a.b/c)"
+
+
+def test_every_command_is_there(pages):
+    commands = pages.commands()
+    for module in ("gqa.train", "gqa.data.tasks", "checkpoints_tools.convert", "experiments.figures"):
+        assert f"## {module}\n" in commands
+
+
+def test_the_site_builds_without_a_warning(tmp_path):
+    pytest.importorskip("mkdocs", reason="needs the extra docs")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", f"--site-dir={tmp_path / 'site'}"]
+    built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr
+    page = (tmp_path / "site" / "index.html").read_text()
+    assert "make quickstart" in page and "{{" not in page
+    # Nothing is fetched from elsewhere when a page opens.
+    fetched = re.findall(r'<(?:script|link|img)[^>]*(?:src|href)="(https?:[^"]+)"', page)
+    assert fetched == []
+    api = (tmp_path / "site" / "api" / "convert.html").read_text()
+    assert "gqa.convert.pooling" in api
