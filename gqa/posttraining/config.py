@@ -5,6 +5,7 @@ import dataclasses
 from gqa.command_line import nearest
 from gqa.decode.sampling import sampling
 from gqa.errors import InputError
+from gqa.models.heads import nearest_divisors
 from gqa.sharding import MeshConfig
 from gqa.training.config import DTYPES
 from gqa.training.optimizer import OptimizerConfig
@@ -78,7 +79,7 @@ class PPOConfig:
             if self.rollouts % getattr(self, name):
                 raise InputError(
                     f"ppo.{name}={getattr(self, name)} does not divide ppo.rollouts={self.rollouts}; nearest: "
-                    f"{_nearest_divisor(self.rollouts, getattr(self, name))}"
+                    f"{nearest_divisors(self.rollouts, getattr(self, name))}"
                 )
         if self.method == "grpo" and self.samples_per_prompt < 2:
             raise InputError("ppo.samples_per_prompt=1 with grpo; expected 2 or more, such as 8: they are the baseline")
@@ -145,7 +146,3 @@ def _at_least(config, *names: str, prefix: str = "") -> None:
 def _one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise InputError(f"{name}={value!r}; expected one of {', '.join(choices)}; nearest: {nearest(value, choices)}")
-
-
-def _nearest_divisor(total: int, value: int) -> int:
-    return min((n for n in range(1, total + 1) if total % n == 0), key=lambda n: abs(n - value))
