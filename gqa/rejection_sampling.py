@@ -29,7 +29,7 @@ def main() -> None:
     arguments, raw_config = command_line.parse(parser)
     output = arguments.output
     if output.suffix != ".jsonl":
-        raise InputError(f"--output={output}; expected a name that ends in .jsonl, such as {output.with_suffix('.jsonl')}")
+        raise InputError(f"--output={output}; expected a name that ends in .jsonl")
     if output.exists():
         raise InputError(f"--output={output} exists already; name a new file")
     if not output.parent.is_dir():

@@ -13,18 +13,21 @@ rate 1e-6, 512 rollouts, mini-batches of 64, one epoch, beta 0.01, 200 to 400 it
 from ml_collections import ConfigDict, config_dict
 
 
-def get_config() -> ConfigDict:
-    """The run."""
-    optimizer = dict(
+def _adam(learning_rate: float) -> dict:
+    return dict(
         name="adamw",
         schedule="constant",
-        learning_rate=5e-5,
+        learning_rate=learning_rate,
         clip_norm=1.0,
         beta1=0.9,
         beta2=0.95,
         epsilon=1e-5,
         weight_decay=config_dict.placeholder(float),
     )
+
+
+def get_config() -> ConfigDict:
+    """The run."""
     return ConfigDict(
         dict(
             policy="runs/sft/model",
@@ -52,8 +55,8 @@ def get_config() -> ConfigDict:
                 beta=0.01,
                 kl_limit=10.0,
             ),
-            optimizer=optimizer,
-            value_optimizer=optimizer | dict(learning_rate=1e-4),
+            optimizer=_adam(5e-5),
+            value_optimizer=_adam(1e-4),
             train=dict(
                 steps=100,
                 seed=0,

@@ -345,10 +345,11 @@ def _line(step: int, metrics: dict[str, float]) -> str:
         explained = metrics["explained_variance"]
         value = f", value loss {metrics['value_loss']:.3f} ({explained:.0%} explained)"
     return (
-        f"iteration {step}: reward {metrics['reward']:+.3f} (best {metrics['reward_max']:+.2f}), KL {metrics['kl']:.2f} "
-        f"nats, entropy {metrics['entropy']:.2f}, {metrics['clipped']:.1%} clipped{value}, {metrics['length']:.1f} tokens, "
-        f"sampler and trainer differ by {metrics['sampler_difference']:.1e}; {metrics['iteration_seconds']:.1f} s: "
-        f"{metrics['generation_seconds']:.1f} generation, {metrics['gradient_seconds']:.1f} gradient steps"
+        f"iteration {step}: reward {metrics['reward']:+.3f} (best {metrics['reward_max']:+.2f}), "
+        f"KL {metrics['kl']:.2f} nats, entropy {metrics['entropy']:.2f}, {metrics['clipped']:.1%} clipped{value}, "
+        f"{metrics['length']:.1f} tokens, sampler and trainer differ by {metrics['sampler_difference']:.1e}; "
+        f"{metrics['iteration_seconds']:.1f} s: {metrics['generation_seconds']:.1f} generation, "
+        f"{metrics['gradient_seconds']:.1f} gradient steps"
     )
 
 

@@ -73,7 +73,7 @@ def sampling_config(folders, prompts_file, tiny_vocabulary):
     """A function (name of a config, dotted changes) -> that config of configs/posttraining on the tiny models."""
 
     def make(name: str, changes: dict) -> ConfigDict:
-        config = load_config(ROOT / "configs" / "posttraining" / f"{name}.py", ["--config.prompts=x"]).unlock()
+        config = load_config(ROOT / "configs" / "posttraining" / f"{name}.py", ["--config.prompts=x"])
         values = dict(
             policy=str(folders["policy"]),
             reward=str(folders["reward"]),

@@ -67,7 +67,7 @@ def test_the_reward_grows(whole, folders, liked):
     assert 0 < heldout[2]["kl"] < 10
     assert max(line["sampler_difference"] for line in train) < 1e-4
     assert train[0]["kl"] == pytest.approx(0, abs=1e-4) < train[-1]["kl"]
-    assert train[0]["entropy"] > 5 and all(0 <= line["clipped"] < 1 for line in train)
+    assert train[0]["entropy"] > 4 and all(0 <= line["clipped"] < 1 for line in train)
     assert train[-1]["value_loss"] < train[0]["value_loss"] or train[-1]["explained_variance"] > 0
     every = metrics.read(workdir)
     assert all(0 < line["useful_share"] <= 1 for line in of(every, "train"))
@@ -81,7 +81,8 @@ def test_the_reward_grows(whole, folders, liked):
 
 def liked_share(folder, ids):
     """How probable the liked tokens are after some prompt."""
-    model = checkpoints.load(folder, dtype="float32", param_dtype="float32", scan_layers=False, remat="none", dropout_rate=0.0)
+    choices = dict(dtype="float32", param_dtype="float32", scan_layers=False, remat="none", dropout_rate=0.0)
+    model = checkpoints.load(folder, **choices)
     logits = jax.jit(lambda model: model(np.arange(3, 13)[None]))(model)
     return float(jax.nn.softmax(logits[0, -1])[np.array(ids)].sum())
 
@@ -114,17 +115,19 @@ def test_an_interrupted_run_ends_the_same(whole, start, tmp_path, monkeypatch):
 def test_an_unfinished_run_is_a_checkpoint(whole, start, tmp_path, monkeypatch, liked):
     """Told to stop, it saves; its newest policy is read by whoever reads checkpoints, and is the best where it is so."""
     workdir, lines = whole
-    line = ppo._line
+    write = metrics.MetricsWriter.write
 
-    def stop(step, found):
-        if step == 3:
+    def stop(self, step, split, values):
+        write(self, step, split, values)
+        if (step, split) == (3, "train"):
             os.kill(os.getpid(), signal.SIGTERM)
-        return line(step, found)
 
-    monkeypatch.setattr(ppo, "_line", stop)
+    monkeypatch.setattr(metrics.MetricsWriter, "write", stop)
     with pytest.raises(KeyboardInterrupt, match="SIGTERM at iteration 3: saved; the same command goes on from there"):
         start(tmp_path / "run")
-    contents = checkpoints.read(tmp_path / "run", dtype="float32", param_dtype="float32")
+    contents = checkpoints.read(
+        tmp_path / "run", dtype="float32", param_dtype="float32", scan_layers=False, remat="none", dropout_rate=0.0
+    )
     assert contents.config.vocab_size == 256 and [file.name for file in contents.companions] == ["characters.model"]
     assert liked_share(tmp_path / "run", liked) > 0
     assert start(tmp_path / "run") == lines
@@ -155,12 +158,12 @@ def test_grpo_learns_without_a_value_model(start, tmp_path):
 
 def test_it_stops_early_and_keeps_the_best(start, tmp_path):
     """Steps far too large for the policy: what is kept is the initial one."""
-    changes = {"optimizer.learning_rate": 1.0, "ppo.kl_limit": 1.0, "train.eval_every": 1, "train.patience": 2}
+    changes = {"optimizer.learning_rate": 1.0, "ppo.kl_limit": 1.0, "train.eval_every": 1, "train.patience": 3}
     lines = start(tmp_path / "run", changes)
     finished = json.loads((tmp_path / "run" / "finished.json").read_text())
     losses = {line["step"]: line["loss"] for line in of(lines, "heldout")}
     best = min(losses, key=losses.get)
-    assert finished == {"step": STEPS, "stopped": best + 2, "best": best} and best + 2 < STEPS
+    assert finished == {"step": STEPS, "stopped": best + 3, "best": best} and best + 3 < STEPS
     train = of(lines, "train")
     assert train[1]["kl"] > 1 and train[2]["beta"] == pytest.approx(0.02), "above the limit, beta doubles"
 

@@ -37,7 +37,8 @@ def run(sampling_config):
 def test_the_best_of_all_rounds():
     first = [kept("a", "old", 1.0, 1), kept("b", "old", 5.0, 1), kept("c", "old", 2.0, 1)]
     second = [kept("a", "poor", 0.5, 2), kept("a", "new", 3.0, 2), kept("b", "new", 5.0, 2), kept("d", "new", 0.0, 2)]
-    found = {line.messages[0]["content"]: (line.messages[1]["content"], line.round) for line in rejection.merge([first, second])}
+    merged = rejection.merge([first, second])
+    found = {line.messages[0]["content"]: (line.messages[1]["content"], line.round) for line in merged}
     assert found == {"a": ("new", 2), "b": ("old", 1), "c": ("old", 1), "d": ("new", 2)}
 
 
