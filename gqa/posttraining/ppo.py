@@ -320,7 +320,9 @@ _POLICY_METRICS = {
 def prompt_numbers(total: int, count: int, step: int, seed: int) -> list[int]:
     """The prompts of an iteration: `count` further ones of an endless row of permutations of all, by seed."""
     places = range(step * count, (step + 1) * count)
-    orders = {epoch: np.random.default_rng((seed, 0, epoch)).permutation(total) for epoch in {p // total for p in places}}
+    orders = {
+        epoch: np.random.default_rng((seed, 0, epoch)).permutation(total) for epoch in {p // total for p in places}
+    }
     return [int(orders[place // total][place % total]) for place in places]
 
 

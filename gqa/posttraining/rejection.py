@@ -182,9 +182,7 @@ def _score_all(
             tokens_BT, lengths_B = padded(here, B, length)
             is_safety_B = np.zeros(B, bool)
             is_safety_B[: len(here)] = is_safety[first : first + B]
-            found = rollouts.score(
-                reward, safety, tokens_BT, lengths_B, is_safety_B, gate=config.safety_gate, size=B
-            )
+            found = rollouts.score(reward, safety, tokens_BT, lengths_B, is_safety_B, gate=config.safety_gate, size=B)
             scores += np.asarray(found)[: len(here)].tolist()
             bar.update(len(here))
     return scores

@@ -128,7 +128,12 @@ def prepare(
             _variance(returns_BN, weights_BN), 1e-8
         )
     batch = Batch(
-        responses, measured.log_probs_BN, measured.reference_BN, advantages_BN, values_BN=values_BN, returns_BN=returns_BN
+        responses,
+        measured.log_probs_BN,
+        measured.reference_BN,
+        advantages_BN,
+        values_BN=values_BN,
+        returns_BN=returns_BN,
     )
     return batch, metrics
 

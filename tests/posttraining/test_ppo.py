@@ -18,13 +18,13 @@ from gqa.training import metrics
 
 pytestmark = pytest.mark.usefixtures("compilation_cache")
 STEPS = 6
-RATE = {"optimizer.learning_rate": 5e-3, "value_optimizer.learning_rate": 5e-3, "optimizer.epsilon": 1e-8}
+RATE = {"optimizer.learning_rate": 2e-3, "value_optimizer.learning_rate": 2e-3, "optimizer.epsilon": 1e-8}
 CHANGES = RATE | {
     "ppo.rollouts": 32,
     "ppo.minibatch": 16,
     "ppo.beta": 0.01,
     "train.steps": STEPS,
-    "train.heldout": 12,
+    "train.heldout": 20,
     "train.eval_every": 3,
     "train.save_every": 2,
 }
@@ -48,10 +48,17 @@ def history(workdir):
 
 
 @pytest.fixture(scope="module")
-def whole(start, tmp_path_factory):
-    """A run that nothing disturbed."""
-    workdir = tmp_path_factory.mktemp("runs") / "whole"
-    return workdir, start(workdir)
+def finished():
+    return {}
+
+
+@pytest.fixture
+def whole(start, finished, tmp_path_factory, compilation_cache):
+    """A run that nothing disturbed, its folder and history; made once."""
+    if not finished:
+        workdir = tmp_path_factory.mktemp("runs") / "whole"
+        finished["whole"] = workdir, start(workdir)
+    return finished["whole"]
 
 
 def of(lines, split):
@@ -72,8 +79,8 @@ def test_the_reward_grows(whole, folders, liked):
     every = metrics.read(workdir)
     assert all(0 < line["useful_share"] <= 1 for line in of(every, "train"))
     # The final model says what is liked.
-    finished = json.loads((workdir / "finished.json").read_text())
-    assert finished == {"step": STEPS, "stopped": STEPS, "best": min(heldout, key=lambda line: line["loss"])["step"]}
+    said = json.loads((workdir / "finished.json").read_text())
+    assert said == {"step": STEPS, "stopped": STEPS, "best": min(heldout, key=lambda line: line["loss"])["step"]}
     assert (workdir / "model" / "characters.model").is_file()
     shares = [liked_share(folder, liked) for folder in (folders["policy"], workdir / "model")]
     assert shares[1] > shares[0] + 0.15
