@@ -22,7 +22,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -113,6 +113,7 @@ class _Generator:
         import jax
 
         from gqa import checkpoints
+        from gqa.checkpoints.source import identity
         from gqa.decode import batches
         from gqa.decode.speculative import check_draft
         from gqa.evaluation.checkpoint_text import CheckpointText
@@ -126,7 +127,7 @@ class _Generator:
         choices = dict(dtype=dtype, param_dtype=dtype, scan_layers=False, remat="none", dropout_rate=0.0)
         contents = checkpoints.read(checkpoint, **choices)
         self.batches, self.config = batches, contents.config
-        self.identity = _identity(contents.weight_files)
+        self.identity = identity(contents.weight_files)
         self.is_decoder = isinstance(contents.config, LlamaConfig)
         self.side = CheckpointText(checkpoint, contents)
         self.vocabulary, self.bos_ids, self.eos_ids = self.side.vocabulary, self.side.bos_ids, self.side.eos_ids
@@ -144,7 +145,7 @@ class _Generator:
             draft_contents = checkpoints.read(draft, **choices)
             check_draft(contents.config, draft_contents.config, draft_tokens)
             _check_same_tokenizer(self.vocabulary.path, draft)
-            self.outputs["draft"] = [_identity(draft_contents.weight_files), draft_tokens]
+            self.outputs["draft"] = [identity(draft_contents.weight_files), draft_tokens]
             self.draft = batches.Draft(load(draft), draft_tokens)
         self.model = load(checkpoint)
 
@@ -192,11 +193,6 @@ class _Generator:
     def all_tokens(self, prompts: Mapping[int, list[int]]) -> Iterator[tuple[int, list[int]]]:
         """New tokens of every prompt with its number, as they finish."""
         return self.batches.generate_all(self.model, prompts, self.settings, self.draft)
-
-
-def _identity(files: Iterable[Path]) -> dict[str, list[int]]:
-    """What tells whether files are still the same."""
-    return {str(file.absolute()): [file.stat().st_size, file.stat().st_mtime_ns] for file in files}
 
 
 def _check_same_tokenizer(vocabulary: Path, draft: Path) -> None:

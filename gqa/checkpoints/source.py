@@ -1,6 +1,6 @@
 """What a format of checkpoints hands over, and what all formats check alike."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,6 +29,12 @@ COMPANIONS += ("chat_template.jinja", "generation_config.json")
 def companions(directory: Path) -> list[Path]:
     """The files of a folder that are of `COMPANIONS`."""
     return sorted({file for pattern in COMPANIONS for file in directory.glob(pattern) if file.is_file()})
+
+
+def identity(files: Iterable[Path]) -> dict[str, list[int]]:
+    """What tells whether files are still the same."""
+    stats = {str(file.absolute()): file.stat() for file in files}
+    return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
 
 
 def match(

@@ -23,7 +23,7 @@ from gqa.errors import InputError
 ARCHITECTURE = "architecture.json"
 CONFIG, MODEL, STEPS = "config.json", "model", "checkpoints"  # of a run's folder
 _ARRAYS = "default"  # where Orbax puts the arrays of a step
-_MODEL_KEY = ".model"
+_MODEL_KEY, _POLICY_KEY = ".model", ".policy.model"  # the second of a run of gqa.ppo
 # A stack of layers is one chunk of its file, and layers are asked for one by one.
 _CACHE_BYTES = 1 << 29
 
@@ -46,13 +46,14 @@ def read(directory: Path, run_choices: Mapping[str, Any]) -> Contents:
         instead = f"use {workdir / MODEL}" if (workdir / MODEL).is_dir() else "start the run once more"
         raise InputError(f"{workdir} has no {ARCHITECTURE}, which a run writes when it starts; {instead}")
     for what in ("adapter", "reward"):
-        if _run_config(workdir).get(what) is not None:
+        if isinstance(_run_config(workdir).get(what), Mapping):
             raise InputError(f"{workdir} trains {what} parameters; use {workdir / MODEL}, which is there at its end")
     raw = hf_config.read_json(workdir / ARCHITECTURE)
     hf_config.family(raw, workdir / ARCHITECTURE)
     choices = {**run_choices, "tied_logits": hf_config.ties_logits(raw)}
     config = hf_config.read(raw, workdir / ARCHITECTURE, choices)
-    table, tensors = _table(config), _open(step / _ARRAYS)
+    key = _POLICY_KEY if "ppo" in _run_config(workdir) else _MODEL_KEY
+    table, tensors = _table(config, key), _open(step / _ARRAYS, key)
     sources = match(step, table, tensors, ignored=lambda name: False)
     files = sorted(path for path in step.rglob("*") if path.is_file())
     return Contents(config, sources, files, hf_config.token_ids_of(raw), _companions(workdir))
@@ -77,13 +78,13 @@ def _steps(directory: Path) -> list[Path]:
     return [path for path in directory.iterdir() if _is_step(path)]
 
 
-def _table(config: models.ModelConfig) -> dict[str, Row]:
+def _table(config: models.ModelConfig, model_key: str) -> dict[str, Row]:
     abstract = models.abstract(config)
     rows = {}
     for (key_path, _), parameter in zip(
         jax.tree_util.tree_leaves_with_path(abstract), parameters(abstract), strict=True
     ):
-        key = _MODEL_KEY + jax.tree_util.keystr(key_path)
+        key = model_key + jax.tree_util.keystr(key_path)
         for number, path in enumerate(parameter.paths):
             rows[_name(key, number) if parameter.stacked else key] = Row(path, SAME)
     return rows
@@ -93,7 +94,7 @@ def _name(key: str, layer: int) -> str:
     return f"{key}[{layer}]"
 
 
-def _open(arrays: Path) -> dict[str, Tensor]:
+def _open(arrays: Path, model_key: str) -> dict[str, Tensor]:
     """The model's parameters in the folder of a step's arrays, those of a stack one by one."""
     context = tensorstore.Context({"cache_pool": {"total_bytes_limit": _CACHE_BYTES}})
     base = f"file://{arrays.absolute()}/"
@@ -101,11 +102,11 @@ def _open(arrays: Path) -> dict[str, Tensor]:
     try:
         keys = tensorstore.KvStore.open({"driver": "ocdbt", "base": base}, context=context).result().list().result()
         names = sorted({key.decode().rpartition("/")[0] for key in keys})
-        for key in (name for name in names if name.startswith(f"{_MODEL_KEY}.")):
+        for key in (name for name in names if name.startswith(f"{model_key}.")):
             store = {"driver": "ocdbt", "base": base, "path": f"{key}/"}
             array = tensorstore.open({"driver": "zarr", "kvstore": store}, open=True, context=context).result()
             dtype, shape = array.dtype.numpy_dtype, tuple(array.shape)
-            if key.startswith((f"{_MODEL_KEY}.encoder[", f"{_MODEL_KEY}.decoder[")):
+            if key.startswith((f"{model_key}.encoder[", f"{model_key}.decoder[")):
                 for layer in range(shape[0]):
                     read = partial(_read, arrays, key, array, layer)
                     tensors[_name(key, layer)] = Tensor(_name(key, layer), arrays, shape[1:], dtype, read)
@@ -127,8 +128,9 @@ def _companions(workdir: Path) -> list[Path]:
     """A finished run's model has them beside it; before, the run's configuration names the vocabulary."""
     if (workdir / MODEL).is_dir():
         return companions(workdir / MODEL)
-    data = _run_config(workdir).get("data")
-    named = data.get("vocabulary") if isinstance(data, dict) else None
+    found = _run_config(workdir)
+    named = found.get("data", found)  # a run of gqa.ppo has no such section
+    named = named.get("vocabulary") if isinstance(named, dict) else None
     # Of a vocabulary's suffix only: a copy must not take the place of the new checkpoint's own files.
     good = isinstance(named, str) and Path(named).suffix == ".model" and Path(named).is_file()
     return [Path(named)] if good else []

@@ -24,7 +24,7 @@ import numpy as np
 from gqa.command_line import nearest
 from gqa.data.corpus import HELDOUT_FRACTION, SPLITS
 from gqa.data.examples import TRAINED
-from gqa.data.templates import Example, Template, Unusable
+from gqa.data.templates import Example, Template, Unusable, check
 from gqa.errors import InputError
 
 # Llama 2 §3.2.1, from the least distinct; a rating is its place here, 0 where a line has none.
@@ -95,6 +95,33 @@ def pair_of(row: Mapping) -> tuple[list[dict], list[dict], int]:
     return chosen, rejected, 0 if rating is None else RATINGS.index(rating) + 1
 
 
+def prompt_of(row: Mapping) -> list[dict]:
+    """The messages of a line up to the last user's: of a prompt alone, of a preference or of a conversation.
+
+    Raises `InputError` for a line that is none of these, and for an empty prompt.
+    """
+    if "prompt" in row:
+        prompt = row["prompt"]
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    elif "messages" in row or "instruction" in row:
+        messages = messages_of({"output": "", **row})
+    else:
+        found = ", ".join(map(str, row)) or "nothing"
+        raise InputError(f"there is no 'prompt' among {found}; expected prompt, messages or instruction")
+    if isinstance(messages, Sequence) and messages and isinstance(messages[-1], Mapping):
+        messages = messages[:-1] if messages[-1].get("role") == "assistant" else messages
+    check(messages)
+    if not messages[-1]["content"].strip():
+        raise InputError("the prompt is empty; expected some text")
+    return messages
+
+
+def fraction_of(prompt) -> float:
+    """A number in [0, 1) for what a user asks (text or messages): those of the least are held out."""
+    text = json.dumps(prompt, sort_keys=True)
+    return int(hashlib.sha256(text.encode()).hexdigest()[:8], 16) / 16**8
+
+
 def last_turn_only(messages: Sequence[dict]) -> list[dict]:
     """The messages with no loss on any response but the last."""
     return [
@@ -130,10 +157,9 @@ class Conversations:
         self._rows: dict[str, list[tuple[int, dict]]] = {split: [] for split in SPLITS}
         fractions = {}
         for number, row in lines(source):
-            with _of_line(source, number):
+            with of_line(source, number):
                 prompt = row.get("prompt") if task == "preferences" else messages_of(row)[:-1]
-            text = json.dumps(prompt, sort_keys=True)
-            fractions[number] = int(hashlib.sha256(text.encode()).hexdigest()[:8], 16) / 16**8, row
+            fractions[number] = fraction_of(prompt), row
         least = min((fraction for fraction, _ in fractions.values()), default=0.0)
         threshold = max(HELDOUT_FRACTION, least + 16**-8)  # a few lines may have none under 5 %: then the lowest
         for number, (fraction, row) in fractions.items():
@@ -156,7 +182,7 @@ class Conversations:
         skipped = self.skipped[split] = Counter()
         for number, row in self._rows[split]:
             try:
-                with _of_line(self.source, number):
+                with of_line(self.source, number):
                     yield self._chunk(number, row, template, max_tokens)
             except Unusable as unusable:
                 skipped[unusable.reason] += 1
@@ -173,7 +199,7 @@ class Conversations:
 
 
 @contextlib.contextmanager
-def _of_line(source: str, number: int) -> Iterator[None]:
+def of_line(source: str | Path, number: int) -> Iterator[None]:
     """Adds file and line to an `InputError` raised within."""
     try:
         yield

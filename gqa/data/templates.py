@@ -166,6 +166,14 @@ class Template:
             raise InputError(f"message {len(messages)}, the last, is a response; expected a user's")
         return self._encode(self._pieces(messages)).tokens.tolist()
 
+    def response(self, tokens: Sequence[int]) -> str:
+        """The text of a response that the model gave to a `prompt`, without what the template puts around it."""
+        special = set(self._chat.special_ids.values()) if self._chat else set()
+        text = self.vocabulary.decode([id for id in tokens if id < self.vocabulary.size and id not in special])
+        if self.name == "human_bot":
+            text = text.rstrip().removesuffix("<human>:")
+        return text.strip()
+
     def _pieces(self, messages: Sequence[Message]) -> Pieces:
         if self._chat is not None:
             plain = [

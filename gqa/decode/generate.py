@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gqa.decode.sampling import Sampling, next_tokens
+from gqa.decode.sampling import Sampling, log_probs, next_tokens
 from gqa.errors import InputError
 from gqa.models import Model, ModelConfig, llama, t5
 from gqa.nn.cache import Cache
@@ -32,6 +32,7 @@ class State(NamedTuple):
     limits_B: jax.Array  # how many it may have, at most N
     finished_B: jax.Array  # True after an EOS, at the limit, and for rows that are not there
     rows_B: jax.Array  # each row's number for the random draws, whatever batch it is in
+    log_probs_BN: jax.Array | None = None  # of the new tokens, where they are kept (`with_log_probs`)
 
 
 def generate(
@@ -175,11 +176,15 @@ def decode_program(model: Model, state: State, steps, min_running, eos_E, sampli
         step, state = step_and_state
         logits_B1V, cache = model.decode_step(state.inputs_B1, state.cache)
         next_B = next_tokens(logits_B1V[:, 0], sampling, key, state.rows_B, state.counts_B)
+        log_probs_BN = state.log_probs_BN
+        # A finished row writes behind the end: nowhere.
+        places_B = jnp.where(state.finished_B, state.tokens_BN.shape[1], state.counts_B)
+        if log_probs_BN is not None:
+            of_next_B = log_probs(logits_B1V[:, 0], sampling, next_B)
+            log_probs_BN = log_probs_BN.at[jnp.arange(B), places_B].set(of_next_B, mode="drop")
         next_B = jnp.where(state.finished_B, PAD_ID, next_B)
         if cache.index.ndim:  # a row that is finished stays where it is
             cache = cache._replace(index=jnp.where(state.finished_B, state.cache.index, cache.index))
-        # A finished row writes behind the end: nowhere.
-        places_B = jnp.where(state.finished_B, state.tokens_BN.shape[1], state.counts_B)
         tokens_BN = state.tokens_BN.at[jnp.arange(B), places_B].set(next_B, mode="drop")
         counts_B = state.counts_B + ~state.finished_B
         return step + 1, state._replace(
@@ -188,9 +193,29 @@ def decode_program(model: Model, state: State, steps, min_running, eos_E, sampli
             tokens_BN=tokens_BN,
             counts_B=counts_B,
             finished_B=state.finished_B | (counts_B >= state.limits_B) | jnp.isin(next_B, eos_E),
+            log_probs_BN=log_probs_BN,
         )
 
     return jax.lax.while_loop(unfinished, decode_tokens, (jnp.int32(0), state))[1]
+
+
+def with_log_probs(state: State) -> State:
+    """A state before its first step that keeps the log-probability of each new token, as it was drawn."""
+    return state._replace(log_probs_BN=jnp.zeros(state.tokens_BN.shape, jnp.float32))
+
+
+@functools.partial(jax.jit, static_argnames="times")
+def repeated(state: State, times: int, rows_B: jax.Array) -> State:
+    """Every row of a decoder's new state `times` times, beside each other: many samples of a prompt read once.
+
+    `rows_B` numbers all of the rows for the draws.
+    """
+    cache = llama.DecoderCache(
+        jax.tree.map(lambda leaf: jnp.repeat(leaf, times, axis=1), state.cache.self_attention),
+        jnp.repeat(state.cache.index, times, axis=0),
+    )
+    others = jax.tree.map(lambda leaf: jnp.repeat(leaf, times, axis=0), state._replace(cache=None))
+    return others._replace(cache=cache, rows_B=rows_B)
 
 
 @functools.partial(jax.jit, static_argnames=("batch_size", "length", "max_new_tokens", "cache_dtype"))

@@ -66,3 +66,11 @@ def next_tokens(
         return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
     draw = jax.vmap(jax.random.categorical)
     return draw(row_keys(key, rows_B, steps_B), processed_logits(logits_BV, sampling)).astype(jnp.int32)
+
+
+def log_probs(logits_BV: jax.Array, sampling: Sampling | None, tokens_B: jax.Array) -> jax.Array:
+    """`log p` of each row's token in the distribution that it was drawn from, float32 `[B]`."""
+    if sampling is not None:
+        logits_BV = processed_logits(logits_BV, sampling)
+    chosen_B = jnp.take_along_axis(logits_BV, tokens_B[:, None], axis=-1)[:, 0]
+    return chosen_B - jax.nn.logsumexp(logits_BV, axis=-1)

@@ -9,7 +9,7 @@ import jax
 
 from gqa import checkpoints, models
 from gqa.checkpoints.hf_config import read_json
-from gqa.checkpoints.source import Contents
+from gqa.checkpoints.source import Contents, identity
 from gqa.data.tokenizer_json import TokenizerJson
 from gqa.data.vocabulary import Vocabulary
 from gqa.errors import InputError
@@ -71,8 +71,7 @@ class TextModel:
         contents = checkpoints.read(checkpoint, **self._choices)
         self.config: models.ModelConfig = contents.config
         self.text = CheckpointText(checkpoint, contents)
-        files = {str(file.absolute()): file.stat() for file in contents.weight_files}
-        self.identity = {name: [stat.st_size, stat.st_mtime_ns] for name, stat in files.items()}
+        self.identity = identity(contents.weight_files)
 
     @functools.cached_property
     def model(self) -> models.Model:

@@ -163,7 +163,7 @@ class Llama(nnx.Module):
           prefix_BT: True where a token belongs to a prefix that all of its document may see; `None`: causal.
           dropout_key: random key of dropout at `config.dropout_rate`; `None`: no dropout.
         """
-        return self._logits(
+        return self.unembed(
             self.features(
                 decoder_inputs_BT,
                 decoder_segments_BT=decoder_segments_BT,
@@ -246,7 +246,7 @@ class Llama(nnx.Module):
         x_BTD, caches = apply_stacks(
             layer_fn, self.decoder, x_BTD, cache.self_attention, scan=config.scan_layers, remat="none"
         )
-        return self._logits(self.decoder_norm(x_BTD)), DecoderCache(caches, cache.index + T)
+        return self.unembed(self.decoder_norm(x_BTD)), DecoderCache(caches, cache.index + T)
 
     def unstacked(self) -> "Llama":
         """The same model with one layer per stack: the form for decoding."""
@@ -269,7 +269,8 @@ class Llama(nnx.Module):
         x_BTD = embed(self.embedding, tokens_BT, self.config.dtype)
         return constrain(dropped(x_BTD, dropout, 0), "batch", "length", "activation")
 
-    def _logits(self, x_BTD) -> jax.Array:
+    def unembed(self, x_BTD: jax.Array) -> jax.Array:
+        """Logits `[B, T, V]` float32 of `features`."""
         if self.config.tied_logits:
             logits_BTV = unembed(self.embedding, x_BTD)
         else:

@@ -46,6 +46,21 @@ def whiten(values: jax.Array, weights: jax.Array, *, shift_mean: bool) -> jax.Ar
     return whitened if shift_mean else whitened + mean
 
 
+def combined_scores(helpfulness_B: jax.Array, safety_B: jax.Array, is_safety_B: jax.Array, *, gate: float) -> jax.Array:
+    """`logit(R_c)` of two reward models' scores, which are logits: the safety model's where the prompt is tagged as one of
+    safety or its probability is below `gate` (Llama 2: 0.15), else the helpfulness model's (Llama 2 §3.2.3)."""
+    return jnp.where(is_safety_B | (jax.nn.sigmoid(safety_B) < gate), safety_B, helpfulness_B)
+
+
+def group_advantages(scores_B: jax.Array, group_size: int) -> jax.Array:
+    """Scores less the mean of their group, over its standard deviation (GRPO, Shao et al. 2024 §4.1.2).
+
+    A group is `group_size` neighbours, the samples of one prompt.
+    """
+    of_group = lambda scores: whiten(scores, jnp.ones_like(scores), shift_mean=True)  # noqa: E731
+    return jax.vmap(of_group)(scores_B.reshape(-1, group_size)).reshape(-1)
+
+
 def token_rewards(scores_B: jax.Array, kl_BT: jax.Array, weights_BT: jax.Array, beta: float) -> jax.Array:
     """`-β KL` at each token, and the score at the last one (Llama 2 eq. 4 by token; Ziegler et al. 2019 eq. 2)."""
     last_BT = weights_BT * (jnp.cumsum(weights_BT, axis=-1) == jnp.sum(weights_BT, axis=-1, keepdims=True))

@@ -25,6 +25,7 @@ from gqa.training.optimizer import OptimizerConfig
 from gqa.training.preferences import DPOConfig, RewardConfig
 
 DTYPES = ("float32", "bfloat16")
+Run = typing.TypeVar("Run")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -294,10 +295,13 @@ MAY_CHANGE += ("distillation.cache", "dpo.reference", "uptrain.alpha", "train.ac
 MAY_CHANGE += tuple(f"mesh.{axis}" for axis in MESH_AXES)
 
 
-def parse(config: ml_collections.ConfigDict | Mapping) -> RunConfig:
-    """The validated run of a config file's dictionary; an unknown or missing key raises `InputError`."""
+def parse(config: ml_collections.ConfigDict | Mapping, kind: type[Run] = RunConfig) -> Run:
+    """The validated run of a config file's dictionary; an unknown or missing key raises `InputError`.
+
+    `kind` is the dataclass of the run.
+    """
     raw = config.to_dict() if isinstance(config, ml_collections.ConfigDict) else config
-    return _build(RunConfig, raw, "config")
+    return _build(kind, raw, "config")
 
 
 def _build(kind: type, raw: Mapping, where: str):
@@ -335,7 +339,7 @@ def _coerce(hint, value, where: str):
     raise InputError(f"{where}={value!r} is a {type(value).__name__}; expected {names.replace('NoneType', 'None')}")
 
 
-def to_json(config: RunConfig) -> dict:
+def to_json(config) -> dict:
     """The run as plain JSON values."""
 
     def plain(value):

@@ -258,3 +258,12 @@ def test_trained_tokens_are_never_the_first(chat_vocabulary):
     for name in templates.TEMPLATES[:-1]:
         example = Template(name, chat_vocabulary).example(ONE)
         assert not example.trained[0] and example.trained.dtype == bool and example.tokens.dtype == np.int32
+
+
+@pytest.mark.parametrize("name", ["alpaca", "openbezoar", "human_bot", "llama2", "tokenizer"])
+def test_a_response_without_what_its_template_adds(chat_vocabulary, tokenizer, name):
+    """What follows the prompt, read as a response, is the assistant's text again; ids of nothing are passed over."""
+    template = tokenizer(CHATML) if name == "tokenizer" else Template(name, chat_vocabulary)
+    whole, prompt = template.example(TWO).tokens.tolist(), template.prompt(TWO[:-1])
+    assert whole[: len(prompt)] == prompt
+    assert template.response([*whole[len(prompt) :], 149]) == "c"

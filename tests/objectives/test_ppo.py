@@ -8,7 +8,9 @@ import pytest
 from gqa.errors import InputError
 from gqa.objectives.ppo import (
     clipped_objective,
+    combined_scores,
     generalised_advantages,
+    group_advantages,
     kl_estimate,
     token_rewards,
     value_loss,
@@ -113,3 +115,17 @@ def test_rewards_by_token():
         beta=0.1,
     )
     np.testing.assert_allclose(found, [[-0.1, -0.2, 4.7], [-0.1, 6.8, 0.0]], rtol=1e-6)
+
+
+def test_two_reward_models_as_one():
+    """σ(-2) = 0.12 is below the gate 0.15, σ(-1.5) = 0.18 is not; a tagged prompt has its safety score whatever it is."""
+    found = combined_scores(
+        jnp.array([5.0, 5.0, 5.0]), jnp.array([-2.0, -1.5, 3.0]), jnp.array([False, False, True]), gate=0.15
+    )
+    np.testing.assert_array_equal(found, [-2.0, 5.0, 3.0])
+
+
+def test_group_advantages_by_hand():
+    """1, 2, 3 have mean 2 and deviation 1; a group whose samples are alike teaches nothing."""
+    found = group_advantages(jnp.array([1.0, 2.0, 3.0, 4.0, 4.0, 4.0]), 3)
+    np.testing.assert_allclose(found, [-1, 0, 1, 0, 0, 0], atol=1e-6)

@@ -1,0 +1,104 @@
+"""The checkpoints of post-training by sampling, opened together: all of one vocabulary."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+from jax.sharding import Mesh
+
+from gqa import checkpoints
+from gqa.checkpoints import reward
+from gqa.checkpoints.source import Contents
+from gqa.data.templates import Template
+from gqa.data.vocabulary import Vocabulary
+from gqa.decode.generate import check_lengths
+from gqa.errors import InputError
+from gqa.models.llama import Llama, LlamaConfig
+from gqa.models.reward import RewardModel
+from gqa.posttraining.config import SampledConfig
+from gqa.posttraining.prompts import Prompt
+
+
+class Opened(NamedTuple):
+    """What was found in the folders, before any weight is read."""
+
+    template: Template
+    policy: Contents
+    eos_ids: tuple[int, ...]  # tokens that end a response
+
+    @property
+    def token_ids(self) -> dict[str, int | list[int]]:
+        """For the policy's `config.json`."""
+        return self.policy.token_ids or self.template.vocabulary.token_ids
+
+    @property
+    def tokenizer_files(self) -> list[Path]:
+        """What a copy of the policy takes along."""
+        files = self.policy.companions
+        return files if any(file.suffix == ".model" for file in files) else [*files, self.template.vocabulary.path]
+
+
+def run_choices(config: SampledConfig) -> dict:
+    """What the checkpoints do not say; parameters are float32."""
+    return dict(dtype=config.dtype, param_dtype="float32", scan_layers=False, remat="none", dropout_rate=0.0)
+
+
+def open_all(config: SampledConfig, others: dict[str, str | None]) -> Opened:
+    """Checks the policy and `others` (name of the config's field -> folder or `None`) against the vocabulary.
+
+    Raises `InputError` for a folder that is no decoder's and for one of another vocabulary.
+    """
+    vocabulary = Vocabulary(config.vocabulary, foreign=True)
+    template = Template(config.template, vocabulary)
+    policy = _open("policy", config.policy, config, vocabulary)
+    if template.num_ids > policy.config.vocab_size:
+        raise InputError(
+            f"vocabulary {config.vocabulary} has {template.num_ids} ids, policy {config.policy} "
+            f"{policy.config.vocab_size}; expected the policy's own"
+        )
+    for name, folder in others.items():
+        if folder is None:
+            continue
+        other = _open(name, folder, config, vocabulary).config
+        if other.vocab_size != policy.config.vocab_size:
+            raise InputError(
+                f"{name} {folder} is of another vocabulary: {other.vocab_size} ids, the policy has "
+                f"{policy.config.vocab_size}; expected one tuned from the same model"
+            )
+        if other.max_position < policy.config.max_position:
+            check_lengths(other, config.inputs_length, config.new_tokens)
+    eos_ids = (policy.token_ids or {}).get("eos_token_id", [])
+    eos_ids = set(eos_ids if isinstance(eos_ids, list) else [eos_ids])
+    return Opened(template, policy, tuple(sorted((eos_ids | {vocabulary.eos_id}) - {-1})))
+
+
+def load_policy(folder: str, config: SampledConfig, mesh: Mesh | None = None) -> Llama:
+    """The policy, or a reference."""
+    return checkpoints.load(folder, mesh=mesh, **run_choices(config))
+
+
+def load_reward(folder: str | None, config: SampledConfig, mesh: Mesh | None = None) -> RewardModel | None:
+    """A reward model; `None` where there is none."""
+    return None if folder is None else reward.load(Path(folder), mesh=mesh, **run_choices(config))
+
+
+def prompt_length(prompts: list[Prompt], config: SampledConfig, opened: Opened) -> int:
+    """The one length that all prompts are padded to: that of the longest, up to a multiple of 8.
+
+    Raises `InputError`, with its line, for a prompt whose response does not fit the policy's positions.
+    """
+    longest = max(prompts, key=lambda prompt: len(prompt.tokens))
+    try:
+        check_lengths(opened.policy.config, len(longest.tokens), config.new_tokens)
+    except InputError as error:
+        raise InputError(f"{config.prompts} line {longest.line}: {error}") from None
+    return -(-len(longest.tokens) // 8) * 8
+
+
+def _open(name: str, folder: str, config: SampledConfig, vocabulary: Vocabulary) -> Contents:
+    contents = checkpoints.read(folder, **run_choices(config))
+    if not isinstance(contents.config, LlamaConfig):
+        raise InputError(f"{name} {folder} is an encoder-decoder; expected a decoder")
+    for file in contents.companions or []:
+        if file.suffix == ".model" and file.read_bytes() != vocabulary.path.read_bytes():
+            raise InputError(f"{name} {folder} is of another vocabulary: {file.name} differs from {vocabulary.path}")
+    return contents
