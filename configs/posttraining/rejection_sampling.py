@@ -8,7 +8,8 @@ temperature lies moves while the model is trained, so look each round.
 
     python -m gqa.rejection_sampling --config=configs/posttraining/rejection_sampling.py --output=runs/round1.jsonl \\
         --config.prompts=prompts.jsonl
-    python -m gqa.train --config=configs/posttraining/sft.py --workdir=runs/rejection1 --config.data.source=runs/round1.jsonl
+    python -m gqa.train --config=configs/posttraining/sft.py --workdir=runs/rejection1 \\
+        --config.data.source=runs/round1.jsonl
 """
 
 from ml_collections import ConfigDict, config_dict

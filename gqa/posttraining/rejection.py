@@ -118,8 +118,8 @@ def _run(config: RejectionConfig, output: Path) -> None:
     print(statistics.table(by_temperature), end="")
     earlier_rounds = sum(line.round < this_round for line in kept)
     print(
-        f"wrote {output}: round {this_round}, {len(kept)} conversations, {earlier_rounds} of them of former rounds, mean "
-        f"score {np.mean([line.score for line in kept]):.3f}; {without} prompts without a whole response"
+        f"wrote {output}: round {this_round}, {len(kept)} conversations, {earlier_rounds} of them of former rounds, "
+        f"mean score {np.mean([line.score for line in kept]):.3f}; {without} prompts without a whole response"
     )
 
 

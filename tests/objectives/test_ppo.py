@@ -118,7 +118,7 @@ def test_rewards_by_token():
 
 
 def test_two_reward_models_as_one():
-    """σ(-2) = 0.12 is below the gate 0.15, σ(-1.5) = 0.18 is not; a tagged prompt has its safety score whatever it is."""
+    """σ(-2) = 0.12 is below the gate 0.15, σ(-1.5) = 0.18 is not; a tagged prompt has its safety score in any case."""
     found = combined_scores(
         jnp.array([5.0, 5.0, 5.0]), jnp.array([-2.0, -1.5, 3.0]), jnp.array([False, False, True]), gate=0.15
     )

@@ -50,7 +50,10 @@ def liking_model():
 
 @pytest.fixture(scope="session")
 def folders(tiny_run, tiny_vocabulary, tmp_path_factory):
-    """Checkpoints by name: `policy`; `talker`, whose sentinels end its texts; `reward`, which likes `LIKED`; `safety`, which likes the others."""
+    """Checkpoints by name.
+
+    `policy`; `talker`, the same, whose texts any sentinel ends; `reward`, which likes `LIKED`; `safety`, which does not.
+    """
     root = tmp_path_factory.mktemp("checkpoints")
     one_layer = {**tiny_run("llama").model.changes, "num_layers": 1}
     architecture = tiny_run("llama", {"model.changes": one_layer}).model.architecture()

@@ -17,8 +17,8 @@ from gqa.training import config as run_config
 from gqa.training import metrics
 
 pytestmark = pytest.mark.usefixtures("compilation_cache")
-STEPS = 12
-RATE = {"optimizer.learning_rate": 3e-3, "value_optimizer.learning_rate": 3e-3, "optimizer.epsilon": 1e-8}
+STEPS = 8
+RATE = {"optimizer.learning_rate": 6e-3, "value_optimizer.learning_rate": 6e-3, "optimizer.epsilon": 1e-8}
 CHANGES = RATE | {
     "ppo.rollouts": 32,
     "ppo.minibatch": 16,
@@ -68,14 +68,14 @@ def of(lines, split):
 def test_the_reward_grows(whole, folders, liked):
     workdir, lines = whole
     train, heldout = of(lines, "train"), of(lines, "heldout")
-    assert [line["step"] for line in heldout] == [0, 4, 8, 12] and [line["step"] for line in train] == list(range(1, 13))
+    assert [line["step"] for line in heldout] == [0, 4, 8] and [line["step"] for line in train] == list(range(1, 9))
     assert heldout[0]["reward"] == pytest.approx(0, abs=1e-5) and heldout[0]["kl"] == pytest.approx(0, abs=1e-4)
     assert heldout[-1]["reward"] > 1 and train[-1]["reward"] > train[0]["reward"] + 1
-    assert 0 < heldout[-1]["kl"] < 10
+    assert 0 < heldout[-1]["kl"] < 15
     assert max(line["sampler_difference"] for line in train) < 1e-4
     assert train[0]["kl"] == pytest.approx(0, abs=1e-4) < train[-1]["kl"]
     assert train[0]["entropy"] > 4 and all(0 <= line["clipped"] < 1 for line in train)
-    assert train[-1]["value_loss"] < train[0]["value_loss"] or train[-1]["explained_variance"] > 0
+    assert train[-1]["explained_variance"] > 0 > train[0]["explained_variance"], "the value model learns"
     every = metrics.read(workdir)
     assert all(0 < line["useful_share"] <= 1 for line in of(every, "train"))
     # The final model says what is liked.
@@ -113,15 +113,15 @@ def test_an_interrupted_run_ends_the_same(whole, start, tmp_path, monkeypatch):
     assert start(tmp_path / "parts") == lines
     for name in ("model/model.safetensors", "finished.json"):
         assert (tmp_path / "parts" / name).read_bytes() == (workdir / name).read_bytes()
-    with pytest.raises(InputError, match="holds a finished run of 12 steps"):
+    with pytest.raises(InputError, match="holds a finished run of 8 steps"):
         start(tmp_path / "parts")
-    with pytest.raises(InputError, match="holds a run with ppo.beta=0.01, this one has 0.1"):
+    with pytest.raises(InputError, match=r"holds a run with ppo\.beta=0.01, this one has 0.1"):
         start(tmp_path / "parts", {"ppo.beta": 0.1})
 
 
 def test_an_unfinished_run_is_a_checkpoint(whole, start, tmp_path, monkeypatch, liked):
-    """Told to stop, it saves; its newest policy is read by whoever reads checkpoints, and is the best where it is so."""
-    workdir, lines = whole
+    """Told to stop, it saves; its newest policy is read by whoever reads checkpoints, and it goes on."""
+    _, lines = whole
     write = metrics.MetricsWriter.write
 
     def stop(self, step, split, values):

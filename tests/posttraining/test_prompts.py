@@ -89,5 +89,5 @@ def test_no_prompt_is_on_both_sides(read, tmp_path):
     assert not {prompt.line for prompt in train} & {prompt.line for prompt in heldout}
     unseen = Conversations(str(tmp_path / "prompts.jsonl"), "preferences").names("heldout")
     assert {int(line) for line in unseen} <= {prompt.line for prompt in heldout}
-    with pytest.raises(InputError, match="train.heldout=101 of 200 prompts; expected at most half: 100"):
+    with pytest.raises(InputError, match=r"train\.heldout=101 of 200 prompts; expected at most half: 100"):
         held_out(prompts, 101)
