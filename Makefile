@@ -69,5 +69,5 @@ clean:  ## remove .venv, build files and caches; keep runs/
 
 .venv/.test: .venv/.dev
 	@echo 'Installing torch, transformers and what else the tests compare against into .venv'
-	@$(INSTALL) '.[dev,parity,eval]'
+	@$(INSTALL) '.[dev,parity,eval,clean]'
 	@touch $@
