@@ -75,7 +75,7 @@ clean:  ## remove .venv, build files and caches; keep runs/
 
 .venv/.test: .venv/.dev
 	@echo 'Installing torch, transformers and what else the tests compare against into .venv'
-	@$(INSTALL) '.[dev,parity,eval,docs]'
+	@$(INSTALL) '.[dev,parity,eval,clean,docs]'
 	@touch $@
 
 .venv/.docs: .venv/.core

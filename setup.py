@@ -1,4 +1,4 @@
-"""Installs gqa: `pip install -e .`, with extras `data`, `eval`, `parity`, `tpu`, `docs`, `dev`:
+"""Installs gqa: `pip install -e .`, with extras `data`, `clean`, `beam`, `eval`, `parity`, `tpu`, `docs`, `dev`:
 `pip install -e '.[eval]'`.
 """
 
@@ -37,6 +37,10 @@ EXTRAS = {
     ],
     # Scores of generated text, and the LM Evaluation Harness.
     "eval": ["rouge-score", "sacrebleu", "lm_eval>=0.4.13", "tokenizers"],
+    # Cleaning text: repair, near-duplicates, a guess of the language (its model is in the package).
+    "clean": ["ftfy>=6.3", "datasketch>=2.0", "py3langid>=0.4"],
+    # Preparing and cleaning on many machines; it holds protobuf below 7 and pyarrow below 26.
+    "beam": ["apache-beam>=2.77"],
     # The other implementations that the tests compare against.
     "parity": ["torch==2.13.0", "transformers>=5.23,<6", "ctranslate2>=4.8,<5", "peft", "accelerate"],
     # TPUs, and compiling for TPUs that are not there.

@@ -18,12 +18,14 @@ from __future__ import annotations
 
 import argparse
 import ast
+import dataclasses
 import difflib
 import errno
 import sys
 import traceback
 import types
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import typing
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -149,6 +151,54 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> ml_collectio
         except RequiredValueError:
             raise InputError(f"config.{key} has no value; expected --config.{key}=VALUE") from None
     return config.lock()
+
+
+def build(kind: type, raw: Mapping, where: str) -> Any:
+    """The dataclass `kind` of a section of a configuration, its own sections too.
+
+    `where` names it in the `InputError` for an unknown or missing key and for a value of another type.
+    """
+    if not isinstance(raw, Mapping):
+        raise InputError(
+            f"{where}={raw!r}; expected a section with {', '.join(f.name for f in dataclasses.fields(kind))}"
+        )
+    hints, values = typing.get_type_hints(kind), dict(raw)
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    for name in values:
+        one_of(where, name, fields)
+    for name, field in fields.items():
+        if name not in values and field.default is dataclasses.MISSING:
+            raise InputError(f"{where}.{name} is missing")
+        if name in values:
+            values[name] = coerce(hints[name], values[name], f"{where}.{name}")
+    return kind(**values)
+
+
+def coerce(hint: Any, value: Any, where: str) -> Any:
+    """`value` as the type that `hint` says; an int is a valid float. Raises `InputError` for another."""
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if value is None and type(None) in options:
+        return None
+    for option in options:
+        if dataclasses.is_dataclass(option):
+            return build(option, value, where)
+        origin = typing.get_origin(option) or option
+        if origin is float and isinstance(value, int) and not isinstance(value, bool):
+            return float(value)
+        if origin is Mapping and isinstance(value, Mapping):
+            return types.MappingProxyType(dict(value))
+        if isinstance(origin, type) and isinstance(value, origin) and isinstance(value, bool) == (origin is bool):
+            return value
+    names = " or ".join(getattr(option, "__name__", str(option)) for option in options)
+    raise InputError(f"{where}={value!r} is a {type(value).__name__}; expected {names.replace('NoneType', 'None')}")
+
+
+def one_of(where: str, value: str, choices: Iterable[str]) -> None:
+    """Raises `InputError`, naming the nearest, for a value that is none of the choices."""
+    if value not in choices:
+        raise InputError(
+            f"{where}: unknown {value!r}; expected one of {', '.join(choices)}; nearest: {nearest(str(value), choices)}"
+        )
 
 
 def _parse_known(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:

@@ -77,7 +77,9 @@ class Corpus:
         self._paths: dict[str, Path] = {}
         content_hashes: dict[str, str] = {}
         seen = set()
-        for name, path, text in self._candidates():
+        for name, path, text in texts(source):
+            if text is None:
+                continue
             content_hash = hashlib.sha256(text.encode()).hexdigest()
             if not text.strip() or content_hash in seen:
                 continue
@@ -116,16 +118,27 @@ class Corpus:
     def digest(self, split: str) -> str:
         return self._digests[split]
 
-    def _candidates(self) -> Iterator[tuple[str, Path, str]]:
-        for name, path in _files(self.source):
-            text = _read_text(path)
-            if text is None:
-                continue
-            if self._single_file:
-                for i, block in enumerate(_blocks(text)):
-                    yield f"{name}:{i}", path, block
-            else:
-                yield name, path, text
+
+def texts(source: str) -> Iterator[tuple[str, Path, str | None]]:
+    """Name, file and text of every document of a source, copies and blank ones too; `None`: it is not UTF-8.
+
+    Raises `InputError` for a source that is neither embedded nor a path.
+    """
+    single_file = source not in _EMBEDDED and Path(source).is_file()
+    for name, path in _files(source):
+        text = _read_text(path)
+        if single_file and text is not None:
+            for i, block in enumerate(_blocks(text)):
+                yield f"{name}:{i}", path, block
+        else:
+            yield name, path, text
+
+
+def count(source: str) -> int:
+    """About how many documents a source has, from the names and sizes of its files. Errors as of `texts`."""
+    if source not in _EMBEDDED and Path(source).is_file():
+        return 1 + Path(source).stat().st_size // BLOCK_CHARACTERS
+    return sum(1 for _ in _files(source))
 
 
 def _standard_library() -> Iterator[tuple[str, Path]]:

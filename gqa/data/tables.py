@@ -9,6 +9,7 @@ A row that cannot be read (not JSON, not UTF-8, a column missing or of another t
 as there is no more than one in `GOOD_ROWS_PER_BAD`; otherwise the first of them is an `InputError` with file and line.
 """
 
+import contextlib
 import csv
 import hashlib
 import json
@@ -21,6 +22,7 @@ from gqa.data.corpus import HELDOUT_FRACTION
 from gqa.errors import InputError
 
 SUFFIXES = (".jsonl", ".csv", ".tsv", ".parquet")
+BAD = "bad row"  # why a row is left out
 GOOD_ROWS_PER_BAD = 1000
 
 _SPLITS_BY_NAME = {
@@ -33,6 +35,9 @@ _COUNTED_FROM = 100  # bad rows; so many are no accident, unless there are GOOD_
 
 class BadRow(InputError):
     """A row that cannot be read."""
+
+
+Located = tuple[str, dict[str, str] | BadRow]  # where it stands, such as `FILE line 7`, and the row
 
 
 class Table:
@@ -56,6 +61,17 @@ class Table:
         self.skipped: dict[str, Counter] = {split: Counter() for split in self._files}
 
     @property
+    def all_files(self) -> list[Path]:
+        """Its files; `InputError` where their names split them: then one of the splits is asked for."""
+        if not self._by_hash:
+            raise InputError(f"the files of {self.path} are split by name; name a split: {', '.join(self.splits)}")
+        return self._files["train"]
+
+    def files(self, split: str) -> list[Path]:
+        """The files that rows of a split are in."""
+        return self._files[split]
+
+    @property
     def splits(self) -> list[str]:
         """The splits that there are."""
         return [split for split, files in self._files.items() if files]
@@ -71,20 +87,11 @@ class Table:
     def rows(self, split: str) -> Iterator[dict[str, str]]:
         """The good rows of a split in the order of its files."""
         skipped = self.skipped[split] = Counter()
-        num_rows, first = 0, None
         key = next(iter(self.fields))
-        for path in self._files[split]:
-            for row in read_rows(path, self.fields):
-                num_rows += 1
-                if isinstance(row, BadRow):
-                    skipped["bad row"] += 1
-                    first = first or row
-                    if skipped["bad row"] >= _COUNTED_FROM:
-                        _refuse_too_many(first, skipped["bad row"], num_rows)
-                elif not self._by_hash or (_fraction(row[key]) < HELDOUT_FRACTION) == (split == "heldout"):
-                    yield row
-        if first is not None:
-            _refuse_too_many(first, skipped["bad row"], num_rows)
+        located = (row for path in self._files[split] for row in read_located(path, self.fields))
+        for _, row in good_rows(located, skipped):
+            if not self._by_hash or (_fraction(row[key]) < HELDOUT_FRACTION) == (split == "heldout"):
+                yield row
 
 
 def table_files(folder: Path) -> list[Path]:
@@ -97,11 +104,59 @@ def read_rows(path: Path, fields: Mapping[str, str]) -> Iterator[dict[str, str] 
 
     Raises `InputError` for a file without one of the columns, as far as its form names columns.
     """
+    for _, row in read_located(path, fields):
+        yield row
+
+
+def read_located(path: Path, fields: Mapping[str, str]) -> Iterator[Located]:
+    """`read_rows` with where each stands: `FILE line 7`."""
+    for where, row in read_columns(path, set(fields.values())):
+        yield where, row if isinstance(row, BadRow) else _mapped(where, row, fields)
+
+
+def read_columns(path: Path, columns: set[str] | None) -> Iterator[tuple[str, Mapping | BadRow]]:
+    """Each row of a file as it stands, with all columns or, of a form that names columns, `columns`, and where.
+
+    Raises `InputError` as `read_rows` does.
+    """
     readers = {".jsonl": _json_rows, ".csv": _csv_rows, ".tsv": _csv_rows, ".parquet": _parquet_rows}
     if path.suffix not in readers:
         raise InputError(f"{path} is no table; expected a file of {', '.join(SUFFIXES)}")
-    for where, row in readers[path.suffix](path, set(fields.values())):
-        yield row if isinstance(row, BadRow) else _mapped(where, row, fields)
+    return readers[path.suffix](path, columns)
+
+
+def good_rows(rows: Iterable[Located], skipped: Counter) -> Iterator[tuple[str, dict[str, str]]]:
+    """The rows that could be read; the others are counted in `skipped` as `BAD`.
+
+    Raises `InputError`, with the first of them, where there is more than one in `GOOD_ROWS_PER_BAD`.
+    """
+    num_rows, first = 0, None
+    for where, row in rows:
+        num_rows += 1
+        if isinstance(row, BadRow):
+            skipped[BAD] += 1
+            first = first or row
+            if skipped[BAD] >= _COUNTED_FROM:
+                refuse_too_many(str(first), skipped[BAD], num_rows)
+        else:
+            yield where, row
+    if first is not None:
+        refuse_too_many(str(first), skipped[BAD], num_rows)
+
+
+def refuse_too_many(first: str, num_bad: int, num_rows: int) -> None:
+    """Raises `InputError` with the first bad row where there is more than one in `GOOD_ROWS_PER_BAD`."""
+    if num_bad * GOOD_ROWS_PER_BAD > num_rows:
+        raise InputError(f"{first} ({num_bad} bad of {num_rows} rows; expected at most 1 in {GOOD_ROWS_PER_BAD})")
+
+
+def count_rows(path: Path) -> int:
+    """How many rows a file has, at most: a CSV row may take several lines. For progress."""
+    if path.suffix == ".parquet":
+        with _parquet(path) as file:
+            return file.metadata.num_rows
+    with path.open("rb") as file:
+        return sum(chunk.count(b"\n") for chunk in iter(lambda: file.read(1 << 20), b""))
 
 
 def _mapped(where: str, row: Mapping, fields: Mapping[str, str]) -> dict[str, str] | BadRow:
@@ -115,7 +170,7 @@ def _mapped(where: str, row: Mapping, fields: Mapping[str, str]) -> dict[str, st
     return mapped
 
 
-def _json_rows(path: Path, _columns: set[str]) -> Iterator[tuple[str, Mapping | BadRow]]:
+def _json_rows(path: Path, _columns: set[str] | None) -> Iterator[tuple[str, Mapping | BadRow]]:
     for where, line in _lines(path):
         if isinstance(line, BadRow):
             yield where, line
@@ -130,7 +185,7 @@ def _json_rows(path: Path, _columns: set[str]) -> Iterator[tuple[str, Mapping | 
                 yield where, row if isinstance(row, dict) else expected
 
 
-def _csv_rows(path: Path, columns: set[str]) -> Iterator[tuple[str, Mapping | BadRow]]:
+def _csv_rows(path: Path, columns: set[str] | None) -> Iterator[tuple[str, Mapping | BadRow]]:
     bad: list[tuple[str, BadRow]] = []
     number = 0
 
@@ -147,7 +202,7 @@ def _csv_rows(path: Path, columns: set[str]) -> Iterator[tuple[str, Mapping | Ba
     reader = csv.reader(good_lines(), delimiter="\t" if path.suffix == ".tsv" else ",", strict=True)
     try:
         header = next(reader, [])
-        _check_columns(path, header, columns)
+        _check_columns(path, header, columns or set())
         while True:
             where = f"{path} line {number + 1}"
             try:
@@ -164,7 +219,18 @@ def _csv_rows(path: Path, columns: set[str]) -> Iterator[tuple[str, Mapping | Ba
         yield from bad
 
 
-def _parquet_rows(path: Path, columns: set[str]) -> Iterator[tuple[str, Mapping]]:
+def _parquet_rows(path: Path, columns: set[str] | None) -> Iterator[tuple[str, Mapping]]:
+    with _parquet(path) as file:
+        _check_columns(path, file.schema_arrow.names, columns or set())
+        number = 0
+        for batch in file.iter_batches(batch_size=1024, columns=columns and sorted(columns)):
+            for row in batch.to_pylist():
+                number += 1
+                yield f"{path} row {number}", row
+
+
+@contextlib.contextmanager
+def _parquet(path: Path) -> Iterator:
     try:
         import pyarrow
         from pyarrow import parquet
@@ -172,12 +238,7 @@ def _parquet_rows(path: Path, columns: set[str]) -> Iterator[tuple[str, Mapping]
         raise InputError(f"{path} is Parquet, which needs pyarrow: pip install 'gqa[data]'") from error
     try:
         with parquet.ParquetFile(path) as file:
-            _check_columns(path, file.schema_arrow.names, columns)
-            number = 0
-            for batch in file.iter_batches(batch_size=1024, columns=sorted(columns)):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield f"{path} row {number}", row
+            yield file
     except (pyarrow.ArrowInvalid, OSError) as error:
         raise InputError(f"{path} is no whole Parquet file: {str(error).splitlines()[0]}") from error
 
@@ -202,8 +263,3 @@ def _check_columns(path: Path, found: Iterable[str], wanted: set[str]) -> None:
 
 def _fraction(text: str) -> float:
     return int(hashlib.sha256(text.encode()).hexdigest()[:8], 16) / 16**8
-
-
-def _refuse_too_many(first: BadRow, num_bad: int, num_rows: int) -> None:
-    if num_bad * GOOD_ROWS_PER_BAD > num_rows:
-        raise InputError(f"{first} ({num_bad} bad of {num_rows} rows; expected at most 1 in {GOOD_ROWS_PER_BAD})")

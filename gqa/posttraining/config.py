@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from gqa.command_line import nearest
+from gqa.command_line import one_of
 from gqa.decode.sampling import sampling
 from gqa.errors import InputError
 from gqa.models.heads import nearest_divisors
@@ -30,7 +30,7 @@ class SampledConfig:
 
     def __post_init__(self):
         _at_least(self, "inputs_length", "new_tokens")
-        _one_of("dtype", self.dtype, DTYPES)
+        one_of("dtype", self.dtype, DTYPES)
         if not 0 <= self.safety_gate <= 1:
             raise InputError(f"safety_gate={self.safety_gate}; expected a probability, such as 0.15")
 
@@ -73,7 +73,7 @@ class PPOConfig:
     kl_limit: float  # nats a response: above it beta doubles, and no checkpoint counts as the best
 
     def __post_init__(self):
-        _one_of("ppo.method", self.method, METHODS)
+        one_of("ppo.method", self.method, METHODS)
         _at_least(self, "rollouts", "samples_per_prompt", "minibatch", "epochs", prefix="ppo.")
         for name in ("samples_per_prompt", "minibatch"):
             if self.rollouts % getattr(self, name):
@@ -141,8 +141,3 @@ def _at_least(config, *names: str, prefix: str = "") -> None:
     for name in names:
         if getattr(config, name) < 1:
             raise InputError(f"{prefix}{name}={getattr(config, name)}; expected at least 1")
-
-
-def _one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise InputError(f"{name}={value!r}; expected one of {', '.join(choices)}; nearest: {nearest(value, choices)}")

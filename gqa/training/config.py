@@ -1,10 +1,8 @@
 """A run as frozen, validated dataclasses: all that a config file may say, checked before anything is allocated."""
 
 import dataclasses
-import difflib
 import hashlib
 import math
-import types
 import typing
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +12,7 @@ import ml_collections
 
 from gqa import checkpoints, models
 from gqa.adapters.lora import LoRAConfig
+from gqa.command_line import build, coerce, one_of
 from gqa.data.examples import DECODER_TASKS, TASKS
 from gqa.data.mixtures import MixtureConfig, prepare_mixture
 from gqa.data.prepare import Manifest, PrepareSpec, default_directory, prepare, read_manifest
@@ -46,9 +45,9 @@ class ModelChoice:
             raise InputError("model.size (from scratch) or model.checkpoint (go on from a folder): set one of them")
         if self.size is None and self.changes:
             raise InputError("model.changes belongs to model.size; a checkpoint has the architecture it has")
-        _one_of("model.dtype", self.dtype, DTYPES)
-        _one_of("model.param_dtype", self.param_dtype, DTYPES)
-        _one_of("model.remat", self.remat, REMAT_POLICIES)
+        one_of("model.dtype", self.dtype, DTYPES)
+        one_of("model.param_dtype", self.param_dtype, DTYPES)
+        one_of("model.remat", self.remat, REMAT_POLICIES)
 
     def architecture(self) -> models.ModelConfig:
         """The model's configuration, read from the checkpoint or from the ready-made sizes.
@@ -63,8 +62,8 @@ class ModelChoice:
         base = models.size(self.size)
         hints = typing.get_type_hints(type(base))
         for name, value in self.changes.items():
-            _one_of("model.changes", name, hints)
-            _coerce(hints[name], value, f"model.changes.{name}")
+            one_of("model.changes", name, hints)
+            coerce(hints[name], value, f"model.changes.{name}")
         wanted = dataclasses.replace(base, **{**self.changes, **self.run_choices()})
         if found is not None and type(found) is not type(wanted):
             raise InputError(f"model.checkpoint={self.checkpoint} is no {self.size}; name that one, or model.size=None")
@@ -301,42 +300,7 @@ def parse(config: ml_collections.ConfigDict | Mapping, kind: type[Run] = RunConf
     `kind` is the dataclass of the run.
     """
     raw = config.to_dict() if isinstance(config, ml_collections.ConfigDict) else config
-    return _build(kind, raw, "config")
-
-
-def _build(kind: type, raw: Mapping, where: str):
-    if not isinstance(raw, Mapping):
-        raise InputError(
-            f"{where}={raw!r}; expected a section with {', '.join(f.name for f in dataclasses.fields(kind))}"
-        )
-    hints, values = typing.get_type_hints(kind), dict(raw)
-    fields = {field.name: field for field in dataclasses.fields(kind)}
-    for name in values:
-        _one_of(where, name, fields)
-    for name, field in fields.items():
-        if name not in values and field.default is dataclasses.MISSING:
-            raise InputError(f"{where}.{name} is missing")
-        if name in values:
-            values[name] = _coerce(hints[name], values[name], f"{where}.{name}")
-    return kind(**values)
-
-
-def _coerce(hint, value, where: str):
-    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    if value is None and type(None) in options:
-        return None
-    for option in options:
-        if dataclasses.is_dataclass(option):
-            return _build(option, value, where)
-        origin = typing.get_origin(option) or option
-        if origin is float and isinstance(value, int) and not isinstance(value, bool):
-            return float(value)
-        if origin is Mapping and isinstance(value, Mapping):
-            return types.MappingProxyType(dict(value))
-        if isinstance(origin, type) and isinstance(value, origin) and isinstance(value, bool) == (origin is bool):
-            return value
-    names = " or ".join(getattr(option, "__name__", str(option)) for option in options)
-    raise InputError(f"{where}={value!r} is a {type(value).__name__}; expected {names.replace('NoneType', 'None')}")
+    return build(kind, raw, "config")
 
 
 def to_json(config) -> dict:
@@ -358,9 +322,3 @@ def flatten(plain: Mapping, prefix: str = "") -> dict[str, Any]:
     for name, value in plain.items():
         flat.update(flatten(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value})
     return flat
-
-
-def _one_of(where: str, value: str, choices) -> None:
-    if value not in choices:
-        nearest = difflib.get_close_matches(str(value), list(choices), n=1, cutoff=0.0)
-        raise InputError(f"{where}: unknown {value!r}; expected one of {', '.join(choices)}; nearest: {nearest[0]}")

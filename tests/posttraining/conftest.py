@@ -52,7 +52,8 @@ def liking_model():
 def folders(tiny_run, tiny_vocabulary, tmp_path_factory):
     """Checkpoints by name.
 
-    `policy`; `talker`, the same, whose texts any sentinel ends; `reward`, which likes `LIKED`; `safety`, which does not.
+    `policy`; `talker`, the same, whose texts any sentinel ends; `reward`, which likes `LIKED`; `safety`, which does
+    not.
     """
     root = tmp_path_factory.mktemp("checkpoints")
     one_layer = {**tiny_run("llama").model.changes, "num_layers": 1}
