@@ -39,7 +39,7 @@ CODE_CHARACTERS = 200  # of a function, cut between lines
 PROMPT_TOKENS, RESPONSE_TOKENS = 96, 24  # the most of either
 NUM_PROMPTS = 1500  # functions kept for prompts.jsonl, at most a quarter
 LEAST_DIFFERENCE = 2  # mentioned words between the responses of a pair
-SHIFTS = 8  # other docstrings of its length that each one is compared with
+SHIFTS = 2  # other docstrings of its length that each one is compared with
 
 _WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])")  # snake_case and CamelCase are several
 _COMMON = frozenset("all and any are can for from has have not one self the this that with was will you".split())
