@@ -46,9 +46,7 @@ def whiten(values: jax.Array, weights: jax.Array, *, shift_mean: bool) -> jax.Ar
     return whitened if shift_mean else whitened + mean
 
 
-def combined_scores(
-    helpfulness_B: jax.Array, safety_B: jax.Array, is_safety_B: jax.Array, *, gate: float
-) -> jax.Array:
+def combined_scores(helpfulness_B: jax.Array, safety_B: jax.Array, is_safety_B: jax.Array, *, gate: float) -> jax.Array:
     """`logit(R_c)` of two reward models' scores, which are logits: the safety model's where the prompt is tagged as one of
     safety or its probability is below `gate` (Llama 2: 0.15), else the helpfulness model's (Llama 2 §3.2.3)."""
     return jnp.where(is_safety_B | (jax.nn.sigmoid(safety_B) < gate), safety_B, helpfulness_B)

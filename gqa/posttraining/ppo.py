@@ -219,7 +219,6 @@ class _Run:
         config = self._config
         responses, size = drawn.responses, config.ppo.minibatch
         measured = updates.measure(
-            state.policy.model,
             self._frozen.reference,
             value,
             responses,
@@ -247,7 +246,7 @@ class _Run:
             drawn = self._draw(state, here, _HELDOUT_ROWS + first + np.arange(rows), rows)
             measured, scores_B = self._measure(state, drawn, None)
             responses = drawn.responses
-            kl_BN = (measured.log_probs_BN - measured.reference_BN) * responses.weights_BN
+            kl_BN = (responses.sampled_BN - measured.reference_BN) * responses.weights_BN
             found = jax.device_get((scores_B, jnp.sum(kl_BN, axis=1), responses.counts_B))
             for values, of_part in zip((scores, kls, lengths), found, strict=True):
                 values.append(of_part[: len(here)])
@@ -293,6 +292,8 @@ class _Run:
                     found["value_loss"].append(metrics["loss"])
         found = jax.device_get(dict(found))  # waits for the last step
         means = {name: float(np.mean(values)) for name, values in found.items()}
+        # Of the first step alone: before it, the trained policy is the one that sampled.
+        means["sampler_difference"] = float(found["sampler_difference"][0])
         return state._replace(policy=policy, value=value), means
 
     def _write_model(self, state: State, best: int, step: int, loss: float) -> None:
@@ -314,13 +315,16 @@ _POLICY_METRICS = {
     "clipped": "clipped",
     "step_kl": "step_kl",
     "grad_norm": "grad_norm",
+    "sampler_difference": "sampler_difference",
 }
 
 
 def prompt_numbers(total: int, count: int, step: int, seed: int) -> list[int]:
     """The prompts of an iteration: `count` further ones of an endless row of permutations of all, by seed."""
     places = range(step * count, (step + 1) * count)
-    orders = {epoch: np.random.default_rng((seed, 0, epoch)).permutation(total) for epoch in {p // total for p in places}}
+    orders = {
+        epoch: np.random.default_rng((seed, 0, epoch)).permutation(total) for epoch in {p // total for p in places}
+    }
     return [int(orders[place // total][place % total]) for place in places]
 
 

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from gqa.checkpoints.source import identity
 from gqa.data.conversations import lines, of_line
-from gqa.data.templates import Template, check
+from gqa.data.templates import check
 from gqa.decode.buckets import padded
 from gqa.decode.journal import append, open_journal
 from gqa.errors import InputError
@@ -182,9 +182,7 @@ def _score_all(
             tokens_BT, lengths_B = padded(here, B, length)
             is_safety_B = np.zeros(B, bool)
             is_safety_B[: len(here)] = is_safety[first : first + B]
-            found = rollouts.score(
-                reward, safety, tokens_BT, lengths_B, is_safety_B, gate=config.safety_gate, size=B
-            )
+            found = rollouts.score(reward, safety, tokens_BT, lengths_B, is_safety_B, gate=config.safety_gate, size=B)
             scores += np.asarray(found)[: len(here)].tolist()
             bar.update(len(here))
     return scores
@@ -195,9 +193,10 @@ def _finished(opened: Opened, prompt: Prompt, tokens: Sequence[int]) -> list[dic
 
     What was cut off would be learnt as a whole response.
     """
-    template: Template = opened.template
-    text = template.response(tokens)
-    if tokens[-1] not in opened.eos_ids or not text:
+    if tokens[-1] not in opened.eos_ids:
+        return None
+    text = opened.template.response(tokens[:-1])
+    if not text:
         return None
     return [*prompt.messages, {"role": "assistant", "content": text}]
 

@@ -95,14 +95,10 @@ def in_parts(function: Callable, size: int, *arrays):
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), found)
 
 
-def response_logits(model: Llama, responses: Responses, temperature: float) -> jax.Array:
-    """What each token of the responses was drawn with, `[B, N, V]` float32, over `temperature`."""
-    return model.unembed(_before_tokens(model.features(responses.tokens_BT), responses)) / temperature
-
-
 def response_log_probs(model: Llama, responses: Responses, temperature: float) -> jax.Array:
-    """Log-probability of each token of the responses, `[B, N]`."""
-    return target_log_probs(response_logits(model, responses, temperature), responses.response_BN)
+    """Log-probability of each token of the responses, of logits over `temperature`, `[B, N]`."""
+    logits_BNV = model.unembed(_before_tokens(model.features(responses.tokens_BT), responses)) / temperature
+    return target_log_probs(logits_BNV, responses.response_BN)
 
 
 def response_values(model: RewardModel, responses: Responses) -> jax.Array:

@@ -28,7 +28,6 @@ from gqa.posttraining.rollouts import (
     Responses,
     in_parts,
     response_log_probs,
-    response_logits,
     response_values,
 )
 from gqa.sharding import constrain
@@ -48,9 +47,7 @@ class Scale(NamedTuple):
 class Measured(NamedTuple):
     """What the models say of the responses before any gradient step, `[B, N]`."""
 
-    log_probs_BN: jax.Array  # of the policy, by the program that is trained
-    reference_BN: jax.Array
-    entropy_BN: jax.Array  # of the policy's next token, nats
+    reference_BN: jax.Array  # log-probabilities
     values_BN: jax.Array | None  # in the scale's units; None: no value model
 
 
@@ -58,7 +55,6 @@ class Batch(NamedTuple):
     """What gradient steps read, rows `B`."""
 
     responses: Responses
-    log_probs_BN: jax.Array  # of the policy that the ratio is taken to
     reference_BN: jax.Array
     advantages_BN: jax.Array
     values_BN: jax.Array | None
@@ -67,7 +63,6 @@ class Batch(NamedTuple):
 
 @functools.partial(jax.jit, static_argnames="size")
 def measure(
-    policy: Llama,
     reference: Llama,
     value: RewardModel | None,
     responses: Responses,
@@ -79,13 +74,8 @@ def measure(
     """Asks each model once, `size` rows at a time."""
 
     def of_part(responses: Responses) -> Measured:
-        logits_BNV = response_logits(policy, responses, temperature)
-        log_all_BNV = jax.nn.log_softmax(logits_BNV, axis=-1)
-        chosen_BN = jnp.take_along_axis(log_all_BNV, responses.response_BN[..., None], axis=-1)[..., 0]
         return Measured(
-            chosen_BN,
             response_log_probs(reference, responses, temperature),
-            -jnp.sum(jnp.exp(log_all_BNV) * log_all_BNV, axis=-1),
             None if value is None else _values(value, responses, scale),
         )
 
@@ -100,17 +90,16 @@ def prepare(
     weights_BN = responses.weights_BN
     total = jnp.sum(weights_BN)
     rewards_B = (scores_B - scale.mean) / scale.deviation
-    kl_BN = kl_estimate(measured.log_probs_BN, measured.reference_BN, "k1") * weights_BN
-    off_BN = jnp.abs(measured.log_probs_BN - responses.sampled_BN) * weights_BN
+    # The sampler kept its log-probabilities: they are what the ratio is taken to, and no forward is spent on them.
+    kl_BN = kl_estimate(responses.sampled_BN, measured.reference_BN, "k1") * weights_BN
     metrics = {
         "reward": jnp.mean(rewards_B),
         "reward_max": jnp.max(rewards_B),
         "score": jnp.mean(scores_B),
         "kl": jnp.mean(jnp.sum(kl_BN, axis=1)),
-        "entropy": jnp.sum(measured.entropy_BN * weights_BN) / total,
+        "entropy": -jnp.sum(responses.sampled_BN * weights_BN) / total,  # of what was drawn: right on average
         "length": jnp.mean(responses.counts_B.astype(jnp.float32)),
         "ended": jnp.mean(responses.ended_B.astype(jnp.float32)),
-        "sampler_difference": jnp.max(off_BN),
         "beta": beta,
     }
     if config.method == "grpo":
@@ -128,7 +117,11 @@ def prepare(
             _variance(returns_BN, weights_BN), 1e-8
         )
     batch = Batch(
-        responses, measured.log_probs_BN, measured.reference_BN, advantages_BN, values_BN=values_BN, returns_BN=returns_BN
+        responses,
+        measured.reference_BN,
+        advantages_BN,
+        values_BN=values_BN,
+        returns_BN=returns_BN,
     )
     return batch, metrics
 
@@ -150,7 +143,8 @@ def policy_loss(config: PPOConfig, temperature: float):
         weights_BN = batch.responses.weights_BN
         num_tokens = jnp.sum(weights_BN)
         log_probs_BN = response_log_probs(policy, batch.responses, temperature)
-        arguments = log_probs_BN, batch.log_probs_BN, batch.advantages_BN
+        sampled_BN = batch.responses.sampled_BN
+        arguments = log_probs_BN, sampled_BN, batch.advantages_BN
         found = clipped_objective(*arguments, weights_BN, clip=config.clip)
         loss_sum, added_sum, weight_sum = found.loss_sum, jnp.zeros(()), num_tokens
         if config.method == "grpo":
@@ -158,13 +152,19 @@ def policy_loss(config: PPOConfig, temperature: float):
             loss_sum = clipped_objective(*arguments, weights_BN, clip=config.clip).loss_sum
             added_sum = beta * jnp.sum(kl_estimate(log_probs_BN, batch.reference_BN, "k3") * weights_BN)
             weight_sum = jnp.sum(weights_BN)
+        difference = jnp.max(jnp.abs(log_probs_BN - sampled_BN) * batch.responses.weights_BN)
+        named = {
+            "clipped": (found.clipped_sum, num_tokens),
+            "step_kl": (found.kl_sum, num_tokens),
+            "sampler_difference": (difference, jnp.ones(())),
+        }
         return Sums(
             loss_sum=loss_sum,
             z_loss_sum=jnp.zeros(()),
             correct_sum=jnp.zeros(()),
             weight_sum=weight_sum,
             added_sum=added_sum,
-            named={"clipped": (found.clipped_sum, num_tokens), "step_kl": (found.kl_sum, num_tokens)},
+            named=named,
         )
 
     return loss_fn

@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 from gqa import models
 from gqa.checkpoints import hf, reward
 from gqa.command_line import load_config
+from gqa.data.vocabulary import Vocabulary
 from gqa.models.reward import with_head
 
 ROOT = Path(__file__).parents[2]
@@ -49,14 +50,18 @@ def liking_model():
 
 @pytest.fixture(scope="session")
 def folders(tiny_run, tiny_vocabulary, tmp_path_factory):
-    """Checkpoints by name: `policy`; `reward`, which likes `LIKED`; `safety`, which likes the others."""
+    """Checkpoints by name: `policy`; `talker`, whose sentinels end its texts; `reward`, which likes `LIKED`; `safety`, which likes the others."""
     root = tmp_path_factory.mktemp("checkpoints")
-    architecture = tiny_run("llama", {"model.scan_layers": False}).model.architecture()
+    one_layer = {**tiny_run("llama").model.changes, "num_layers": 1}
+    architecture = tiny_run("llama", {"model.changes": one_layer}).model.architecture()
+    pieces = Vocabulary(tiny_vocabulary, foreign=True).size - 100
+    talker = dict(extra_files=[tiny_vocabulary], token_ids={"eos_token_id": [1, *range(pieces, pieces + 100)]})
     files = dict(extra_files=[tiny_vocabulary], token_ids={"pad_token_id": 0, "eos_token_id": list(ENDS)})
     hf.save(models.create(architecture, jax.random.key(7)), root / "policy", dtype="float32", **files)
+    hf.save(models.create(architecture, jax.random.key(7)), root / "talker", dtype="float32", **talker)
     reward.save(liking(architecture, LIKED), root / "reward", **files)
     reward.save(liking(architecture, LIKED, -1.0), root / "safety", **files)
-    return {name: root / name for name in ("policy", "reward", "safety")}
+    return {name: root / name for name in ("policy", "talker", "reward", "safety")}
 
 
 @pytest.fixture(scope="session")

@@ -17,15 +17,15 @@ from gqa.training import config as run_config
 from gqa.training import metrics
 
 pytestmark = pytest.mark.usefixtures("compilation_cache")
-STEPS = 6
-RATE = {"optimizer.learning_rate": 5e-3, "value_optimizer.learning_rate": 5e-3, "optimizer.epsilon": 1e-8}
+STEPS = 12
+RATE = {"optimizer.learning_rate": 3e-3, "value_optimizer.learning_rate": 3e-3, "optimizer.epsilon": 1e-8}
 CHANGES = RATE | {
     "ppo.rollouts": 32,
     "ppo.minibatch": 16,
     "ppo.beta": 0.01,
     "train.steps": STEPS,
-    "train.heldout": 12,
-    "train.eval_every": 3,
+    "train.heldout": 20,
+    "train.eval_every": 4,
     "train.save_every": 2,
 }
 GRPO = {"ppo.method": "grpo", "ppo.samples_per_prompt": 8}
@@ -48,10 +48,17 @@ def history(workdir):
 
 
 @pytest.fixture(scope="module")
-def whole(start, tmp_path_factory):
-    """A run that nothing disturbed."""
-    workdir = tmp_path_factory.mktemp("runs") / "whole"
-    return workdir, start(workdir)
+def finished():
+    return {}
+
+
+@pytest.fixture
+def whole(start, finished, tmp_path_factory, compilation_cache):
+    """A run that nothing disturbed, its folder and history; made once."""
+    if not finished:
+        workdir = tmp_path_factory.mktemp("runs") / "whole"
+        finished["whole"] = workdir, start(workdir)
+    return finished["whole"]
 
 
 def of(lines, split):
@@ -61,10 +68,10 @@ def of(lines, split):
 def test_the_reward_grows(whole, folders, liked):
     workdir, lines = whole
     train, heldout = of(lines, "train"), of(lines, "heldout")
-    assert [line["step"] for line in heldout] == [0, 3, 6] and [line["step"] for line in train] == [1, 2, 3, 4, 5, 6]
+    assert [line["step"] for line in heldout] == [0, 4, 8, 12] and [line["step"] for line in train] == list(range(1, 13))
     assert heldout[0]["reward"] == pytest.approx(0, abs=1e-5) and heldout[0]["kl"] == pytest.approx(0, abs=1e-4)
-    assert heldout[2]["reward"] > 1 and train[-1]["reward"] > train[0]["reward"] + 1
-    assert 0 < heldout[2]["kl"] < 10
+    assert heldout[-1]["reward"] > 1 and train[-1]["reward"] > train[0]["reward"] + 1
+    assert 0 < heldout[-1]["kl"] < 10
     assert max(line["sampler_difference"] for line in train) < 1e-4
     assert train[0]["kl"] == pytest.approx(0, abs=1e-4) < train[-1]["kl"]
     assert train[0]["entropy"] > 4 and all(0 <= line["clipped"] < 1 for line in train)
@@ -72,8 +79,8 @@ def test_the_reward_grows(whole, folders, liked):
     every = metrics.read(workdir)
     assert all(0 < line["useful_share"] <= 1 for line in of(every, "train"))
     # The final model says what is liked.
-    finished = json.loads((workdir / "finished.json").read_text())
-    assert finished == {"step": STEPS, "stopped": STEPS, "best": min(heldout, key=lambda line: line["loss"])["step"]}
+    said = json.loads((workdir / "finished.json").read_text())
+    assert said == {"step": STEPS, "stopped": STEPS, "best": min(heldout, key=lambda line: line["loss"])["step"]}
     assert (workdir / "model" / "characters.model").is_file()
     shares = [liked_share(folder, liked) for folder in (folders["policy"], workdir / "model")]
     assert shares[1] > shares[0] + 0.15
@@ -88,7 +95,7 @@ def liked_share(folder, ids):
 
 
 def test_an_interrupted_run_ends_the_same(whole, start, tmp_path, monkeypatch):
-    """Cut at the metrics of iterations 2 and 5, before and after checkpoints of the iterations 2 and 3."""
+    """Cut at the metrics of iteration 2, which goes back to 0, and of 4, which goes back to 2."""
     workdir, lines = whole
     for number in (3, 4):
         write, calls = metrics.MetricsWriter.write, []
@@ -106,7 +113,7 @@ def test_an_interrupted_run_ends_the_same(whole, start, tmp_path, monkeypatch):
     assert start(tmp_path / "parts") == lines
     for name in ("model/model.safetensors", "finished.json"):
         assert (tmp_path / "parts" / name).read_bytes() == (workdir / name).read_bytes()
-    with pytest.raises(InputError, match="holds a finished run of 6 steps"):
+    with pytest.raises(InputError, match="holds a finished run of 12 steps"):
         start(tmp_path / "parts")
     with pytest.raises(InputError, match="holds a run with ppo.beta=0.01, this one has 0.1"):
         start(tmp_path / "parts", {"ppo.beta": 0.1})

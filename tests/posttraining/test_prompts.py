@@ -41,7 +41,7 @@ def test_every_form_of_a_line(read, capsys):
         {"instruction": "add 1", "system": "be nice"},
         {"prompt": "add 1", "chosen": "another pair"},
     ]
-    prompts = read(rows)
+    prompts = read(rows, 100)
     messages = [
         [user("add 1")],
         [user("add 2")],
@@ -91,4 +91,3 @@ def test_no_prompt_is_on_both_sides(read, tmp_path):
     assert {int(line) for line in unseen} <= {prompt.line for prompt in heldout}
     with pytest.raises(InputError, match="train.heldout=101 of 200 prompts; expected at most half: 100"):
         held_out(prompts, 101)
-

@@ -23,11 +23,12 @@ def kept(prompt, response, score, number):
 
 
 @pytest.fixture
-def run(sampling_config):
+def run(sampling_config, folders):
     """A function (output, changes) -> the lines of the output."""
 
     def run(output, changes=()):
-        config = run_config.parse(sampling_config("rejection_sampling", {**CHANGES, **dict(changes)}), RejectionConfig)
+        changes = {"policy": str(folders["talker"]), **CHANGES, **dict(changes)}
+        config = run_config.parse(sampling_config("rejection_sampling", changes), RejectionConfig)
         rejection.run(config, output)
         return [json.loads(line) for line in output.read_text().splitlines()]
 
