@@ -35,19 +35,14 @@ class Stage(NamedTuple):
 
 def stages(workdir: Path) -> list[Stage]:
     """The chain, in order."""
-    data, sft, reward = workdir / "data", workdir / "sft", workdir / "reward"
-    rejection, ppo, dpo = workdir / "rejection", workdir / "ppo", workdir / "dpo"
-    best = workdir / "rejection.jsonl"
+    data, best = workdir / "data", workdir / "rejection.jsonl"
+    sft, reward, rejection, ppo, dpo = (workdir / name for name in ("sft", "reward", "rejection", "ppo", "dpo"))
+    on_sft = f"model.checkpoint={sft / 'model'}"
+    preferences = [f"data.source={data / 'preferences.jsonl'}", on_sft, *_LONG_ROWS]
     return [
         Stage("data", "experiments.posttraining_data", [f"--output={data}"], data),
-        _training("sft", sft, 250, 5e-4, [f"data.source={data / 'chats.jsonl'}", f"model.checkpoint={BASE}"]),
-        _training(
-            "reward",
-            reward,
-            250,
-            3e-4,
-            [f"data.source={data / 'preferences.jsonl'}", f"model.checkpoint={sft / 'model'}"],
-        ),
+        _training("SFT", "sft", sft, 200, 5e-4, [f"data.source={data / 'chats.jsonl'}", f"model.checkpoint={BASE}"]),
+        _training("reward model", "reward", reward, 240, 3e-4, preferences),
         Stage(
             "rejection sampling",
             "gqa.rejection_sampling",
@@ -65,14 +60,7 @@ def stages(workdir: Path) -> list[Stage]:
             ],
             best,
         ),
-        _training(
-            "sft",
-            rejection,
-            120,
-            5e-4,
-            [f"data.source={best}", f"model.checkpoint={sft / 'model'}"],
-            "SFT on the best",
-        ),
+        _training("SFT on the best", "sft", rejection, 100, 5e-4, [f"data.source={best}", on_sft]),
         Stage(
             "PPO",
             "gqa.ppo",
@@ -90,31 +78,26 @@ def stages(workdir: Path) -> list[Stage]:
             ],
             ppo / "finished.json",
         ),
-        _training(
-            "dpo", dpo, 150, 2e-4, [f"data.source={data / 'preferences.jsonl'}", f"model.checkpoint={sft / 'model'}"]
-        ),
+        _training("DPO", "dpo", dpo, 120, 2e-4, preferences),
     ]
 
 
 _LENGTHS = ("template=llama2", "inputs_length=96", "new_tokens=24")
+_LONG_ROWS = ("data.inputs_length=512", "train.batch_size=8")  # of as many tokens, in which more pairs find room
 
 
-def _training(
-    config: str, workdir: Path, steps: int, learning_rate: float, more: list[str], name: str | None = None
-) -> Stage:
-    arguments = [f"--config={CONFIGS / config}.py", f"--workdir={workdir}"]
-    arguments += _overrides(
+def _training(name: str, config: str, workdir: Path, steps: int, learning_rate: float, more: list[str]) -> Stage:
+    overrides = _overrides(
         *more,
         "data.template=llama2",
         f"train.steps={steps}",
         f"optimizer.decay_steps={steps}",
         f"optimizer.learning_rate={learning_rate:g}",
         f"train.save_every={steps}",
-        "train.eval_every=50",
+        "train.eval_every=40",
     )
-    return Stage(
-        name or {"sft": "SFT", "dpo": "DPO"}.get(config, config), "gqa.train", arguments, workdir / "finished.json"
-    )
+    arguments = [f"--config={CONFIGS / config}.py", f"--workdir={workdir}", *overrides]
+    return Stage(name, "gqa.train", arguments, workdir / "finished.json")
 
 
 def _overrides(*values: str) -> Iterator[str]:

@@ -19,7 +19,7 @@ from gqa.models.reward import with_head
 def test_commands_are_valid(tmp_path):
     chain = posttraining.stages(tmp_path)
     assert [stage.name for stage in chain] == [
-        "data", "SFT", "reward", "rejection sampling", "SFT on the best", "PPO", "DPO"
+        "data", "SFT", "reward model", "rejection sampling", "SFT on the best", "PPO", "DPO"
     ]  # fmt: skip
     made = {str(tmp_path / "data")}
     for stage in chain[1:]:
