@@ -15,7 +15,7 @@ BEST := --method=svd+group+refit --calibrate=embedded_large --calibration_length
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help quickstart test test-full test-data lint format uptrain-full figures docs clean
+.PHONY: help quickstart posttraining test test-full test-data lint format uptrain-full figures docs clean
 
 help:  ## list these targets
 	@sed -n 's/^\([a-z-]*\):.*## /make \1: /p' Makefile
@@ -28,6 +28,9 @@ quickstart: .venv/.core  ## convert the shipped model to GQA and MQA, uptrain it
 	$(RUN) -m checkpoints_tools.convert --source=assets/teacher --output=$(QUICKSTART)/mqa_best --kv_heads=1 $(BEST)
 	$(RUN) -m gqa.train --config=configs/quickstart.py --workdir=$(QUICKSTART)/uptrain --config.model.checkpoint=$(QUICKSTART)/gqa2
 	$(RUN) -m experiments.report --runs=$(QUICKSTART) --output=$(QUICKSTART)/report
+
+posttraining: .venv/.core  ## SFT to PPO and to DPO on the shipped Llama, with a report: 20 minutes on a laptop
+	$(RUN) -m experiments.posttraining
 
 test: .venv/.test  ## run the tests
 	JAX_PLATFORMS=cpu $(RUN) -m pytest $(WORKERS)

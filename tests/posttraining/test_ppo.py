@@ -192,7 +192,7 @@ def test_beta_by_hand():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"ppo.method": "reinforce"}, "ppo.method='reinforce'; expected one of ppo, grpo"),
+        ({"ppo.method": "reinforce"}, "ppo.method: unknown 'reinforce'; expected one of ppo, grpo"),
         ({"ppo.method": "grpo"}, "ppo.samples_per_prompt=1 with grpo; expected 2 or more"),
         ({"ppo.minibatch": 5}, "ppo.minibatch=5 does not divide ppo.rollouts=32; nearest: 4, 8"),
         ({"ppo.decay": 1.5}, r"ppo.decay=1.5; expected a number in \[0, 1\]"),

@@ -124,7 +124,7 @@ def test_what_is_refused(run, tmp_path, tiny_run, tiny_vocabulary, folders, liki
         ({"temperatures": (1.0, 1.0)}, "expected each once"),
         ({"samples": 0}, "samples=0; expected at least 1"),
         ({"safety_gate": 1.5}, "safety_gate=1.5; expected a probability"),
-        ({"dtype": "float16"}, "dtype='float16'; expected one of float32, bfloat16"),
+        ({"dtype": "float16"}, "dtype: unknown 'float16'; expected one of float32, bfloat16"),
         ({"new_tokens": 5000}, r"line \d+: a prompt of \d+ tokens and max_new_tokens=5000 exceed"),
         ({"inputs_length": 3}, "40 prompts have more than inputs_length=3 tokens, the first: line 1 .* none is left"),
     ):
