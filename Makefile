@@ -29,7 +29,7 @@ quickstart: .venv/.core  ## convert the shipped model to GQA and MQA, uptrain it
 	$(RUN) -m gqa.train --config=configs/quickstart.py --workdir=$(QUICKSTART)/uptrain --config.model.checkpoint=$(QUICKSTART)/gqa2
 	$(RUN) -m experiments.report --runs=$(QUICKSTART) --output=$(QUICKSTART)/report
 
-posttraining: .venv/.core  ## SFT to PPO and to DPO on the shipped Llama, with a report: 20 minutes on a laptop
+posttraining: .venv/.core  ## SFT to PPO and to DPO on the shipped Llama, with a report
 	$(RUN) -m experiments.posttraining
 
 test: .venv/.test  ## run the tests
