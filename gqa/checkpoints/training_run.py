@@ -47,7 +47,10 @@ def read(directory: Path, run_choices: Mapping[str, Any]) -> Contents:
         raise InputError(f"{workdir} has no {ARCHITECTURE}, which a run writes when it starts; {instead}")
     for what in ("adapter", "reward"):
         if _run_config(workdir).get(what) is not None:
-            raise InputError(f"{workdir} trains {what} parameters; use {workdir / MODEL}, which is there at its end")
+            instead = f"use {workdir / MODEL}, which is there at its end"
+            if what == "adapter" and _run_config(workdir)["adapter"].get("base") is not None:
+                instead = f"merge {workdir / 'adapter'} with python -m checkpoints_tools.merge"
+            raise InputError(f"{workdir} trains {what} parameters; {instead}")
     raw = hf_config.read_json(workdir / ARCHITECTURE)
     hf_config.family(raw, workdir / ARCHITECTURE)
     choices = {**run_choices, "tied_logits": hf_config.ties_logits(raw)}
