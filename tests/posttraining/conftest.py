@@ -52,8 +52,7 @@ def liking_model():
 def folders(tiny_run, tiny_vocabulary, tmp_path_factory):
     """Checkpoints by name.
 
-    `policy`; `talker`, the same, whose texts any sentinel ends; `reward`, which likes `LIKED`; `safety`, which does
-    not.
+    `policy`; `talker`, the same, whose texts any sentinel ends; `reward`, which likes `LIKED`; `safety`, the opposite.
     """
     root = tmp_path_factory.mktemp("checkpoints")
     one_layer = {**tiny_run("llama").model.changes, "num_layers": 1}
