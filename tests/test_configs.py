@@ -23,9 +23,9 @@ def num_parameters(architecture: models.ModelConfig) -> int:
 
 
 def test_every_folder_is_known():
-    """The configs beside these folders, and posttraining's, are tested in tests/training."""
+    """The configs beside these folders, and posttraining's, are tested in tests/training, cleaning's in tests/data."""
     folders = {path.parent.name for path in (ROOT / "configs").rglob("*.py")}
-    assert folders == {"configs", "paper", "plan", "posttraining", "sweeps", "timing"}
+    assert folders == {"cleaning", "configs", "paper", "plan", "posttraining", "sweeps", "timing"}
 
 
 # Billions of parameters: T5.1.1's public sizes less the keys and values of 48 sites of the decoder.
