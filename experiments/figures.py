@@ -18,7 +18,6 @@ the command that makes them.
 """
 
 import argparse
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from matplotlib.figure import Figure
 from experiments import conversion_report, paper, pictures, report, scores, stability
 from experiments.scores import TEACHER, Results, mean_and_spread, model_name
 from gqa import command_line
+from gqa.checkpoints.hf_config import read_json
 from gqa.errors import InputError
 
 RESULTS = Path(__file__).parent / "results"
@@ -83,7 +83,7 @@ def main() -> None:
 
 def draw(paths: Sequence[Path], folders: Sequence[Path], score: str, output: Path) -> Iterator[tuple[str, Path]]:
     """Writes every figure that there are results for; its name and file, one after the other."""
-    timings = {path.parent.name: _json(path) for path in paths if path.name == "timing.json"}
+    timings = {path.parent.name: _timing(path) for path in paths if path.name == "timing.json"}
     found = [results for path in paths if path.name != "timing.json" and (results := scores.read(path))]
     names = [results.name for results in found]
     for name in names:
@@ -174,20 +174,23 @@ def redraw(paths: Sequence[Path]) -> Iterator[Path]:
     for path in paths:
         if path.name == "timing.json":
             picture = path.with_suffix(".png")
-            pictures.save(pictures.time_against_groups(_json(path)), picture)
+            pictures.save(pictures.time_against_groups(_timing(path)), picture)
         elif path.parent.name == "conversion_methods":
             picture = path.with_suffix(".png")
-            conversion_report.draw(_json(path), picture)
+            conversion_report.draw(read_json(path), picture)
         elif path.name == "report.json":
             picture = path.with_name("quality_vs_latency.png")
-            report.draw(_json(path), picture)
+            report.draw(read_json(path), picture)
         else:
             continue
         yield picture
 
 
-def _json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8"))
+def _timing(path: Path) -> dict[str, Any]:
+    content = read_json(path)
+    if not content.get("rows") or "copy_gb_per_second" not in content:
+        raise InputError(f"{path} is no result of experiments.timing; expected one, or a folder without it")
+    return content
 
 
 def _save(figure: str, name: str, picture: Figure, output: Path) -> Iterator[tuple[str, Path]]:

@@ -370,7 +370,7 @@ def draw_curves(curves: Mapping[str, tuple[str, list[dict]]], rejection: Sequenc
             label = f"{'best' if name == 'max' else name}, T = {curve['temperature']:g}"
             panels[-1].plot(range(1, len(curve[name]) + 1), curve[name], style, label=label)
     panels[-1].set(title="rejection sampling", xlabel="samples a prompt", ylabel="score")
-    panels[-1].legend(fontsize=7)
+    panels[-1].legend(fontsize=7, loc="lower right")
     for axes in panels:
         axes.grid(alpha=0.3)
     figure.savefig(path, dpi=130)

@@ -1,11 +1,12 @@
 """Scores of converted models as one tidy list, whichever experiment measured them."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+
+from gqa.checkpoints.hf_config import read_json
 
 TEACHER = "none"  # the method of the teacher itself, as in a sweep's table
 SHIPPED_HEADS = 8  # of assets/teacher, which experiments.uptrain_full uptrains
@@ -89,9 +90,7 @@ def label(name: str) -> str:
 
 def read(path: Path) -> Results | None:
     """The scores in a JSON file of `experiments.sweep`, `conversion_methods` or `uptrain_full`; None of any other."""
-    content = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(content, dict):
-        return None
+    content = read_json(path)
     folder = path.parent.name
     runs, rows = content.get("runs"), content.get("rows")
     if isinstance(runs, list) and runs and "sites" in runs[0]:

@@ -1,6 +1,5 @@
 """How steadily runs train (GQA, appendix A): spikes of the training loss, spread of the last held-out loss by seed."""
 
-import json
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from gqa.checkpoints.hf_config import read_json
 from gqa.training import metrics
 
 WINDOW = 11  # lines of metrics before a loss that say what is usual
@@ -65,7 +65,7 @@ def _curves(runs: Iterator[Path]) -> Iterator[tuple[Curve, float | None]]:
         if name is None:
             continue
         if (run / "result.json").exists():
-            result = json.loads((run / "result.json").read_text(encoding="utf-8"))
+            result = read_json(run / "result.json")
             alpha = result["alpha"]
             if result["method"] not in ("none", "mean"):
                 continue

@@ -62,6 +62,6 @@ def draw(by_temperature: Curves, path: Path) -> None:
         axes.set_title({"max": "best score", "median": "median score"}[name], fontsize=10)
         axes.grid(alpha=0.3)
     both[0].set_ylabel("score, mean over prompts")
-    both[0].legend()
+    both[0].legend(loc="lower right")
     figure.savefig(path, dpi=130, format="png")
     plt.close(figure)

@@ -195,6 +195,11 @@ def test_sources_and_outputs_that_do_not_fit_are_refused(tmp_path):
         clean(config, make_spec(config, str(tmp_path)), tmp_path / "clean.txt", 1)
     with pytest.raises(InputError, match="there is no folder"):
         clean(config, make_spec(config, str(tmp_path)), tmp_path / "none" / "clean.jsonl", 1)
+    (there := tmp_path / "there.jsonl").write_text('{"text": "x"}\n')
+    with pytest.raises(InputError, match="exists already; name a new file"):
+        clean(config, make_spec(config, str(there)), there, 1)
+    assert there.read_text() == '{"text": "x"}\n'
+    there.unlink()
     with pytest.raises(InputError, match="is text; expected a table with inputs and targets"):
         make_spec(parse(load_config(PAIRS)), str(tmp_path))
     assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]

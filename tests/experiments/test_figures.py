@@ -239,6 +239,11 @@ def test_bad_input(folder, tmp_path, monkeypatch):
         run_figures(monkeypatch, f"--runs={folder}", f"--output={tmp_path / 'out'}", "--score=los")
     with pytest.raises(InputError, match=r"is no folder"):
         run_figures(monkeypatch, f"--runs={folder / 'nothing'}", f"--output={tmp_path / 'out'}")
+    for content, message in (("", "is not readable JSON"), ("{}", "is no result of experiments.timing")):
+        (tmp_path / "damaged").mkdir(exist_ok=True)
+        (tmp_path / "damaged" / "timing.json").write_text(content)
+        with pytest.raises(InputError, match=message):
+            run_figures(monkeypatch, f"--runs={tmp_path / 'damaged'}", f"--output={tmp_path / 'out'}")
     (tmp_path / "more" / "groups").mkdir(parents=True)
     os.link(folder / "groups" / "results.json", tmp_path / "more" / "groups" / "results.json")
     with pytest.raises(InputError, match="two results are named groups"):
