@@ -117,8 +117,8 @@ def clean(config: CleaningConfig, spec: CleanSpec, output: Path, num_workers: in
         raise InputError(f"output {output} is no .jsonl file; expected a name such as clean.jsonl")
     if not output.absolute().parent.is_dir():
         raise InputError(f"output {output}: there is no folder {output.parent}")
-    if output.exists():  # it may be the source
-        raise InputError(f"output {output} exists already; name a new file")
+    if output.exists() and spec.is_table and any(output.samefile(file) for file in spec.files):
+        raise InputError(f"output {output} is read as the source; name another file")
     if num_workers < 1:
         raise InputError(f"workers={num_workers}; expected 1 or more")
     contaminated = evaluation_ngrams(spec.evaluation, config.contamination.ngram)
@@ -232,9 +232,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     command_line.add_config_argument(parser)
     parser.add_argument("--source", required=True, help="folder or file of text or tables")
-    parser.add_argument(
-        "--output", required=True, type=Path, metavar="FILE", help="the .jsonl file to write; must not exist"
-    )
+    parser.add_argument("--output", required=True, type=Path, metavar="FILE", help="the .jsonl file to write")
     parser.add_argument(
         "--fields", type=parse_fields, metavar="ROLE=COLUMN,…", help="columns of tables: text=A, or inputs=A,targets=B"
     )

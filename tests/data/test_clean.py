@@ -196,7 +196,7 @@ def test_sources_and_outputs_that_do_not_fit_are_refused(tmp_path):
     with pytest.raises(InputError, match="there is no folder"):
         clean(config, make_spec(config, str(tmp_path)), tmp_path / "none" / "clean.jsonl", 1)
     (there := tmp_path / "there.jsonl").write_text('{"text": "x"}\n')
-    with pytest.raises(InputError, match="exists already; name a new file"):
+    with pytest.raises(InputError, match="is read as the source; name another file"):
         clean(config, make_spec(config, str(there)), there, 1)
     assert there.read_text() == '{"text": "x"}\n'
     there.unlink()
