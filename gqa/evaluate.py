@@ -48,9 +48,7 @@ def main() -> None:
         action="store_true",
         help="also the loss without cross-attention and with another example's encoder outputs (encoder-decoders)",
     )
-    parser.add_argument(
-        "--weights", metavar="TYPES", help="also the loss with kernels in int8, int4 or both: int8,int4"
-    )
+    parser.add_argument("--weights", metavar="TYPES", help="also the loss with kernels in int8, int4, nf4: int8,int4")
     parser.add_argument("--cache", metavar="TYPE", help="int8: also the loss with keys and values in int8")
     group = parser.add_argument_group("generated text")
     group.add_argument("--task_file", type=Path, action="append", metavar="FILE", help="rows; may be repeated")

@@ -51,7 +51,7 @@ def main() -> int | None:
     parser.add_argument("--seed", type=int, default=0, help="of the draws (default: 0)")
     parser.add_argument("--batch_size", type=int, default=8, help="prompts of --input decoded at a time (default: 8)")
     parser.add_argument("--cache", metavar="TYPE", help="int8: keys and values in int8 (default: the compute type)")
-    parser.add_argument("--weights", metavar="TYPE", help="int8 or int4: kernels in few bits (default: none)")
+    parser.add_argument("--weights", metavar="TYPE", help="int8, int4 or nf4: kernels in few bits (default: none)")
     parser.add_argument("--draft", type=Path, metavar="DIR", help="a cheaper checkpoint that proposes tokens")
     parser.add_argument("--draft_tokens", type=int, help="tokens that --draft proposes at a time (default: 4)")
     args = command_line.parse_arguments(parser)

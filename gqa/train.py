@@ -46,6 +46,7 @@ def _train(arguments: argparse.Namespace, raw_config: ConfigDict) -> None:
 
     trace = None if arguments.profile is None else Trace.parse(arguments.profile)
     config = run_config.parse(raw_config)
+    config.check_start()
     architecture = config.model.architecture()
     config.check_devices(jax.device_count())
     mesh = sharding.make_mesh(config.mesh)
@@ -63,7 +64,8 @@ def _train(arguments: argparse.Namespace, raw_config: ConfigDict) -> None:
     def initial_model():
         if config.model.checkpoint is None:
             return lambda: models.create(architecture, jax.random.key(config.train.seed))
-        return checkpoints.load(config.model.checkpoint, mesh=mesh, **config.model.run_choices())
+        weights = None if config.adapter is None else config.adapter.base
+        return checkpoints.load(config.model.checkpoint, mesh=mesh, weights=weights, **config.model.run_choices())
 
     if config.model.checkpoint is not None:
         token_ids = checkpoints.read(config.model.checkpoint, **config.model.run_choices()).token_ids

@@ -197,7 +197,7 @@ def test_bad_arguments(checkpoints, call, tmp_path):
         (["--prompt=x", "--max_new_tokens=5000"], "a prompt of 1 tokens and max_new_tokens=5000 exceed the model's"),
         (
             ["--prompt=x", "--weights=int3"],
-            "weights='int3'; expected int8 or int4, or none for the model's own; nearest",
+            "weights='int3'; expected int8, int4, nf4, or none for the model's own; nearest",
         ),
         (["--prompt=x", "--cache=int4"], "cache type 'int4' is unknown; expected int8, or none for the model's own"),
         (["--prompt=x", "--topk=5"], "unknown option --topk; nearest: --top_k"),

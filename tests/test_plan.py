@@ -6,6 +6,7 @@ import sys
 import pytest
 
 from gqa import command_line, plan
+from gqa.errors import InputError
 from gqa.planning.chips import parse_topology
 
 FLAGS = "--xla_backend_optimization_level=0"  # compiles faster
@@ -88,6 +89,36 @@ def test_nothing_fits_on_too_few_chips(tiny_config):
     raw = tiny_config("llama", {"model.size": "llama_2_70b", "model.changes": {}})
     found, _ = plan.make_plan(raw, parse_topology("gpu:h100:2"), search=False, price=None)
     assert found["would_fit"] == ("nothing on gpu:h100:2, by estimate, with this batch: more chips, or a smaller model")
+
+
+def test_a_base_in_4_bits_fits_one_device():
+    config = command_line.load_config("configs/finetune_llama_2_70b_qlora.py", [])
+    found, text = plan.make_plan(config.to_dict(), parse_topology("gpu:h100:1"), search=False, price=None)
+    parts = found["memory"]["parts"]
+    assert found["memory"]["fits"] is True and "| frozen base |" in text
+    assert 0.5 < parts["frozen base"] / found["parameters"] < 0.55  # bytes a weight, embedding and logits included
+    assert parts["parameters"] == pytest.approx(0.003 * 2 * found["parameters"], rel=0.1) == parts["optimizer"] / 2
+
+
+def test_adapters_are_planned_as_they_are_trained(tiny_config):
+    adapter = {"kernels": ("*",), "rank": 4, "alpha": 8.0, "dropout_rate": 0.0, "rank_stabilised": False}
+    raw = tiny_config("llama", {"adapter": adapter | {"base": "nf4"}})
+    found, _ = plan.make_plan(raw, parse_topology("cpu:1"), search=False, price=None)
+    parts, work = found["memory"]["parts"], found["work"]
+    assert found["source"] == "compiled" and parts["gradients"] <= parts["parameters"] < parts["frozen base"]
+    # No gradient of frozen kernels; the adapters' own products are not the model's.
+    assert work["model_flops_per_device"] < work["executed_flops_per_device"] < 1.5 * work["model_flops_per_device"]
+    whole, _ = plan.make_plan(raw | {"adapter": None}, parse_topology("cpu:1"), search=False, price=None)
+    assert work["model_flops_per_device"] < whole["work"]["model_flops_per_device"]
+
+
+def test_preferences_are_not_planned():
+    config = command_line.load_config(
+        "configs/posttraining/reward.py",
+        ["--config.data.source=pairs.jsonl", "--config.model.checkpoint=assets/teacher_llama"],
+    )
+    with pytest.raises(InputError, match=r"^config\.reward: a plan covers training on text alone; expected None$"):
+        plan.make_plan(config.to_dict(), parse_topology("cpu:1"), search=False, price=None)
 
 
 def test_a_search_recommends_what_fits(tiny_config):

@@ -17,7 +17,9 @@ def get_config() -> ConfigDict:
     """The run."""
     config = ConfigDict(load_config(Path(__file__).parent / "sft.py", ["--config.data.source=."]).to_dict())
     config.data.source = config_dict.required_placeholder(str)
-    config.adapter = ConfigDict(dict(kernels=("*",), rank=8, alpha=16.0, dropout_rate=0.05, rank_stabilised=False))
+    config.adapter = ConfigDict(
+        dict(kernels=("*",), rank=8, alpha=16.0, dropout_rate=0.05, rank_stabilised=False, base=None)
+    )
     config.optimizer.learning_rate = 2e-3
     config.optimizer.weight_decay = None
     return config

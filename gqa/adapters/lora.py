@@ -1,5 +1,7 @@
 """LoRA (Hu et al. 2021): kernels that stay as they are, each with a trained product of two thin ones beside it.
 
+The kernels may be in few bits: in NF4 that is QLoRA (Dettmers et al. 2023).
+
 Adapters are a pytree of their own: `{"decoder.0.self_attention.query": {"down": …, "up": …}}`, the number being that
 of the stack. What is trained, saved and given an optimizer is that dictionary; the model beside it is frozen. `attach`
 puts the two together for a forward pass, `merge` for good.
@@ -10,7 +12,7 @@ puts the two together for a forward pass, `merge` for good.
 import dataclasses
 import fnmatch
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -20,7 +22,8 @@ from flax import nnx
 
 from gqa.errors import InputError
 from gqa.models import Model
-from gqa.models.stacks import num_layers
+from gqa.models.layer_kernels import axes_of, layer_kernels, layer_numbers, layer_path, num_inputs, with_kernels
+from gqa.models.quantize import WEIGHTS, dequantize_layers
 from gqa.nn.layers import Dropout, linear
 
 Adapters = dict[str, dict[str, nnx.Param]]
@@ -36,6 +39,7 @@ class LoRAConfig:
     alpha: float  # the product counts alpha / r (with rank_stabilised alpha / sqrt(r)) times
     dropout_rate: float  # on what the adapters read; h2oGPT: 0.05
     rank_stabilised: bool  # rsLoRA (Kalajdzievski 2023)
+    base: str | None = None  # the layers' kernels in nf4 (QLoRA), int8 or int4 while adapters train; None: as they are
 
     def __post_init__(self):
         if self.rank < 1:
@@ -46,6 +50,8 @@ class LoRAConfig:
             raise InputError(f"adapter.dropout_rate={self.dropout_rate}; expected [0, 1), such as 0.05")
         if not self.kernels:
             raise InputError("adapter.kernels is empty; expected patterns such as self_attention.*")
+        if self.base is not None and self.base not in WEIGHTS:
+            raise InputError(f"adapter.base={self.base!r}; expected None or one of {', '.join(WEIGHTS)}")
 
     @property
     def scale(self) -> float:
@@ -83,8 +89,9 @@ class LoRAKernel(nnx.Module):
         if self.dropout_key is not None:
             read = Dropout(self.rate, jax.random.wrap_key_data(self.dropout_key[...]))(x, 0)
         hidden = linear(f"{of_x},{of_kernel[:n]}R->{thin}", read, self.down, dtype)
-        added = linear(f"{thin},R{of_kernel[n:]}->{result}", hidden, self.up, dtype)
-        return linear(equation, x, self.base, dtype) + jnp.asarray(self.scale, dtype) * added
+        # The factor is on the thin product: on the wide one it would be a pass over the gradient, too.
+        added = linear(f"{thin},R{of_kernel[n:]}->{result}", hidden * jnp.asarray(self.scale, dtype), self.up, dtype)
+        return linear(equation, x, self.base, dtype) + added
 
 
 def create(model: Model, config: LoRAConfig, key: jax.Array) -> Adapters:
@@ -95,7 +102,7 @@ def create(model: Model, config: LoRAConfig, key: jax.Array) -> Adapters:
     found = _chosen(model, config)
     adapters = {}
     for number, (path, kernel) in enumerate(found.items()):
-        axes, n = _axes(kernel), _num_inputs(kernel)
+        axes, n = axes_of(kernel), num_inputs(kernel)
         layers, shape = kernel.shape[: len(kernel.shape) - len(axes)], kernel.shape[-len(axes) :]
         bound = math.prod(shape[:n]) ** -0.5  # as PEFT: Kaiming's uniform with a = sqrt(5)
         down_shape = (*layers, *shape[:n], config.rank)
@@ -108,6 +115,11 @@ def create(model: Model, config: LoRAConfig, key: jax.Array) -> Adapters:
     return adapters
 
 
+def abstract(model: Model, config: LoRAConfig) -> Adapters:
+    """Shapes, dtypes and logical axes of a model's adapters; nothing is allocated."""
+    return jax.eval_shape(lambda: create(model, config, jax.random.key(0)))
+
+
 def attach(model: Model, adapters: Adapters, config: LoRAConfig, dropout_key: jax.Array | None = None) -> Model:
     """The model with its adapters in place; its arrays are shared, and what is differentiated is up to the caller.
 
@@ -118,34 +130,40 @@ def attach(model: Model, adapters: Adapters, config: LoRAConfig, dropout_key: ja
     def adapted(number: int, path: str, kernel):
         keys = None
         if dropped:
-            layers = kernel.shape[: len(kernel.shape) - len(_axes(kernel))]
+            layers = kernel.shape[: len(kernel.shape) - len(axes_of(kernel))]
             keys = jax.random.key_data(jax.random.split(jax.random.fold_in(dropout_key, number), layers))
         pair = adapters[path]
         return LoRAKernel(kernel, pair["down"], pair["up"], config.scale, config.dropout_rate, keys)
 
-    return _replaced(model, {path: adapted(i, path, kernel) for i, (path, kernel) in enumerate(_of(model, adapters))})
+    return with_kernels(
+        model, {path: adapted(i, path, kernel) for i, (path, kernel) in enumerate(_of(model, adapters))}
+    )
 
 
 def merge(model: Model, adapters: Adapters, config: LoRAConfig) -> Model:
-    """A model without adapters that computes what `attach` would: each kernel with its product added, in its dtype."""
+    """A model without adapters that computes what `attach` would: each kernel with its product added, in its dtype.
+
+    Kernels in few bits become floats, adapted or not.
+    """
+    model = dequantize_layers(model)
 
     def merged(path: str, kernel: nnx.Param) -> nnx.Param:
         down, up = adapters[path]["down"][...], adapters[path]["up"][...]
-        layers = down.shape[: kernel.ndim - len(_axes(kernel))]
+        layers = down.shape[: kernel.ndim - len(axes_of(kernel))]
         product = down.reshape(*layers, -1, config.rank) @ up.reshape(*layers, config.rank, -1)
         value = kernel[...].astype(jnp.float32) + config.scale * product.reshape(kernel.shape)
         return jax.tree.map(lambda leaf: value.astype(leaf.dtype), kernel)
 
-    return _replaced(model, {path: merged(path, kernel) for path, kernel in _of(model, adapters)})
+    return with_kernels(model, {path: merged(path, kernel) for path, kernel in _of(model, adapters)})
 
 
 def by_layer(model: Model, adapters: Adapters) -> ByLayer:
     """Every layer's adapters by the path of its kernel, as checkpoints name it: `decoder.3.self_attention.query`."""
     found = {}
-    for path, first, length in _stacked_paths(model, adapters):
+    for path in adapters:
         down, up = (np.asarray(jax.device_get(adapters[path][name][...])) for name in ("down", "up"))
-        for layer in range(length):
-            found[_layer_path(path, first + layer)] = (down[layer], up[layer])
+        for number, layer in enumerate(layer_numbers(model, path)):
+            found[layer_path(path, layer)] = (down[number], up[number])
     return found
 
 
@@ -154,24 +172,24 @@ def from_layers(model: Model, config: LoRAConfig, layers: ByLayer) -> Adapters:
 
     Raises `InputError` where a layer has none, where there are more, and for shapes that are not the model's.
     """
-    abstract = jax.eval_shape(lambda: create(model, config, jax.random.key(0)))
+    like = abstract(model, config)
     rest, adapters = dict(layers), {}
-    for path, first, length in _stacked_paths(model, abstract):
-        names = [_layer_path(path, first + layer) for layer in range(length)]
+    for path in like:
+        names = [layer_path(path, layer) for layer in layer_numbers(model, path)]
         for name in names:
             if name not in rest:
                 raise InputError(f"the adapter has nothing for {name}; expected one of every layer")
         pairs = [rest.pop(name) for name in names]
-        like = abstract[path]
+        expected = like[path]
         adapters[path] = {}
         for side, arrays in zip(("down", "up"), zip(*pairs, strict=True), strict=True):
-            if arrays[0].shape != like[side].shape[1:]:
+            if arrays[0].shape != expected[side].shape[1:]:
                 raise InputError(
                     f"the adapter is of another model: {names[0]} has {side} {list(arrays[0].shape)}, "
-                    f"expected {list(like[side].shape[1:])}"
+                    f"expected {list(expected[side].shape[1:])}"
                 )
             value = jnp.asarray(np.stack(arrays), jnp.float32)
-            adapters[path][side] = jax.tree.map(lambda _, value=value: value, like[side])
+            adapters[path][side] = jax.tree.map(lambda _, value=value: value, expected[side])
     if rest:
         raise InputError(f"the adapter has {sorted(rest)[0]}, which the model or its patterns lack")
     return adapters
@@ -179,29 +197,7 @@ def from_layers(model: Model, config: LoRAConfig, layers: ByLayer) -> Adapters:
 
 def num_trainable(model: Model, config: LoRAConfig) -> int:
     """Parameters that are trained, by shapes alone."""
-    return sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(lambda: create(model, config, jax.random.key(0)))))
-
-
-def _kernels(model: Model) -> Iterator[tuple[str, Any]]:
-    """Path and kernel of every linear map of the layers, in a fixed order."""
-    for side in ("encoder", "decoder"):
-        for number, stack in enumerate(getattr(model, side, ())):
-            for name, part in sorted(vars(stack).items()):
-                for attribute, kernel in sorted(vars(part).items()) if isinstance(part, nnx.Module) else ():
-                    if "embed" in _axes(kernel) and len(_axes(kernel)) > 1:
-                        yield f"{side}.{number}.{name}.{attribute}", kernel
-
-
-def _axes(kernel) -> tuple[str, ...]:
-    """Logical axes of a parameter, without that of the layers; of a kernel of another kind, its own `axes`."""
-    if isinstance(kernel, nnx.Variable):
-        return kernel.get_metadata().get("axes", ())
-    return getattr(kernel, "axes", ()) if isinstance(kernel, nnx.Module) else ()
-
-
-def _num_inputs(kernel) -> int:
-    """Axes that are summed over: heads and their width of the attention's output, one of all others."""
-    return 2 if _axes(kernel)[0] in ("heads", "kv_heads") else 1
+    return sum(leaf.size for leaf in jax.tree.leaves(abstract(model, config)))
 
 
 def _name(path: str) -> str:
@@ -209,7 +205,7 @@ def _name(path: str) -> str:
 
 
 def _chosen(model: Model, config: LoRAConfig) -> dict[str, Any]:
-    kernels = dict(_kernels(model))
+    kernels = dict(layer_kernels(model))
     names = sorted({_name(path) for path in kernels})
     for pattern in config.kernels:
         if not fnmatch.filter(names, pattern):
@@ -222,28 +218,6 @@ def _chosen(model: Model, config: LoRAConfig) -> dict[str, Any]:
 
 
 def _of(model: Model, adapters: Mapping) -> list[tuple[str, Any]]:
-    found = [(path, kernel) for path, kernel in _kernels(model) if path in adapters]
+    found = [(path, kernel) for path, kernel in layer_kernels(model) if path in adapters]
     assert len(found) == len(adapters), "adapters of another model"
     return found
-
-
-def _stacked_paths(model: Model, adapters: Mapping) -> Iterator[tuple[str, int, int]]:
-    """Path, number of the first layer and number of layers of every adapter."""
-    for path in adapters:
-        side, stack, _ = path.split(".", 2)
-        stacks = getattr(model, side)
-        lengths = [num_layers(each) for each in stacks[: int(stack) + 1]]
-        yield path, sum(lengths[:-1]), lengths[-1]
-
-
-def _layer_path(path: str, layer: int) -> str:
-    side, _, name = path.split(".", 2)
-    return f"{side}.{layer}.{name}"
-
-
-def _replaced(model: Model, kernels: Mapping[str, Any]) -> Model:
-    model = jax.tree.map(lambda leaf: leaf, model)  # modules of its own, the same arrays
-    for path, kernel in kernels.items():
-        side, stack, name, attribute = path.split(".")
-        setattr(getattr(getattr(model, side)[int(stack)], name), attribute, kernel)
-    return model

@@ -46,8 +46,11 @@ def read(directory: Path, run_choices: Mapping[str, Any]) -> Contents:
         instead = f"use {workdir / MODEL}" if (workdir / MODEL).is_dir() else "start the run once more"
         raise InputError(f"{workdir} has no {ARCHITECTURE}, which a run writes when it starts; {instead}")
     for what in ("adapter", "reward"):
-        if isinstance(_run_config(workdir).get(what), Mapping):
-            raise InputError(f"{workdir} trains {what} parameters; use {workdir / MODEL}, which is there at its end")
+        if isinstance(section := _run_config(workdir).get(what), Mapping):
+            instead = f"use {workdir / MODEL}, which is there at its end"
+            if what == "adapter" and section.get("base") is not None:
+                instead = f"merge {workdir / 'adapter'} with python -m checkpoints_tools.merge"
+            raise InputError(f"{workdir} trains {what} parameters; {instead}")
     raw = hf_config.read_json(workdir / ARCHITECTURE)
     hf_config.family(raw, workdir / ARCHITECTURE)
     choices = {**run_choices, "tied_logits": hf_config.ties_logits(raw)}

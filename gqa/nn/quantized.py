@@ -1,7 +1,7 @@
-"""Kernels in 8 or 4 bits for decoding: integers with a scale for each output channel or group of its inputs.
+"""Kernels in 8 or 4 bits, for decoding and as what adapters stand on: integers, and scales of outputs or of groups.
 
 A `QuantizedKernel` stands in a module where a kernel stood; `gqa.nn.layers.linear` multiplies with either. Another
-format of few bits is a subclass with a `matrix` and a `rows` of its own.
+format of few bits is a subclass with a `matrix` and a `rows` of its own, such as `gqa.nn.nf4`.
 """
 
 import functools
@@ -33,15 +33,14 @@ class QuantizedKernel(nnx.Module):
         A kernel of one dimension more than `axes` is stacked. Raises `InputError` where int4 finds an odd number of
         inputs.
         """
-        stacked = kernel.shape[: kernel.ndim - len(axes)]
-        shape = kernel.shape[len(stacked) :]
-        self.input_shape, self.output_shape = shape[:num_inputs], shape[num_inputs:]
+        self.axes = axes
+        stacked, self.input_shape, self.output_shape = sides(kernel.shape, num_inputs, axes)
         self.bits = bits
         width = math.prod(self.input_shape)
         if bits == 4 and width % 2:
             raise InputError(f"int4 packs two inputs in a byte, a kernel has {width}; expected an even number, or int8")
         integers, scale = _integers_and_scale(kernel, len(stacked), num_inputs, bits)
-        matrix_axes = (axes[num_inputs], axes[0])
+        matrix_axes = axes_of_matrix(axes, num_inputs)
         self.integers = nnx.Param(integers, axes=matrix_axes)
         self.scale = nnx.Param(scale, axes=matrix_axes)
 
@@ -67,20 +66,54 @@ class QuantizedKernel(nnx.Module):
         return einsum_of_matrices(equation, x.astype(dtype), self.shape, self.product)
 
     def product(self, x_RI: jax.Array) -> jax.Array:
-        """`[R, out]`: `R` rows of inputs times the kernel, in their dtype."""
-        # The barrier ties them to the inputs: what does not change in a loop XLA would compute before it, which is to
-        # decode from floats after all, and to keep both.
-        x_RI, integers = jax.lax.optimization_barrier((x_RI, self.integers[...]))
+        """`[R, out]`: `R` rows of inputs times the kernel, in their dtype; the kernel itself has no gradient."""
+        return _product_with_frozen(x_RI, self)
+
+    def times(self, x_RI: jax.Array) -> jax.Array:
+        """What `product` computes, for it alone to call."""
         if self.bits == 4:
-            return _product(x_RI, self._scaled(integers, self.scale[...], x_RI.dtype))
+            return _product(x_RI, self.matrix(x_RI.dtype))
         # The scale of a whole channel is left out of the sum.
-        return _product(x_RI, integers.astype(x_RI.dtype)) * self.scale[..., 0].astype(x_RI.dtype)
+        return _product(x_RI, self.integers[...].astype(x_RI.dtype)) * self.scale[..., 0].astype(x_RI.dtype)
 
     def _scaled(self, integers, scale, dtype) -> jax.Array:
         if self.bits == 4:  # shifts of int8 keep the sign
             integers = jnp.concatenate([(integers << 4) >> 4, integers >> 4], axis=-1)
         grouped = integers.reshape(*scale.shape, -1).astype(dtype) * scale[..., None].astype(dtype)
         return grouped.reshape(integers.shape)
+
+
+def sides(shape: tuple[int, ...], num_inputs: int, axes: tuple[str, ...]) -> tuple[tuple[int, ...], ...]:
+    """Of a kernel's shape: the layers that it is stacked over, inputs and outputs."""
+    first = len(shape) - len(axes)
+    return shape[:first], shape[first : first + num_inputs], shape[first + num_inputs :]
+
+
+def axes_of_matrix(axes: tuple[str, ...], num_inputs: int) -> tuple[str, str]:
+    """Logical axes of a kernel's matrix `[out, in]`: it is cut over devices as the kernel is."""
+    return axes[num_inputs], axes[0]
+
+
+@jax.custom_vjp
+def _product_with_frozen(x_RI: jax.Array, kernel: QuantizedKernel) -> jax.Array:
+    # The barrier ties them to the inputs: what does not change in a loop XLA would compute before it, which is to
+    # decode from floats after all, and to keep both.
+    x_RI, kernel = jax.lax.optimization_barrier((x_RI, kernel))
+    return kernel.times(x_RI)
+
+
+def _forward(x_RI, kernel):
+    # By itself JAX would keep the floats of every layer for the backward pass: it gets the few bits, and makes floats
+    # of them once more.
+    return _product_with_frozen(x_RI, kernel), kernel
+
+
+def _backward(kernel, gradient_RO):
+    gradient_RO, kernel = jax.lax.optimization_barrier((gradient_RO, kernel))
+    return gradient_RO @ kernel.matrix(gradient_RO.dtype), None
+
+
+_product_with_frozen.defvjp(_forward, _backward)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))

@@ -15,13 +15,16 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
 from gqa import models, sharding
+from gqa.adapters.lora import LoRAConfig
 from gqa.decode import generate
 from gqa.errors import InputError
+from gqa.models.quantize import quantize_layers
 from gqa.planning import hlo
 from gqa.planning.chips import Topology
 from gqa.training import optimizer as optimizers
 from gqa.training.config import RunConfig
 from gqa.training.loop import language_model_loss
+from gqa.training.recipe import all_parameters, with_adapter
 from gqa.training.state import Batch, TrainState, abstract_state, jit_train_step, make_train_step
 
 INSTALL_LIBTPU = "pip install 'jax[tpu]' (about 200 MB; no TPU is needed)"
@@ -141,6 +144,7 @@ class TrainProgram:
     """A training step, not compiled yet."""
 
     state: TrainState  # shapes and shardings
+    frozen: tuple  # what the step reads beside it: the base of adapters
     batch: Batch
     traced: jax.stages.Traced
 
@@ -148,10 +152,14 @@ class TrainProgram:
 def train_program(config: RunConfig, architecture: models.ModelConfig, mesh: Mesh) -> TrainProgram:
     """The step of `gqa.training.loop.train`, traced for `mesh`."""
     model = models.abstract(architecture)
-    optimizer = optimizers.optimizer(config.optimizer, config.schedule_offset, sharding.logical_axes(model))
+    recipe = all_parameters(model, None)
+    if config.adapter is not None:
+        recipe = with_adapter(recipe, config, model, *frozen_part(config.adapter, model, mesh))
+    optimizer = optimizers.optimizer(config.optimizer, config.schedule_offset, sharding.logical_axes(recipe.trained))
     learning_rate = optimizers.schedule(config.optimizer)
+    loss_fn = language_model_loss(config.train.z_loss, config.model.dropout_rate > 0)
     step = make_train_step(
-        language_model_loss(config.train.z_loss, config.model.dropout_rate > 0),
+        lambda trained, batch, key, step, *frozen: loss_fn(recipe.whole(trained, key, *frozen), batch, key, step),
         optimizer,
         lambda step: learning_rate(step + config.schedule_offset),
         accumulation=config.train.accumulation,
@@ -162,8 +170,18 @@ def train_program(config: RunConfig, architecture: models.ModelConfig, mesh: Mes
         for name, leaf in batch_shapes(config, architecture).items()
     }
     with jax.set_mesh(mesh):
-        state = abstract_state(model, optimizer, mesh)
-        return TrainProgram(state, batch, jit_train_step(step, state).trace(state, batch))
+        state = abstract_state(recipe.trained, optimizer, mesh)
+        traced = jit_train_step(step, state).trace(state, batch, *recipe.frozen)
+        return TrainProgram(state, recipe.frozen, batch, traced)
+
+
+def frozen_part(adapter: LoRAConfig | None, model: models.Model, mesh: Mesh | AbstractMesh) -> tuple:
+    """Shapes and shardings of what adapters stand beside, in the bits that `adapter.base` says; else nothing."""
+    if adapter is None:
+        return ()
+    if adapter.base is not None:
+        model = jax.eval_shape(lambda model: quantize_layers(model, adapter.base), model)
+    return (_placed(model, sharding.parameter_shardings(mesh, model)),)
 
 
 @dataclasses.dataclass(frozen=True)

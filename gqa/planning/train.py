@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh
 
 from gqa import models, sharding
+from gqa.adapters import lora
 from gqa.errors import InputError
 from gqa.models.heads import divisors
 from gqa.planning import hlo, roofline
@@ -21,6 +22,7 @@ from gqa.planning.programs import (
     compile_program,
     devices,
     dot_flops,
+    frozen_part,
     train_program,
 )
 from gqa.training import optimizer as optimizers
@@ -35,6 +37,9 @@ def check(config: RunConfig, architecture: models.ModelConfig, topology: Topolog
     """Raises `InputError` where mesh, batch and heads do not fit the topology; returns what the user should know."""
     if config.distillation is not None:
         raise InputError("config.distillation: a plan covers the student alone; expected None")
+    for name in ("dpo", "reward"):
+        if getattr(config, name) is not None:
+            raise InputError(f"config.{name}: a plan covers training on text alone; expected None")
     if config.uptrain is not None and config.uptrain.merge is not None:
         raise InputError("config.uptrain.merge: a plan covers a converted checkpoint; expected None")
     config.check_devices(topology.num_devices)
@@ -67,11 +72,11 @@ def plan(config: RunConfig, architecture: models.ModelConfig, topology: Topology
     mesh = sharding.make_mesh(config.mesh, devices(topology))
     program = train_program(config, architecture, mesh)
     executed = dot_flops(program.traced.jaxpr.jaxpr) / topology.num_devices
-    arguments = bytes_per_device((program.state, program.batch))
+    arguments = bytes_per_device((program.state, program.frozen, program.batch))
     with jax.set_mesh(mesh):
         lowered = program.traced.lower()
         compiled = compile_program(lowered, arguments)
-    parts = memory_parts(program.state, program.batch, compiled.temporaries)
+    parts = memory_parts(program.state, program.frozen, program.batch, compiled.temporaries)
     parts |= {"padding": max(0, compiled.arguments - arguments), "program": compiled.code + compiled.results}
     collectives, traffic = [], None
     if compiled.program is not None:
@@ -86,9 +91,10 @@ def plan(config: RunConfig, architecture: models.ModelConfig, topology: Topology
     )  # fmt: skip
 
 
-def memory_parts(state, batch, temporaries: int) -> dict[str, int]:
+def memory_parts(state, frozen, batch, temporaries: int) -> dict[str, int]:
     """Bytes per device by part, temporaries not split yet; `padding` is what tiled layouts of the state add."""
-    return {
+    base = {"frozen base": bytes_per_device(frozen)} if frozen else {}
+    return base | {
         "parameters": bytes_per_device(state.model),
         "optimizer": bytes_per_device((state.optimizer, state.step)),
         "batch": bytes_per_device(batch),
@@ -125,7 +131,7 @@ def assemble(
     """The plan as plain values."""
     shapes = {name: leaf.shape for name, leaf in batch_shapes(config, architecture).items()}
     model = _abstract_model(_without_remat(architecture))
-    model_flops = train_step_flops(model, shapes)
+    model_flops = train_step_flops(model, shapes, frozen=config.adapter is not None)
     unknown = traffic is None
     times = roofline.times(topology, flops=executed, traffic=traffic or 0, collectives=collectives)
     if unknown:
@@ -167,19 +173,21 @@ def estimate(config: RunConfig, architecture: models.ModelConfig, topology: Topo
     """
     notes = check(config, architecture, topology)
     mesh = AbstractMesh(config.mesh.sizes(topology.num_devices), sharding.MESH_AXES)
-    state = _abstract_state(_without_remat(architecture), config.optimizer, config.schedule_offset, mesh)
+    state, frozen = _abstract_state(
+        _without_remat(architecture), config.optimizer, config.schedule_offset, config.adapter, mesh
+    )
     batch = {
         name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding.batch_sharding(mesh, leaf.shape))
         for name, leaf in batch_shapes(config, architecture).items()
     }
-    return _estimated(config, architecture, topology, price, mesh, state, batch, notes)
-
-
-# A search asks for the same shapes again and again; remat does not change them.
+    return _estimated(config, architecture, topology, price, mesh, state, frozen, batch, notes)
 
 
 def _without_remat(architecture: models.ModelConfig) -> models.ModelConfig:
     return models.replace(architecture, remat="none")
+
+
+# A search asks for the same shapes again and again; remat does not change them.
 
 
 @functools.lru_cache(maxsize=2)
@@ -188,13 +196,14 @@ def _abstract_model(architecture: models.ModelConfig) -> models.Model:
 
 
 @functools.lru_cache(maxsize=128)
-def _abstract_state(architecture, optimizer_config, schedule_offset: int, mesh: AbstractMesh):
+def _abstract_state(architecture, optimizer_config, schedule_offset: int, adapter, mesh: AbstractMesh):
     model = _abstract_model(architecture)
-    optimizer = optimizers.optimizer(optimizer_config, schedule_offset, sharding.logical_axes(model))
-    return abstract_state(model, optimizer, mesh)
+    trained = model if adapter is None else lora.abstract(model, adapter)
+    optimizer = optimizers.optimizer(optimizer_config, schedule_offset, sharding.logical_axes(trained))
+    return abstract_state(trained, optimizer, mesh), frozen_part(adapter, model, mesh)
 
 
-def _estimated(config, architecture, topology, price, mesh, state, batch, notes) -> Plan:
+def _estimated(config, architecture, topology, price, mesh, state, frozen, batch, notes) -> Plan:
     data, fsdp, tensor = mesh.shape["slice"] * mesh.shape["data"], mesh.shape["fsdp"], mesh.shape["tensor"]
     itemsize = jnp.dtype(architecture.dtype).itemsize
     D, H, d, F = architecture.d_model, architecture.num_heads, architecture.head_dim, architecture.d_ff
@@ -213,24 +222,27 @@ def _estimated(config, architecture, topology, price, mesh, state, batch, notes)
         reduced += site.layers * (site.attentions + 1) / 2 * passes * t * D * itemsize
     logits = 3 * 4 * rows * batch["targets"].shape[1] * architecture.vocab_size // tensor
     model_bytes = bytes_per_device(state.model)
-    weights = models.num_parameters(state.model) * itemsize // tensor
+    model = _abstract_model(_without_remat(architecture))
+    weights = models.num_parameters(model) * itemsize // tensor
     layers = sum(site.layers for site in _sites(architecture, batch))
-    gathered = 2 * weights // layers if fsdp > 1 else 0
-    parts = memory_parts(state, batch, int(1.1 * (working + logits + gathered)))
+    in_full = fsdp > 1 or (config.adapter is not None and config.adapter.base is not None)  # a layer, from its parts
+    gathered = 2 * weights // layers if in_full else 0
+    parts = memory_parts(state, frozen, batch, int(1.1 * (working + logits + gathered)))
     parts |= {"gradients": model_bytes * (2 if config.train.accumulation > 1 else 1), "activations": int(1.1 * kept)}
     N = config.train.accumulation
     collectives = []
     if fsdp > 1:  # weights for the forward and the backward pass; gradients
         collectives.append(Collective("all-gather", fsdp, N * 2 * layers, 2 * N * weights * (fsdp - 1) // fsdp))
-        collectives.append(Collective("reduce-scatter", fsdp, N * layers, N * weights * (fsdp - 1) // fsdp))
+        of_gradients = weights if config.adapter is None else model_bytes
+        collectives.append(Collective("reduce-scatter", fsdp, N * layers, N * of_gradients * (fsdp - 1) // fsdp))
     if data > 1:
         collectives.append(Collective("all-reduce", data, N * layers, N * 2 * model_bytes * (data - 1) // data))
     if tensor > 1:
         sent = int(N * 2 * reduced * (tensor - 1) / tensor)
         collectives.append(Collective("all-reduce", tensor, N * 4 * layers, sent))
     shapes = {name: leaf.shape for name, leaf in batch.items()}
-    again = {"none": 1.0, "dots": 1.05, "full": 4 / 3}[architecture.remat]
-    executed = train_step_flops(state.model, shapes) * again / topology.num_devices
+    again = {"none": 0, "dots": 0.15, "full": 1}[architecture.remat] * train_step_flops(model, shapes) / 3
+    executed = (train_step_flops(model, shapes, frozen=config.adapter is not None) + again) / topology.num_devices
     return assemble(
         config, architecture, topology, price, mesh, with_total(parts, topology, None), executed,
         N * (traffic + 3 * weights) + 10 * model_bytes, collectives,

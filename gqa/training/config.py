@@ -214,12 +214,15 @@ class RunConfig:
             raise InputError(f"mixture and {chosen[0]} are both set; expected one of them: preferences are not mixed")
         if on_preferences and self.train.z_loss:
             raise InputError(f"train.z_loss={self.train.z_loss} has no meaning on preferences; expected 0.0")
-        needs = [name for name in ("dpo", "reward", "adapter") if getattr(self, name) is not None]
-        if needs and self.model.checkpoint is None:
-            raise InputError(f"{needs[0]} goes on from a checkpoint; set model.checkpoint")
         if self.adapter is not None and (self.reward is not None or self.uptrain is not None):
             other = "reward" if self.reward is not None else "uptrain"
             raise InputError(f"adapter and {other} are both set; expected one of them")
+
+    def check_start(self) -> None:
+        """Raises `InputError` where the run goes on from a checkpoint and none is named; a plan needs none."""
+        needs = [name for name in ("dpo", "reward", "adapter") if getattr(self, name) is not None]
+        if needs and self.model.checkpoint is None:
+            raise InputError(f"{needs[0]} goes on from a checkpoint; set model.checkpoint")
 
     @property
     def steps(self) -> int:

@@ -9,8 +9,11 @@ from gqa.models import t5
 from gqa.training.metrics import Attention, MatrixProduct, model_flops_per_step
 
 
-def train_step_flops(model: models.Model, batch_shapes: dict[str, tuple[int, ...]]) -> int:
-    """FLOPs of one step, forward and backward, for a model (or its abstract form) and a batch's shapes by name."""
+def train_step_flops(model: models.Model, batch_shapes: dict[str, tuple[int, ...]], frozen: bool = False) -> int:
+    """FLOPs of one step, forward and backward, for a model (or its abstract form) and a batch's shapes by name.
+
+    `frozen`: only adapters are trained.
+    """
     config = model.config
     rows, targets = batch_shapes["targets"]
     logits = config.vocab_size * config.d_model
@@ -18,7 +21,7 @@ def train_step_flops(model: models.Model, batch_shapes: dict[str, tuple[int, ...
     heads = (config.num_heads, config.head_dim)
     if not isinstance(model, t5.T5):
         attentions = [Attention(config.num_layers, *heads, queries=rows * targets, keys=targets)]
-        return model_flops_per_step([MatrixProduct(decoder + logits, rows * targets)], attentions)
+        return model_flops_per_step([MatrixProduct(decoder + logits, rows * targets)], attentions, frozen)
     inputs = batch_shapes["inputs"][1]
     cross_kv = sum(_kernels((site.key, site.value)) for site in models.site_attention(model, "cross"))
     products = [
@@ -30,7 +33,7 @@ def train_step_flops(model: models.Model, batch_shapes: dict[str, tuple[int, ...
         Attention(config.num_decoder_layers, *heads, queries=rows * targets, keys=targets),
         Attention(config.num_decoder_layers, *heads, queries=rows * targets, keys=inputs),
     ]
-    return model_flops_per_step(products, attentions)
+    return model_flops_per_step(products, attentions, frozen)
 
 
 def _kernels(stacks) -> int:

@@ -99,7 +99,7 @@ def train(
     Args:
       config: the run; written to `config.json`, and every later start must agree with it.
       workdir: gets `config.json`, `architecture.json`, `metrics.jsonl`, `tensorboard/`, `checkpoints/` and, at the end,
-        `model/`, and `adapter/` where one was trained.
+        `model/`, and `adapter/` where one was trained; beside a base in few bits `adapter/` alone.
       mesh: the devices.
       architecture: the model's configuration.
       initial_model: the model of step 0, or a function that initialises one in place.
@@ -109,7 +109,8 @@ def train(
       teacher: where the run distils.
       trace: steps whose profile goes into `profile/`.
 
-    In several processes all of them call it; the first writes the files, and returns the whole model.
+    In several processes all of them call it; the first writes the files, and returns the whole model where one is
+    written.
 
     Raises `InputError` when the folder holds another or a finished run, or a living run has it, and `Interrupted` after
     a signal.
@@ -139,7 +140,7 @@ def train(
     batches = loader.train_batches(records, batch_size, config.train.seed, rows=rows)
     heldout = loader.heldout_batches(records, batch_size, config.train.eval_examples, rows=rows)
     shapes = {name: (batch_size, *array.shape[1:]) for name, array in batches(0).items()}
-    flops = train_step_flops(abstract_model, shapes)
+    flops = train_step_flops(abstract_model, shapes, frozen=config.adapter is not None)
     said = None
     if teacher is not None:
         said = Teacher(config, teacher, architecture, batches.manifest.corpus_digests)
@@ -247,10 +248,11 @@ def train(
         if signals.received and step < config.steps:
             raise Interrupted(f"{signals.received} {_what_is_saved(step, store.latest_step())}")
         trained = distributed.gathered(state.model)
-        model = finish(recipe.finish(trained)) if distributed.is_primary() else None
+        model = finish(recipe.finish(trained)) if recipe.finish is not None and distributed.is_primary() else None
 
         def write_model() -> None:
-            run_folder.replace(workdir, run_folder.MODEL, lambda folder: export(model, folder))
+            if model is not None:
+                run_folder.replace(workdir, run_folder.MODEL, lambda folder: export(model, folder))
             if recipe.export_adapter is not None:
                 run_folder.replace(workdir, run_folder.ADAPTER, lambda folder: recipe.export_adapter(trained, folder))
             run_folder.write_json(workdir / run_folder.FINISHED, {"step": config.steps})

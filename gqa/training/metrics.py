@@ -152,7 +152,9 @@ class Attention(NamedTuple):
     keys: int  # key positions that each query sees; the row's length, also under a causal mask (PaLM appendix B)
 
 
-def model_flops_per_step(products: Iterable[MatrixProduct], attentions: Iterable[Attention]) -> int:
+def model_flops_per_step(
+    products: Iterable[MatrixProduct], attentions: Iterable[Attention], frozen: bool = False
+) -> int:
     """FLOPs that the model asks of one training step, forward and backward, without rematerialisation.
 
     PaLM appendix B, the convention of model FLOPs utilisation: a multiply-add is 2, the backward pass is twice the
@@ -160,7 +162,9 @@ def model_flops_per_step(products: Iterable[MatrixProduct], attentions: Iterable
     `Attention(L, H, d, B*T, T)`. An encoder-decoder (S inputs, T targets) has `MatrixProduct(encoder kernels + cross
     key and value kernels, B*S)`, `MatrixProduct(other decoder kernels and output matrix, B*T)`, and the attentions
     of the encoder (B*S, S), the decoder (B*T, T) and across (B*T, S).
+
+    `frozen`: kernels get no gradient, as beside adapters, whose own products are not counted.
     """
-    forward = sum(2 * product.parameters * product.tokens for product in products)
-    forward += sum(4 * site.layers * site.num_heads * site.head_dim * site.queries * site.keys for site in attentions)
-    return 3 * forward
+    of_products = sum(2 * product.parameters * product.tokens for product in products)
+    of_scores = sum(4 * site.layers * site.num_heads * site.head_dim * site.queries * site.keys for site in attentions)
+    return (2 if frozen else 3) * of_products + 3 * of_scores

@@ -26,7 +26,7 @@ class Recipe(NamedTuple):
     initial: Callable[[], Any] | None  # that of step 0, or a function that makes it in place
     frozen: tuple  # what the step gets beside it
     whole: Callable[..., models.Model]  # (trained, dropout key or None, *frozen) -> the model that computes
-    finish: Callable[[Any], models.Model]  # trained -> the final model
+    finish: Callable[[Any], models.Model] | None  # trained -> the final model; None: what is trained is all there is
     loss_fn: Callable[..., Sums] | None = None  # instead of the text's cross-entropy
     heldout_sums: Callable[[models.Model, Mapping], Sums] | None = None
     added: Callable[[str, Mapping, Batch], Batch] | None = None  # (split, batch, placed) -> placed with more arrays
@@ -38,13 +38,7 @@ def make_recipe(
 ) -> Recipe:
     """The recipe of a run; arguments as of `loop.train`, whose caller has placed the initial model."""
     dropout = config.model.dropout_rate > 0
-    recipe = Recipe(
-        trained=abstract_model,
-        initial=lambda: initial_model,
-        frozen=(),
-        whole=lambda model, key: model,
-        finish=lambda model: model,
-    )
+    recipe = all_parameters(abstract_model, initial_model)
     if config.reward is not None:
         head_key = jax.random.key(config.train.seed)
         loss_fn, score = (reward_loss(config.reward, is_training) for is_training in (dropout, False))
@@ -62,11 +56,27 @@ def make_recipe(
             added=Reference(config.dpo, initial_model, records, config.train.batch_size, mesh),
         )
     if config.adapter is not None:
-        recipe = _with_adapter(recipe, config, abstract_model, initial_model)
+        recipe = with_adapter(recipe, config, abstract_model, initial_model)
     return recipe
 
 
-def _with_adapter(recipe: Recipe, config: RunConfig, abstract_model: models.Model, base: models.Model) -> Recipe:
+def all_parameters(abstract_model: models.Model, initial_model: Any) -> Recipe:
+    """Plain training."""
+    return Recipe(
+        trained=abstract_model,
+        initial=lambda: initial_model,
+        frozen=(),
+        whole=lambda model, key: model,
+        finish=lambda model: model,
+    )
+
+
+def with_adapter(recipe: Recipe, config: RunConfig, abstract_model: models.Model, base: models.Model) -> Recipe:
+    """The recipe with adapters trained beside `base`, whose kernels are in few bits where the config says so.
+
+    `abstract_model` is that of floats. Beside few bits no final model is made: of a large one, devices that train
+    the adapter could not hold it; `checkpoints_tools.merge` makes it tensor by tensor.
+    """
     settings = config.adapter
     key = jax.random.fold_in(jax.random.key(config.train.seed), _ADAPTER_SEED)
 
@@ -81,10 +91,10 @@ def _with_adapter(recipe: Recipe, config: RunConfig, abstract_model: models.Mode
         peft.save(directory, base.config, lora.by_layer(base, adapters), said, config.model.checkpoint)
 
     return recipe._replace(
-        trained=jax.eval_shape(lambda: lora.create(abstract_model, settings, key)),
+        trained=lora.abstract(abstract_model, settings),
         initial=lambda: lambda: lora.create(abstract_model, settings, key),
         frozen=(base,),
         whole=whole,
-        finish=lambda adapters: merge(base, adapters),
+        finish=(lambda adapters: merge(base, adapters)) if settings.base is None else None,
         export_adapter=export,
     )

@@ -9,6 +9,7 @@ from gqa import models
 from gqa.adapters import lora
 from gqa.adapters.lora import LoRAConfig
 from gqa.errors import InputError
+from gqa.models.quantize import dequantize_layers, quantize_layers
 
 ATTENTION = ("self_attention.*",)
 ALL = ("*",)
@@ -71,6 +72,36 @@ def test_merged_equals_unmerged(model, adapters, rank_stabilised):
     scale = 6 / 3**0.5 if rank_stabilised else 2
     expected = model.decoder[0].self_attention.query[...] + scale * jnp.einsum("LDr,LrHd->LDHd", down, up)
     np.testing.assert_allclose(merged.decoder[0].self_attention.query[...], expected, atol=1e-5)
+
+
+def test_qlora(model, adapters):
+    """Beside 4 bits, of a scanned model whose layers differ in K: the merged model computes the same, as floats."""
+    config = settings(base="nf4")
+
+    @jax.jit
+    def bases(model):
+        quantized = quantize_layers(model, "nf4")
+        return quantized, dequantize_layers(quantized), lora.merge(quantized, adapters, config)
+
+    @jax.jit
+    def gradient_and_outputs(adapters, model):
+        def loss(adapters):
+            found = lora.attach(model, adapters, config)(TOKENS)
+            return jnp.sum(jnp.square(found)), found
+
+        return jax.grad(loss, has_aux=True)(adapters)
+
+    quantized, as_floats, merged = bases(model)
+    assert jax.tree.structure(merged) == jax.tree.structure(model)
+    gradient, found = gradient_and_outputs(adapters, quantized)
+    expected = logits(merged)
+    assert float(jnp.abs(expected - logits(lora.merge(model, adapters, config))).max()) > 0.01
+    np.testing.assert_allclose(found, expected, atol=1e-5 * float(jnp.abs(expected).max()))
+    # The gradient is of the adapters alone, and what it is beside floats of the same values.
+    beside_floats, _ = gradient_and_outputs(adapters, as_floats)
+    assert jax.tree.structure(gradient) == jax.tree.structure(adapters)
+    for one, other in zip(jax.tree.leaves(gradient), jax.tree.leaves(beside_floats), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-4 * float(jnp.abs(other).max()))
 
 
 def test_unrolled_and_layer_by_layer_equal_scanned(model, adapters):
@@ -146,6 +177,7 @@ def test_layers_and_back(model, adapters):
         ({"alpha": 0.0}, "adapter.alpha=0.0; expected"),
         ({"dropout_rate": 1.0}, "adapter.dropout_rate=1.0; expected"),
         ({"kernels": ()}, "adapter.kernels is empty"),
+        ({"base": "fp4"}, "adapter.base='fp4'; expected None or one of int8, int4, nf4"),
     ],
 )
 def test_settings_that_are_none(changes, message):

@@ -13,8 +13,8 @@ CHOICES = dict(param_dtype="float32", dtype="float32", scan_layers=True, remat="
 CONFIG = lora.LoRAConfig(("self_attention.*", "mlp.down"), rank=2, alpha=4.0, dropout_rate=0.0, rank_stabilised=False)
 
 
-@pytest.mark.parametrize("size", ["llama_mini", "t5_1_1_mini"])
-def test_merged_folder(random_model, tmp_path, call, capsys, size):
+@pytest.mark.parametrize(("size", "base"), [("llama_mini", None), ("t5_1_1_mini", None), ("llama_mini", "nf4")])
+def test_merged_folder(random_model, tmp_path, call, capsys, size, base):
     model = random_model(models.size(size))
     hf.save(model, tmp_path / "base", dtype="float32")
     rng = np.random.default_rng(1)
@@ -23,12 +23,13 @@ def test_merged_folder(random_model, tmp_path, call, capsys, size):
     layers = lora.by_layer(model, adapters)
     peft.save(tmp_path / "adapter", model.config, layers, peft.Settings(2, 4.0, 0.0, False), None)
     arguments = [f"--checkpoint={tmp_path / 'base'}", f"--adapter={tmp_path / 'adapter'}"]
+    arguments += [f"--base={base}"] if base else []
     assert call("merge", *arguments, f"--output={tmp_path / 'merged'}") == 0
     assert capsys.readouterr().out.splitlines()[-1] == (
         f"merged {len(layers)} kernels of rank 2; wrote {tmp_path / 'merged'}"
     )
     found = checkpoints.load(tmp_path / "merged", **CHOICES)
-    expected = lora.merge(checkpoints.load(tmp_path / "base", **CHOICES), adapters, CONFIG)
+    expected = lora.merge(checkpoints.load(tmp_path / "base", weights=base, **CHOICES), adapters, CONFIG)
     jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, atol=1e-6), found, expected)
 
 

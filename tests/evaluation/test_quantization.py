@@ -69,8 +69,8 @@ def test_what_fewer_bits_cost(call, config_file, tiny_run, tmp_path):
         assert f"| {name} | {loss:.4f} | {loss - scores['loss']:+.4f} |" in out
 
     for argument, message in (
-        ("--weights=int3", "weights='int3'; expected int8 or int4, or none for the model's own; nearest: int"),
-        ("--weights=int8,", "weights=''; expected int8 or int4"),
+        ("--weights=int3", "weights='int3'; expected int8, int4, nf4, or none for the model's own; nearest: int"),
+        ("--weights=int8,", "weights=''; expected int8, int4, nf4"),
         ("--cache=int4", "cache type 'int4' is unknown; expected int8"),
     ):
         code, _, err = call(*common, argument)

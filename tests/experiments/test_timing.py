@@ -98,7 +98,7 @@ def test_continuous_batching_and_speculation(run, tmp_path, capsys):
         ("--config.kv_heads=3", "=3 does not divide num_heads=4"),
         ("--config.new_tokens=1", r"config\.new_tokens=1; expected at least 2"),
         ("--config.repetitions=0", r"config\.repetitions=0; expected at least 1"),
-        ("--config.weights=int3", r"weights='int3'; expected int8 or int4"),
+        ("--config.weights=int3", r"weights='int3'; expected int8, int4, nf4"),
         ("--config.weights=None,int8", r"config\.weights=.* and config\.cache=.*; expected as many of each"),
         ("--config.size=t5", "no model size 't5'"),
     ],

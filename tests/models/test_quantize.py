@@ -2,10 +2,11 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 
 from gqa import models, sharding
 from gqa.errors import InputError
-from gqa.models.quantize import quantize
+from gqa.models.quantize import dequantize_layers, quantize, quantize_layers
 from gqa.nn.quantized import QuantizedKernel
 
 TOKENS = np.random.default_rng(0).integers(2, 256, (2, 9), dtype=np.int32)
@@ -66,6 +67,34 @@ def dequantized(model):
     return jax.tree.map(back, model, is_leaf=is_kernel)
 
 
+def test_a_base_in_4_bits_is_small():
+    """Llama-2-7B's layers in NF4, its embedding and logits in bfloat16: 0.57 bytes a parameter."""
+    config = models.replace(models.size("llama_2_7b"), param_dtype="bfloat16")
+    found = jax.eval_shape(lambda: quantize_layers(models.create(config, jax.random.key(0)), "nf4"))
+    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(found))
+    layers, rest = 32 * (4 * 4096**2 + 3 * 4096 * 11008), 2 * 32000 * 4096
+    assert models.num_parameters(models.abstract(config)) == layers + rest + 65 * 4096
+    # 4 bits, 8 for every 64, 32 for every 64 · 256 and for every kernel of a layer, the last block not full.
+    assert size == pytest.approx(layers * (1 / 2 + 1 / 64 + 4 / (64 * 256)) + 2 * (rest + 65 * 4096), rel=1e-5)
+    assert size / (layers + rest) == pytest.approx(0.5737, abs=1e-4) and size <= 0.6 * (layers + rest)
+
+
+def test_layers_and_back():
+    """A few bits' values are what comes back; the rest of the model is the same arrays, cut over devices alike."""
+    model = models.create(architecture("tied"), jax.random.key(0))
+    quantized = jax.jit(quantize_layers, static_argnums=1)(model, "nf4")
+    np.testing.assert_array_equal(quantized.embedding[...], model.embedding[...])
+    back = dequantize_layers(quantized)
+    assert jax.tree.structure(back) == jax.tree.structure(model)
+    kernel = quantized.decoder[0].self_attention.key
+    np.testing.assert_array_equal(back.decoder[0].self_attention.key[...], kernel.kernel("float32"))
+    assert kernel.axes == ("embed", "kv_heads", "head_dim")
+    mesh = jax.sharding.AbstractMesh((1, 1, 2, 1, 2), sharding.MESH_AXES)
+    cut = [where.spec for where in jax.tree.leaves(sharding.parameter_shardings(mesh, kernel))]
+    # Places, the mean scale, places of scales (one of 64 inputs, which two devices cannot share), their scales.
+    assert cut == [P(None, "tensor", "fsdp"), P(None), P(None, "tensor", None), P(None, None)]
+
+
 def test_unknown_weights():
-    with pytest.raises(InputError, match=r"^weights='int3'; expected int8 or int4, or none .*; nearest: int[48]$"):
+    with pytest.raises(InputError, match=r"^weights='int3'; expected int8, int4, nf4, or none .*; nearest: int[48]$"):
         quantize(models.abstract(models.size("llama_mini")), "int3")

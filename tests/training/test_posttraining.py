@@ -135,6 +135,29 @@ def test_adapters_learn_and_the_base_stays(run, base, tmp_path, tiny_run):
     assert weights[0] == weights[1]
 
 
+def test_qlora_learns_beside_a_base_in_few_bits(run, base, tmp_path, tiny_run, tiny_config, call):
+    """The adapter is all that comes out; it goes on bit for bit, and merged it has the loss that the run measured."""
+    changes = {"adapter": LORA | {"base": "nf4"}, "train.save_every": 15, "train.eval_every": 15}
+    history = run(tmp_path / "whole", "sft", changes)
+    assert history[2]["loss"] < history[1]["loss"] < history[0]["loss"] - 0.3
+    run(tmp_path / "parts", "sft", changes | {"train.steps": 15})
+    assert run(tmp_path / "parts", "sft", changes) == history
+    folders = [tmp_path / name / "adapter" for name in ("whole", "parts")]
+    weights = [(folder / peft.WEIGHTS).read_bytes() for folder in folders]
+    assert weights[0] == weights[1] and not (tmp_path / "whole" / "model").exists()
+    choices = tiny_run("llama").model.run_choices()
+    with pytest.raises(InputError, match=r"trains adapter parameters; merge .*/adapter with python -m checkpoints_t"):
+        checkpoints.read(tmp_path / "whole", **choices)
+    merged = tmp_path / "merged"
+    assert call("merge", f"--checkpoint={base}", f"--adapter={folders[0]}", "--base=nf4", f"--output={merged}") == 0
+    model, plain = (checkpoints.load(folder, **choices) for folder in (merged, base))
+    np.testing.assert_array_equal(model.embedding[...], plain.embedding[...])
+    config = run_config.parse(tiny_config("llama", run.overrides("sft", changes)))
+    batches = loader.heldout_batches(config.prepared_records(), 8, 8)
+    found = loop.heldout_metrics(model, batches, make_mesh(config.mesh))
+    assert found["loss"] == pytest.approx(history[2]["loss"], abs=1e-5)
+
+
 def test_dpo_starts_at_log_2_and_learns(run, tmp_path, base):
     history = run(tmp_path / "cached", "preferences", {"dpo": DPO})
     start, end = history
@@ -164,7 +187,7 @@ def test_a_reward_model_learns_is_saved_and_loaded(run, tmp_path, tiny_config):
         reward.load(config.model.checkpoint, **config.model.run_choices())
 
 
-@pytest.mark.parametrize("name", ["sft", "sft_lora", "dpo", "reward"])
+@pytest.mark.parametrize("name", ["sft", "sft_lora", "sft_qlora", "dpo", "reward"])
 def test_configs_are_valid_and_ask_for_a_source(name):
     path = Path(__file__).parents[2] / "configs" / "posttraining" / f"{name}.py"
     config = run_config.parse(load_config(path, ["--config.data.source=rows.jsonl"]))
