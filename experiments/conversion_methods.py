@@ -3,8 +3,12 @@
 What each conversion keeps: all methods at 2:1, 4:1 and MQA, without uptraining and after it, on a shipped teacher.
 Without uptraining a seed draws the calibration text; after it, also the order of the data. The learning rate of each
 method is the best on a split of its own (the first half of the held-out rows; losses are of the second), tried with one
-seed, and the unconverted teacher is uptrained the same way. Each finished run is one JSON file in the working folder:
-started again, the command goes on. Tables, a picture and all runs go to experiments/results/conversion_methods/.
+seed at 4:1, and the unconverted teacher is uptrained the same way. A run that ends at the largest share passes the
+smaller ones: the schedules of uptraining do not know where they end.
+
+Each finished run is one JSON file in the working folder: started again, the command goes on. Tables, a picture and all
+runs go to experiments/results/conversion_methods/, after every run; what that folder holds of the same teacher on the
+same held-out rows is not run again.
 """
 
 import argparse
@@ -86,20 +90,27 @@ def main() -> None:
     from gqa.training.memory import keep_freed_memory
 
     keep_freed_memory()
-    bench = Bench(teacher, config, sites, arguments.rows, arguments.workdir / arguments.teacher)
-    finished = bench.all(alphas, arguments.seeds)
     from experiments.conversion_report import report
     from experiments.measure import commit, machine, write_json
 
+    path = arguments.results / f"{arguments.teacher}.json"
+    bench = Bench(teacher, config, sites, arguments.rows, arguments.workdir / arguments.teacher)
     results = {
         "command": " ".join(["python -m experiments.conversion_methods", *sys.argv[1:]]),
         "machine": machine(),
         "commit": commit(),
         "teacher": bench.describe(),
-        "runs": finished,
+        "runs": [],
     }
-    write_json(arguments.results / f"{arguments.teacher}.json", results)
-    print(report(results, arguments.results, arguments.teacher))
+    bench.know(path, results["teacher"])
+    text = ""
+    for run in bench.all(alphas, arguments.seeds):
+        results["runs"].append(run)
+        if run["alpha"] > 0:
+            write_json(path, results)
+            text = report(results, arguments.results, arguments.teacher)
+    write_json(path, results)
+    print(text or report(results, arguments.results, arguments.teacher))
 
 
 def _alpha(text: str) -> float:
@@ -131,17 +142,35 @@ class Bench:
         self._teacher = checkpoints.load(teacher, mesh=self._mesh, **self._config.model.run_choices())
         self._num_heads = max(self._teacher.config.kv_heads(sites[0]))
 
-    def all(self, alphas: list[float], seeds: int) -> list[dict[str, Any]]:
+    def know(self, path: Path, description: Mapping) -> None:
+        """Takes over the runs of a results file whose teacher has the same losses on the same rows."""
+        from experiments.measure import write_json
+        from gqa.checkpoints import hf_config
+
+        if not path.exists():
+            return
+        earlier = hf_config.read_json(path)
+        if earlier["teacher"]["rows"] != self._rows:
+            return
+        of = [found["heldout"] for found in (earlier["teacher"], description)]
+        if not all(np.isclose(of[0][name], of[1][name], rtol=1e-5) for name in of[1]):
+            print(f"{path} is of another teacher or of other text: nothing of it is kept", flush=True)
+            return
+        for run in earlier["runs"]:
+            own = self._path(Run(*(run[name] for name in Run._fields)))
+            if not own.exists():
+                write_json(own, run)
+
+    def all(self, alphas: list[float], seeds: int) -> Iterator[dict[str, Any]]:
         """Every run, done now or found done."""
         from tqdm import tqdm
 
-        finished = []
+        self._alphas = [alpha for alpha in alphas if alpha > 0]
         with tqdm(unit="run", desc="runs", dynamic_ncols=True) as bar:
             for run in self._runs(alphas, seeds):
                 bar.set_postfix_str(run.name)
-                finished.append(self.once(run))
+                yield self.once(run)
                 bar.update()
-        return finished
 
     def _runs(self, alphas: list[float], seeds: int) -> Iterator[Run]:
         together = "+".join(self._sites)
@@ -153,24 +182,31 @@ class Bench:
                 for method in methods:
                     for seed in range(1 if method in DETERMINISTIC else seeds):
                         yield Run(sites, method, K, 0.0, seed, 0.0)
-        last = max(alphas)
-        if last == 0:
+        if not self._alphas:
             return
-        for method, K in [("teacher", self._num_heads), *((method, K) for K in kv_heads for method in UPTRAINED)]:
-            tried = [Run(together, method, K, last, 0, rate) for rate in RATES]
-            best = min(tried, key=lambda run: self.once(run)["tuning_loss"]).rate
-            for seed in range(seeds):
-                for alpha in alphas[alphas[0] == 0 :]:
-                    yield Run(together, method, K, alpha, seed, best)
+        best = {}
+        for seed in range(seeds):  # of all cells the first one first: a command that is cut short leaves whole tables
+            for K in (self._num_heads, *(kv_heads[1:2] + kv_heads[:1] + kv_heads[2:])):
+                for method in ("teacher",) if self._num_heads == K else UPTRAINED:
+                    if method not in best:
+                        tried = [Run(together, method, K, self._alphas[-1], 0, rate) for rate in RATES]
+                        best[method] = min(tried, key=lambda run: self.once(run)["tuning_loss"]).rate
+                    for alpha in self._alphas:
+                        yield Run(together, method, K, alpha, seed, best[method])
+
+    def _path(self, run: Run) -> Path:
+        return self._workdir / f"{run.name}.json"
 
     def once(self, run: Run) -> dict[str, Any]:
-        """The result of a run; an uptraining leaves those of all shares that it passes."""
+        """The result of a run."""
         from experiments.measure import write_json
 
-        path = self._workdir / f"{run.name}.json"
-        if not path.exists():
-            write_json(path, run._asdict() | (self._converted(run) if run.alpha == 0 else self._uptrained(run)))
-        return json.loads(path.read_text())
+        if not self._path(run).exists():
+            if run.alpha > 0:
+                self._uptrain(run._replace(alpha=self._alphas[-1]))
+            else:
+                write_json(self._path(run), run._asdict() | self._converted(run))
+        return json.loads(self._path(run).read_text())
 
     @lru_cache(maxsize=4)  # noqa: B019 - one bench a process
     def _calibration(self, seed: int) -> tuple[list[Mapping], Any]:
@@ -216,11 +252,12 @@ class Bench:
             "target_tokens": scores["target_tokens"],
         }
 
-    def _uptrained(self, run: Run) -> dict[str, Any]:
-        """Uptrains to `run.alpha` in a process of its own, and scores it."""
+    def _uptrain(self, run: Run) -> None:
+        """Uptrains to `run.alpha` in processes of its own, and scores all shares on the way."""
         import shutil
         import subprocess
 
+        from experiments.measure import write_json
         from gqa import checkpoints
         from gqa.checkpoints import hf
 
@@ -231,21 +268,26 @@ class Bench:
             hf.save(model, start, dtype="float32")
         rate = self._config.optimizer.learning_rate * run.rate
         config = TEACHERS["t5" if len(self._sites) > 1 else "llama"][1]
-        if not (folder / "run" / "finished.json").exists():
-            subprocess.run(
-                [
-                    *(sys.executable, "-m", "gqa.train", f"--config={config}", f"--workdir={folder / 'run'}"),
-                    *(f"--config.model.checkpoint={start}", f"--config.train.seed={run.seed + 1}"),
-                    *(f"--config.uptrain.alpha={run.alpha}", f"--config.optimizer.learning_rate={rate}"),
-                    "--config.train.eval_every=1000000",
-                ],
-                check=True,
-                env=os.environ,
-            )
-        model = checkpoints.load(folder / "run" / "model", mesh=self._mesh, **self._config.model.run_choices())
-        losses = self.losses(model)
+        for alpha in self._alphas:
+            path = self._path(run._replace(alpha=alpha))
+            if path.exists():
+                continue
+            steps = round(alpha * self._config.uptrain.original_steps)
+            finished = folder / "run" / "finished.json"
+            if not finished.exists() or json.loads(finished.read_text())["step"] < steps:
+                subprocess.run(
+                    [
+                        *(sys.executable, "-m", "gqa.train", f"--config={config}", f"--workdir={folder / 'run'}"),
+                        *(f"--config.model.checkpoint={start}", f"--config.train.seed={run.seed + 1}"),
+                        *(f"--config.uptrain.alpha={alpha}", f"--config.optimizer.learning_rate={rate}"),
+                        "--config.train.eval_every=1000000",
+                    ],
+                    check=True,
+                    env=os.environ,
+                )
+            model = checkpoints.load(folder / "run" / "model", mesh=self._mesh, **self._config.model.run_choices())
+            write_json(path, run._replace(alpha=alpha)._asdict() | self.losses(model))
         shutil.rmtree(folder)
-        return losses
 
     def describe(self) -> dict[str, Any]:
         """What the results rest on: what removing each attention costs, and how many directions its keys take."""

@@ -1,5 +1,6 @@
 """python -m gqa.evaluate --checkpoint=DIR --config=configs/NAME.py [--output=FILE.json]
 python -m gqa.evaluate --checkpoint=DIR --task_file=dev.jsonl --metrics=rouge --output=DIR
+python -m gqa.evaluate --checkpoint=DIR --preferences=FILE.jsonl --template=llama2 [--output=DIR]
 python -m gqa.evaluate --checkpoint=DIR --harness=TASK,TASK [--include_path=FOLDER] [--output=DIR]
 
 Scores a checkpoint.
@@ -12,6 +13,8 @@ decodes.
 go to --output=DIR: scores.json, table.md laid out as GQA's Table 1, and a predictions.jsonl for each checkpoint and
 file. Give several files to average over tasks; one named as a task of Table 1, such as cnn_dailymail.jsonl, knows its
 metric. Interrupted and started again, it goes on.
+--preferences: a reward model's accuracy on pairs, overall and by rating, and its calibration; --output=DIR gets
+preferences.json, preferences.md and calibration.png.
 --harness: on tasks of the LM Evaluation Harness (package lm_eval).
 
 Several --checkpoint=DIR, such as seeds, are averaged with their spread. --every_checkpoint scores each step that a run
@@ -60,13 +63,16 @@ def main() -> None:
     group.add_argument("--batch_size", type=int, default=8, help="rows decoded or scored at a time (default: 8)")
     group.add_argument("--bootstrap", type=int, default=1000, help="resampled corpora of the intervals (default: 1000)")
     group.add_argument("--seed", type=int, default=0, help="of the bootstrap (default: 0)")
+    group = parser.add_argument_group("reward models")
+    group.add_argument("--preferences", type=Path, metavar="FILE", help="pairs, as the reward model was trained on")
+    group.add_argument("--template", default="openbezoar", help="that it was trained with (default: openbezoar)")
     group = parser.add_argument_group("LM Evaluation Harness")
     group.add_argument("--harness", metavar="TASKS", help="names, such as arc_easy,gsm8k")
     group.add_argument("--include_path", type=Path, metavar="DIR", help="folder of further task YAMLs")
     group.add_argument("--num_fewshot", type=int, help="examples before a question (default: the task's)")
     group.add_argument("--limit", type=int, help="first questions of each task (default: all)")
     arguments, raw_config = command_line.parse(parser)
-    modes = {"--config": arguments.config, "--task_file": arguments.task_file, "--harness": arguments.harness}
+    modes = {f"--{name}": getattr(arguments, name) for name in ("config", "task_file", "preferences", "harness")}
     chosen = [name for name, value in modes.items() if value]
     if len(chosen) != 1:
         raise InputError(f"expected one of {', '.join(modes)}; found {' and '.join(chosen) or 'none'}")
@@ -77,6 +83,8 @@ def main() -> None:
     evaluated = runs.checkpoints_of(arguments.checkpoint, arguments.every_checkpoint)
     if arguments.harness:
         runs.run_harness(arguments, evaluated)
+    elif arguments.preferences:
+        runs.judge_preferences(arguments, evaluated)
     elif arguments.task_file:
         runs.generate_and_score(arguments, evaluated)
     else:

@@ -9,7 +9,7 @@ from gqa.checkpoints import training_run
 from gqa.command_line import nearest
 from gqa.decode.batches import Settings
 from gqa.errors import InputError
-from gqa.evaluation import generation, table, text_metrics
+from gqa.evaluation import generation, preferences, table, text_metrics
 from gqa.evaluation.checkpoint_text import TextModel
 
 LOSSES = ("loss", "perplexity", "accuracy")
@@ -134,6 +134,24 @@ def run_harness(arguments: argparse.Namespace, evaluated: Mapping[str, Path]) ->
     if arguments.output is not None:
         _make_folder(arguments.output)
         generation.write_json(arguments.output / SCORES, {"checkpoints": found})
+
+
+def judge_preferences(arguments: argparse.Namespace, evaluated: Mapping[str, Path]) -> None:
+    """Accuracy and calibration of every reward model, printed and written to `--output`."""
+    if arguments.batch_size < 1:
+        raise InputError(f"--batch_size={arguments.batch_size} is below 1; expected 1 or more")
+    asked = (arguments.preferences, arguments.template, arguments.batch_size)
+    found = {name: preferences.evaluate(path, *asked) for name, path in evaluated.items()}
+    tables = [preferences.table(one) for one in found.values()]
+    if len(found) > 1:
+        tables = [f"**{name}**\n\n{table}" for name, table in zip(found, tables, strict=True)]
+    text = "\n\n".join(tables)
+    print(text)
+    if arguments.output is not None:
+        _make_folder(arguments.output)
+        preferences.draw(found, arguments.output / "calibration.png")
+        (arguments.output / "preferences.md").write_text(text + "\n\n![Calibration](calibration.png)\n")
+        generation.write_json(arguments.output / "preferences.json", {"checkpoints": found})
 
 
 def _make_folder(path: Path) -> None:
