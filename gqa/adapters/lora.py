@@ -11,6 +11,7 @@ puts the two together for a forward pass, `merge` for good.
 
 import dataclasses
 import fnmatch
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -81,17 +82,60 @@ class LoRAKernel(nnx.Module):
 
     def einsum(self, equation: str, x: jax.Array, dtype) -> jax.Array:
         """`einsum` of `x` with kernel and adapter; arguments as of `gqa.nn.layers.linear`."""
-        inputs, result = equation.split("->")
-        of_x, of_kernel = inputs.split(",")
-        n = sum(axis in of_x for axis in of_kernel)
-        thin = f"{of_x[:-n]}R"
+        if self._is_cheaper_summed(x, dtype):
+            return _summed(equation, self.scale, x, self.base[...], self.down[...], self.up[...])
         read = x
         if self.dropout_key is not None:
             read = Dropout(self.rate, jax.random.wrap_key_data(self.dropout_key[...]))(x, 0)
-        hidden = linear(f"{of_x},{of_kernel[:n]}R->{thin}", read, self.down, dtype)
-        # The factor is on the thin product: on the wide one it would be a pass over the gradient, too.
-        added = linear(f"{thin},R{of_kernel[n:]}->{result}", hidden * jnp.asarray(self.scale, dtype), self.up, dtype)
-        return linear(equation, x, self.base, dtype) + added
+        return linear(equation, x, self.base, dtype) + _added(equation, self.scale, read, self.down, self.up, dtype)
+
+    def _is_cheaper_summed(self, x: jax.Array, dtype) -> bool:
+        """Of many rows the sum of the kernels is less work than that of the products.
+
+        In float32 alone: of bfloat16 kernels the sum would lose what adapters learn.
+        """
+        if self.dropout_key is not None or not isinstance(self.base, nnx.Variable):
+            return False
+        width = math.prod(self.down.shape[:-1])
+        return jnp.dtype(dtype) == self.base.dtype == jnp.float32 and x.size > width * width
+
+
+def _added(equation: str, scale: float, x: jax.Array, down, up, dtype) -> jax.Array:
+    """The adapter's own product."""
+    inputs, result = equation.split("->")
+    of_x, of_kernel = inputs.split(",")
+    n = sum(axis in of_x for axis in of_kernel)
+    thin = f"{of_x[:-n]}R"
+    hidden = linear(f"{of_x},{of_kernel[:n]}R->{thin}", x, down, dtype)
+    # The factor is on the thin product: on the wide one it would be a pass over the gradient, too.
+    return linear(f"{thin},R{of_kernel[n:]}->{result}", hidden * jnp.asarray(scale, dtype), up, dtype)
+
+
+def _sum(kernel: jax.Array, down: jax.Array, up: jax.Array, scale: float) -> jax.Array:
+    """A kernel with its adapter's product, float32; all may be stacked."""
+    rank, layers = down.shape[-1], down.shape[: down.ndim + up.ndim - 2 - kernel.ndim]
+    product = down.reshape(*layers, -1, rank) @ up.reshape(*layers, rank, -1)
+    return kernel.astype(jnp.float32) + scale * product.reshape(kernel.shape)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _summed(equation: str, scale: float, x, kernel, down, up) -> jax.Array:
+    return linear(equation, x, _sum(kernel, down, up, scale), jnp.float32)
+
+
+def _summed_forward(equation, scale, x, kernel, down, up):
+    return _summed(equation, scale, x, kernel, down, up), (x, kernel, down, up)
+
+
+def _summed_backward(equation, scale, kept, gradient):
+    # By itself JAX would make the gradient of the sum, as wide as the kernel's, and the adapters' of that one.
+    x, kernel, down, up = kept
+    of_products = jax.vjp(lambda *both: linear(equation, *both, jnp.float32), x, _sum(kernel, down, up, scale))[1]
+    of_adapter = jax.vjp(lambda *both: _added(equation, scale, x, *both, jnp.float32), down, up)[1]
+    return (*of_products(gradient), *of_adapter(gradient))
+
+
+_summed.defvjp(_summed_forward, _summed_backward)
 
 
 def create(model: Model, config: LoRAConfig, key: jax.Array) -> Adapters:
@@ -148,10 +192,7 @@ def merge(model: Model, adapters: Adapters, config: LoRAConfig) -> Model:
     model = dequantize_layers(model)
 
     def merged(path: str, kernel: nnx.Param) -> nnx.Param:
-        down, up = adapters[path]["down"][...], adapters[path]["up"][...]
-        layers = down.shape[: kernel.ndim - len(axes_of(kernel))]
-        product = down.reshape(*layers, -1, config.rank) @ up.reshape(*layers, config.rank, -1)
-        value = kernel[...].astype(jnp.float32) + config.scale * product.reshape(kernel.shape)
+        value = _sum(kernel[...], adapters[path]["down"][...], adapters[path]["up"][...], config.scale)
         return jax.tree.map(lambda leaf: value.astype(leaf.dtype), kernel)
 
     return with_kernels(model, {path: merged(path, kernel) for path, kernel in _of(model, adapters)})

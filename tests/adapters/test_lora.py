@@ -109,6 +109,25 @@ def test_unrolled_and_layer_by_layer_equal_scanned(model, adapters):
     np.testing.assert_allclose(logits(attached.unstacked()), logits(attached), rtol=1e-4, atol=1e-4)
 
 
+def test_many_rows_take_the_sum_of_the_kernels(model, adapters, monkeypatch):
+    tokens = jnp.asarray(np.random.default_rng(3).integers(0, 64, (3, 40)))
+
+    @jax.jit
+    def losses_and_gradients(adapters, model):
+        return jax.value_and_grad(
+            lambda adapters, model: jnp.mean(lora.attach(model, adapters, settings())(tokens) ** 2), argnums=(0, 1)
+        )(adapters, model)
+
+    calls, summed = [], lora._summed
+    monkeypatch.setattr(lora, "_summed", lambda *arguments: calls.append(arguments) or summed(*arguments))
+    found = losses_and_gradients(adapters, model)
+    assert calls and len(calls) % (2 * 7) == 0  # all kernels of two stacks
+    monkeypatch.setattr(lora.LoRAKernel, "_is_cheaper_summed", lambda *_: False)
+    jax.clear_caches()
+    expected = losses_and_gradients(adapters, model)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-5), found, expected)
+
+
 def test_the_gradient_is_of_the_adapters_alone(model, adapters):
     def loss(adapters, model):
         return jnp.sum(jnp.square(lora.attach(model, adapters, settings())(TOKENS)))

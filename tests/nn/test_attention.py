@@ -82,13 +82,14 @@ def test_scores_of_bfloat16_queries_are_float32():
 
 def test_dropout_is_on_the_weights_and_keeps_their_expectation():
     # One-hot values: the output of head h at position t is its row of weights, 1/S each before dropout.
-    query, key = np.zeros((1, 200, 2, S), np.float32), np.zeros((1, 1, S, S), np.float32)
-    value = np.eye(S, dtype=np.float32)[None, None]
+    query, key = np.zeros((200, 3, 2, S), np.float32), np.zeros((200, 1, S, S), np.float32)
+    value = np.broadcast_to(np.eye(S, dtype=np.float32), (200, 1, S, S))
     dropout = Dropout(0.4, jax.random.key(0))
     found = np.asarray(
         grouped_query_attention(query, key, value, bias_HTS=None, mask_BTS=None, dropout=dropout, site=0)
     )
     kept = found != 0
+    np.testing.assert_array_equal(kept, kept[:, :1])  # a mask for all queries of a head
     np.testing.assert_allclose(found[kept], 1 / S / 0.6, rtol=1e-6)
     assert abs(kept.mean() - 0.6) < 0.04  # 2000 draws: more than three standard deviations
 
