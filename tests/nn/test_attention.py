@@ -89,7 +89,7 @@ def test_dropout_is_on_the_weights_and_keeps_their_expectation():
         grouped_query_attention(query, key, value, bias_HTS=None, mask_BTS=None, dropout=dropout, site=0)
     )
     kept = found != 0
-    np.testing.assert_array_equal(kept, kept[:, :1])  # a mask for all queries of a head
+    assert (kept == kept[:, :1]).all()  # a mask for all queries of a head
     np.testing.assert_allclose(found[kept], 1 / S / 0.6, rtol=1e-6)
     assert abs(kept.mean() - 0.6) < 0.04  # 2000 draws: more than three standard deviations
 
