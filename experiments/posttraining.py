@@ -41,8 +41,8 @@ def stages(workdir: Path) -> list[Stage]:
     preferences = [f"data.source={data / 'preferences.jsonl'}", on_sft, *_LONG_ROWS]
     return [
         Stage("data", "experiments.posttraining_data", [f"--output={data}"], data),
-        _training("SFT", "sft", sft, 200, 5e-4, [f"data.source={data / 'chats.jsonl'}", f"model.checkpoint={BASE}"]),
-        _training("reward model", "reward", reward, 240, 3e-4, preferences),
+        _training("SFT", "sft", sft, 80, 5e-4, [f"data.source={data / 'chats.jsonl'}", f"model.checkpoint={BASE}"]),
+        _training("reward model", "reward", reward, 80, 3e-4, preferences),
         Stage(
             "rejection sampling",
             "gqa.rejection_sampling",
@@ -54,13 +54,13 @@ def stages(workdir: Path) -> list[Stage]:
                     f"reward={reward / 'model'}",
                     f"prompts={data / 'prompts.jsonl'}",
                     *_LENGTHS,
-                    "temperatures=0.7,1.0,1.3",
-                    "samples=8",
+                    "temperatures=0.7,1.0",
+                    "samples=4",
                 ),
             ],
             best,
         ),
-        _training("SFT on the best", "sft", rejection, 100, 5e-4, [f"data.source={best}", on_sft]),
+        _training("SFT on the best", "sft", rejection, 24, 5e-4, [f"data.source={best}", on_sft]),
         Stage(
             "PPO",
             "gqa.ppo",
@@ -73,12 +73,17 @@ def stages(workdir: Path) -> list[Stage]:
                     f"reward={reward / 'model'}",
                     f"prompts={data / 'prompts.jsonl'}",
                     *_LENGTHS,
-                    "train.steps=60",
+                    "optimizer.learning_rate=8e-5",
+                    "value_optimizer.learning_rate=3e-4",
+                    "ppo.beta=0.03",
+                    "ppo.kl_limit=9.0",
+                    "train.steps=8",
+                    "train.eval_every=2",
                 ),
             ],
             ppo / "finished.json",
         ),
-        _training("DPO", "dpo", dpo, 120, 2e-4, preferences),
+        _training("DPO", "dpo", dpo, 48, 2e-4, [*preferences, "dpo.reference=live"]),
     ]
 
 

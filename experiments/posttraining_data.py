@@ -37,7 +37,8 @@ TEMPLATE = "llama2"
 VOCABULARY = Path("assets/vocabulary/python_4096.model")
 CODE_CHARACTERS = 200  # of a function, cut between lines
 PROMPT_TOKENS, RESPONSE_TOKENS = 96, 24  # the most of either
-NUM_PROMPTS = 1500  # functions kept for prompts.jsonl, at most a quarter
+NUM_PROMPTS = 400  # functions kept for prompts.jsonl, at most a quarter
+NUM_CHATS, NUM_PREFERENCES = 6000, 2600  # somewhat more than the example's steps read
 LEAST_DIFFERENCE = 2  # mentioned words between the responses of a pair
 SHIFTS = 2  # other docstrings of its length that each one is compared with
 
@@ -97,20 +98,31 @@ def functions(rows: Iterable[dict], template, taken: set[str], skipped: Counter)
 
 
 def preferences(examples: Sequence[tuple[Function, int]]) -> list[dict]:
-    """The pairs: two functions with docstrings of as many tokens, each of which mentions more of its own function."""
+    """The pairs: two functions with docstrings of as many tokens, each of which mentions more of its own function.
+
+    Of more than `NUM_PREFERENCES` some are drawn, both of each two functions.
+    """
     by_length = defaultdict(list)
     for function, num_tokens in examples:
         by_length[num_tokens].append(function)
-    rows = []
+    found = []
     for _, group in sorted(by_length.items()):
         for shift in range(1, min(SHIFTS, (len(group) - 1) // 2) + 1):  # so that no two functions meet twice
             for place, first in enumerate(group):
                 second = group[(place + shift) % len(group)]
                 both = (_preference(first, second), _preference(second, first))
                 if None not in both:
-                    rows += both
-    random.Random(0).shuffle(rows)
+                    found.append(both)
+    draw = random.Random(0)
+    draw.shuffle(found)
+    rows = [row for both in found[: NUM_PREFERENCES // 2] for row in both]
+    draw.shuffle(rows)
     return rows
+
+
+def _drawn(rows: Sequence, most: int) -> Sequence:
+    """All rows, or `most` of them, in their order."""
+    return [rows[place] for place in sorted(random.Random(0).sample(range(len(rows)), min(most, len(rows))))]
 
 
 def _preference(function: Function, other: Function) -> dict | None:
@@ -136,7 +148,7 @@ def make(source: str, vocabulary: Path, output: Path) -> dict:
     num_prompts = min(NUM_PROMPTS, len(train) // 4)
     train, alone = train[num_prompts:], train[:num_prompts]
     files = {
-        "chats": [{"messages": function.messages} for function, _ in train],
+        "chats": [{"messages": function.messages} for function, _ in _drawn(train, NUM_CHATS)],
         "preferences": preferences(train),
         "prompts": [{"prompt": function.prompt} for function, _ in alone],
         "preferences_heldout": preferences(heldout),

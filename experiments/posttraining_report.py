@@ -32,7 +32,7 @@ from gqa.training import metrics
 
 FOLDERS = {"SFT": "sft", "SFT on the best": "rejection", "PPO": "ppo", "DPO": "dpo"}  # of WORKDIR
 OWN = "own docstrings"
-NUM_PROMPTS = 160
+NUM_PROMPTS = 80
 SAMPLES, BEST_OF = 4, 16  # responses to a prompt: of every model, and of SFT's for the best of them
 ROWS = 64  # responses drawn or read at a time
 LENGTH = PROMPT_TOKENS + RESPONSE_TOKENS
