@@ -1,4 +1,4 @@
-"""LaMini: new instructions in the manner of a few examples, and about given topics (Wu et al. 2023 §2.1)."""
+"""LaMini: new instructions in the manner of a few examples, and about given topics (Wu et al. 2023)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
