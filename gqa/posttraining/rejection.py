@@ -2,8 +2,7 @@
 
 import hashlib
 import json
-import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -111,7 +110,7 @@ def _run(config: RejectionConfig, output: Path) -> None:
     )
     _write_statistics(by_temperature, config, len(prompts), output)
     text = "".join(json.dumps(line._asdict(), ensure_ascii=False) + "\n" for line in kept)
-    _replaced(output, lambda path: path.write_text(text, encoding="utf-8"))
+    statistics.replaced(output, lambda path: path.write_text(text, encoding="utf-8"))
     _journal_path(output).unlink()
     keys = {line.key for line in kept}
     without = sum(key_of(prompt.messages) not in keys for prompt in prompts)
@@ -236,12 +235,6 @@ def _write_statistics(by_temperature: statistics.Curves, config: RejectionConfig
         "reward": config.reward,
         "curves": [{"temperature": temperature, **curve} for temperature, curve in by_temperature.items()],
     }
-    _replaced(output.with_suffix(".json"), lambda path: path.write_text(json.dumps(content, indent=2) + "\n"))
-    _replaced(output.with_suffix(".md"), lambda path: path.write_text(statistics.table(by_temperature)))
-    _replaced(output.with_suffix(".png"), lambda path: statistics.draw(by_temperature, path))
-
-
-def _replaced(path: Path, write: Callable[[Path], object]) -> None:
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    write(unfinished)
-    os.replace(unfinished, path)
+    statistics.replaced(output.with_suffix(".json"), lambda path: path.write_text(json.dumps(content, indent=2) + "\n"))
+    statistics.replaced(output.with_suffix(".md"), lambda path: path.write_text(statistics.table(by_temperature)))
+    statistics.replaced(output.with_suffix(".png"), lambda path: statistics.draw(by_temperature, path))
