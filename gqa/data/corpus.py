@@ -14,6 +14,7 @@ About 5 % of the documents are held out, chosen by a hash of the document's name
 import hashlib
 import importlib.util
 import os
+import random
 import sysconfig
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -111,6 +112,12 @@ class Corpus:
         if text is None:
             raise InputError(f"{self._paths[name]} changed while it was being read")
         return Document(name, text, self._splits[name])
+
+    def shuffled(self, split: str) -> Iterator[str]:
+        """The texts of a split in an order that is random and always the same."""
+        names = self.names(split)
+        random.Random(0).shuffle(names)
+        return (self.read(name).text for name in names)
 
     def documents(self) -> Iterator[Document]:
         return map(self.read, self._splits)

@@ -20,7 +20,6 @@ import functools
 import hashlib
 import json
 import os
-import random
 import shutil
 import sys
 import tempfile
@@ -41,6 +40,7 @@ from gqa.data.span_corruption import MEAN_NOISE_SPAN_LENGTH, NOISE_DENSITY
 from gqa.data.tasks import NAMED_TASKS, Source, named_task, open_source, parse_fields, read_examples, read_texts
 from gqa.data.templates import TEMPLATES, Template
 from gqa.data.tokenise import BLOCK, SIDES, Item, Totals, finished_texts, remove_blocks, write_split
+from gqa.data.tokenizer_json import TokenizerJson, open_vocabulary
 from gqa.data.vocabulary import Vocabulary
 from gqa.errors import InputError
 
@@ -55,7 +55,7 @@ class PrepareSpec:
 
     task: str  # one of gqa.data.tasks.NAMED_TASKS
     source: str | None  # embedded, embedded_large, a path to text, tables or conversations, tfds:NAME; None: the task's
-    vocabulary: str  # SentencePiece .model file
+    vocabulary: str  # SentencePiece .model file, tokenizer.json, or the folder of a checkpoint with one
     inputs_length: int | None  # tokens in a row's inputs; for causal_lm, in its targets; None: the task's own
     targets_length: int | None  # tokens in a row's targets; None: the task's own, or what the inputs call for
     fields: Mapping[str, Any] | None = None  # of tables: column of the inputs and of the targets, or of the text
@@ -76,9 +76,9 @@ class PrepareSpec:
         targets_length = task.targets_length if self.targets_length is None else self.targets_length
         return make_task(self.objective, inputs_length, targets_length, vocabulary_size)
 
-    def open_vocabulary(self) -> Vocabulary:
+    def open_vocabulary(self) -> Vocabulary | TokenizerJson:
         """The vocabulary; a decoder's may have any special ids, T5's tasks need T5's and its sentinels."""
-        return Vocabulary(self.vocabulary, foreign=self.objective in DECODER_TASKS)
+        return open_vocabulary(self.vocabulary, foreign=self.objective in DECODER_TASKS)
 
     def open_template(self, vocabulary: Vocabulary) -> Template | None:
         """How conversations are put; `None` where the task has none."""
@@ -100,10 +100,7 @@ class PrepareSpec:
         """The texts of a split, its pairs with the prefix, or its conversations as chunks."""
         task = named_task(self.task)
         if isinstance(source, Corpus):
-            names = source.names(split)
-            random.Random(0).shuffle(names)
-            for name in names:
-                yield source.read(name).text
+            yield from source.shuffled(split)
         elif isinstance(source, Conversations):
             template = self.open_template(vocabulary)
             yield from source.chunks(split, template, self.make_task(template.num_ids).max_tokens)
@@ -274,7 +271,7 @@ def _inputs(spec: PrepareSpec, source: Source, vocabulary: Vocabulary) -> Manife
         mean_noise_span_length=MEAN_NOISE_SPAN_LENGTH,
         source=source_name.removeprefix(PUBLIC) if source_name.startswith(PUBLIC) else Path(source_name).name,
         corpus_digests={split: source.digest(split) for split in SPLITS},
-        vocabulary_sha256=hashlib.sha256(vocabulary.path.read_bytes()).hexdigest(),
+        vocabulary_sha256=vocabulary.sha256,
         vocabulary_size=size,
         fields=None if spec.fields is None else dict(spec.fields),
         prefix=(named.prefix if spec.prefix is None else spec.prefix) if isinstance(task, Supervised) else None,
@@ -356,7 +353,12 @@ def main() -> None:
         help="embedded, embedded_large, a folder or file of text or tables, a JSONL file of conversations, tfds:NAME "
         "(left out: the task's)",
     )
-    parser.add_argument("--vocabulary", required=True, metavar="FILE", help="SentencePiece .model file")
+    parser.add_argument(
+        "--vocabulary",
+        required=True,
+        metavar="FILE",
+        help="SentencePiece .model file, a tokenizer.json, or the folder of a checkpoint with one of them",
+    )
     parser.add_argument("--inputs_length", type=int, metavar="N", help="tokens in a row (left out: the task's)")
     parser.add_argument(
         "--targets_length",
