@@ -158,8 +158,11 @@ class Supervised:
     def chunk(self, inputs: Sequence[int], targets: Sequence[int]) -> np.ndarray:
         """The chunk of a pair without EOS."""
         inputs, targets = inputs[: self.inputs_length - 1], targets[: self.targets_length - 1]
-        eos = Vocabulary.eos_id
-        return np.array([len(inputs) + 1, *inputs, eos, *targets, eos], np.int32)
+        chunk = np.full(len(inputs) + len(targets) + 3, Vocabulary.eos_id, np.int32)
+        chunk[0] = len(inputs) + 1
+        chunk[1 : 1 + len(inputs)] = inputs
+        chunk[2 + len(inputs) : -1] = targets
+        return chunk
 
     def room(self, chunk: np.ndarray) -> tuple[int, int]:
         """Room that a chunk takes in (inputs, targets)."""
