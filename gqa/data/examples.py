@@ -158,10 +158,11 @@ class Supervised:
     def chunk(self, inputs: Sequence[int], targets: Sequence[int]) -> np.ndarray:
         """The chunk of a pair without EOS."""
         inputs, targets = inputs[: self.inputs_length - 1], targets[: self.targets_length - 1]
-        chunk = np.full(len(inputs) + len(targets) + 3, Vocabulary.eos_id, np.int32)
-        chunk[0] = len(inputs) + 1
-        chunk[1 : 1 + len(inputs)] = inputs
-        chunk[2 + len(inputs) : -1] = targets
+        end = 1 + len(inputs)
+        chunk = np.empty(end + len(targets) + 2, np.int32)
+        chunk[0] = end
+        chunk[1:end], chunk[end] = inputs, Vocabulary.eos_id
+        chunk[end + 1 : -1], chunk[-1] = targets, Vocabulary.eos_id
         return chunk
 
     def room(self, chunk: np.ndarray) -> tuple[int, int]:

@@ -181,8 +181,8 @@ def _json_rows(path: Path, _columns: set[str] | None) -> Iterator[tuple[str, Map
                 row = None
                 yield where, BadRow(f"{where} is not JSON: {line.strip()[:60]!r}")
             else:
-                expected = BadRow(f"{where} is a {type(row).__name__}; expected an object")
-                yield where, row if isinstance(row, dict) else expected
+                is_object = isinstance(row, dict)
+                yield where, row if is_object else BadRow(f"{where} is a {type(row).__name__}; expected an object")
 
 
 def _csv_rows(path: Path, columns: set[str] | None) -> Iterator[tuple[str, Mapping | BadRow]]:
@@ -212,9 +212,10 @@ def _csv_rows(path: Path, columns: set[str] | None) -> Iterator[tuple[str, Mappi
                 continue
             yield from bad
             bad.clear()
-            if row:
-                expected = BadRow(f"{where} has {len(row)} columns; expected {len(header)}")
-                yield where, dict(zip(header, row, strict=True)) if len(row) == len(header) else expected
+            if len(row) == len(header):
+                yield where, dict(zip(header, row, strict=True))
+            elif row:
+                yield where, BadRow(f"{where} has {len(row)} columns; expected {len(header)}")
     except StopIteration:
         yield from bad
 
