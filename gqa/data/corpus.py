@@ -11,6 +11,7 @@ About 5 % of the documents are held out, chosen by a hash of the document's name
 `embedded` and in `embedded_large`, and stays there when files come or go.
 """
 
+import copy
 import hashlib
 import importlib.util
 import os
@@ -113,11 +114,22 @@ class Corpus:
             raise InputError(f"{self._paths[name]} changed while it was being read")
         return Document(name, text, self._splits[name])
 
-    def shuffled(self, split: str) -> Iterator[str]:
-        """The texts of a split in an order that is random and always the same."""
+    def shuffled_names(self, split: str) -> list[str]:
+        """The names of a split in an order that is random and always the same."""
         names = self.names(split)
         random.Random(0).shuffle(names)
-        return (self.read(name).text for name in names)
+        return names
+
+    def shuffled(self, split: str) -> Iterator[str]:
+        """The texts of a split in that order."""
+        return (self.read(name).text for name in self.shuffled_names(split))
+
+    def only(self, names: Iterable[str]) -> "Corpus":
+        """A corpus that can read these documents, and knows of no others."""
+        part, names = copy.copy(self), set(names)
+        for kind in ("_blocks", "_paths", "_splits"):
+            setattr(part, kind, {name: of for name, of in getattr(self, kind).items() if name in names})
+        return part
 
     def documents(self) -> Iterator[Document]:
         return map(self.read, self._splits)

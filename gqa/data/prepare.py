@@ -23,7 +23,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -191,11 +191,11 @@ def read_manifest(folder: str | Path) -> Manifest:
     return manifest
 
 
-def prepare(spec: PrepareSpec, output: str | Path) -> Manifest:
+def prepare(spec: PrepareSpec, output: str | Path, write: "Writer | None" = None) -> Manifest:
     """Writes the records of `spec` to the folder `output`, or finds them there; gives their manifest.
 
-    The folder appears complete or not at all. Raises `InputError` for a spec that makes no records and for an `output`
-    that holds something else.
+    `write` makes the records of the splits, `None`: this process does. The folder appears complete or not at all.
+    Raises `InputError` for a spec that makes no records and for an `output` that holds something else.
     """
     output = Path(output)
     source, vocabulary = spec.open_source(), spec.open_vocabulary()
@@ -204,7 +204,8 @@ def prepare(spec: PrepareSpec, output: str | Path) -> Manifest:
         return _reuse(output, inputs)
     output.parent.mkdir(parents=True, exist_ok=True)
     with _partial_folder(output, inputs) as partial:
-        manifest = _write(partial, inputs, spec, source, vocabulary)
+        totals, skipped = (write or _write)(partial, inputs.make_task(), spec, source, vocabulary)
+        manifest = _finish(partial, inputs, totals, skipped)
         remove_blocks(partial)
         (partial / _IDENTITY).unlink()
         try:
@@ -294,16 +295,29 @@ def _reuse(output: Path, inputs: Manifest) -> Manifest:
     return manifest
 
 
-def _write(folder: Path, inputs: Manifest, spec: PrepareSpec, source: Source, vocabulary: Vocabulary) -> Manifest:
-    task = inputs.make_task()
+# (folder, task, spec, source, vocabulary) -> by split, what is in its records and how many rows were left out, or None.
+Writer = Callable[
+    [Path, Task, PrepareSpec, Source, Vocabulary | TokenizerJson],
+    tuple[dict[str, Totals], dict[str, dict[str, int]] | None],
+]
+
+
+def _write(folder: Path, task: Task, spec: PrepareSpec, source: Source, vocabulary: Vocabulary | TokenizerJson):
+    """A `Writer`."""
     totals: dict[str, Totals] = {}
-    skipped: dict[str, dict[str, int]] = {}
     for split in SPLITS:
         num_items = len(source.names(split)) if isinstance(source, Corpus | Conversations) else None
         items = functools.partial(spec.items, source, split, vocabulary)
         totals[split] = write_split(record_path(folder, split), items, num_items, vocabulary, task)
-        skipped[split] = {} if isinstance(source, Corpus) else dict(source.skipped[split])
-        left_out = ", ".join(f"{count} {reason}" for reason, count in sorted(skipped[split].items()))
+    return totals, None if isinstance(source, Corpus) else {split: dict(source.skipped[split]) for split in SPLITS}
+
+
+def _finish(
+    folder: Path, inputs: Manifest, totals: Mapping[str, Totals], skipped: Mapping[str, dict[str, int]] | None
+) -> Manifest:
+    task = inputs.make_task()
+    for split in SPLITS:
+        left_out = ", ".join(f"{count} {reason}" for reason, count in sorted((skipped or {}).get(split, {}).items()))
         if not totals[split].records:
             raise InputError(
                 f"the {split} split of {inputs.source} is too short for one example of {inputs.task}"
@@ -324,7 +338,7 @@ def _write(folder: Path, inputs: Manifest, spec: PrepareSpec, source: Source, vo
         unigram_cross_entropy=round(_cross_entropy(totals["heldout"].targets, totals["train"].targets), 6),
         lengths={split: totals[split].length_histogram(supervised) for split in SPLITS},
         num_trimmed=_trimmed(totals) if supervised else None,
-        num_skipped=None if isinstance(source, Corpus) else skipped,
+        num_skipped=None if skipped is None else dict(skipped),
     )
     write_manifest(folder, manifest)
     return manifest
@@ -345,8 +359,8 @@ def _cross_entropy(heldout_counts: np.ndarray, train_counts: np.ndarray) -> floa
     return float(-(heldout_counts @ log_probabilities) / heldout_counts.sum())
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options that say what is prepared, and where it goes."""
     parser.add_argument("--task", required=True, choices=list(NAMED_TASKS))
     parser.add_argument(
         "--source",
@@ -372,12 +386,25 @@ def main() -> None:
     parser.add_argument("--prefix", help="text before every input of a supervised task (left out: the task's)")
     parser.add_argument("--template", choices=TEMPLATES, help="how conversations are put (sft and preferences)")
     parser.add_argument("--output", metavar="DIR", help="folder to write (left out: one in $GQA_CACHE or ~/.cache/gqa)")
+
+
+def spec_of(args: argparse.Namespace) -> PrepareSpec:
+    """The spec that these options say."""
+    return PrepareSpec(**{field.name: getattr(args, field.name) for field in dataclasses.fields(PrepareSpec)})
+
+
+def report(spec: PrepareSpec, output: str | None, write: Writer | None = None) -> None:
+    """Prepares and prints what was made, and where."""
+    folder = Path(output) if output else default_directory(spec)
+    print(json.dumps(dataclasses.asdict(prepare(spec, folder, write)), indent=2))
+    print(f"records in {folder}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_arguments(parser)
     args = parse_arguments(parser)
-    spec = PrepareSpec(**{field.name: getattr(args, field.name) for field in dataclasses.fields(PrepareSpec)})
-    output = Path(args.output) if args.output else default_directory(spec)
-    manifest = prepare(spec, output)
-    print(json.dumps(dataclasses.asdict(manifest), indent=2))
-    print(f"records in {output}")
+    report(spec_of(args), args.output)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import itertools
 import os
+import uuid
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -26,6 +27,7 @@ BLOCK = 16_384  # items packed together; a shorter split is one block
 _TEXTS_PER_CALL = 64  # tokenised together
 _NUM_OPEN_ROWS = 32
 _LENGTHS = 32  # powers of two that lengths are counted by
+ATTEMPT = ".attempt"  # suffix of files that are being written
 _FINISHED = "*.array_record.*.npz"  # totals of the blocks that are complete
 RECORDS = "group_size:1"  # a read by index decodes that record alone
 _UNCOMPRESSED = f"{RECORDS},uncompressed"
@@ -56,7 +58,7 @@ class Totals:
 
     def save(self, path: Path) -> None:
         """Writes them as a file that is there when it is complete."""
-        temporary = path.with_name(f".{path.name}.unfinished")
+        temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}{ATTEMPT}")
         with temporary.open("wb") as file:
             np.savez(file, **dataclasses.asdict(self))
         temporary.replace(path)
@@ -109,6 +111,36 @@ def write_split(
                 return totals
 
 
+def write_block(path: Path, items: Iterator[Item], vocabulary: Vocabulary | TokenizerJson, task: Task) -> None:
+    """Makes a block alone, where it is not there yet: `PATH` and, when that is complete, `PATH.npz`.
+
+    Several may be at it at a time: what they write is the same.
+    """
+    done = path.with_name(f"{path.name}.npz")
+    if done.exists():
+        return
+    mine = path.with_name(f".{path.name}.{uuid.uuid4().hex}{ATTEMPT}")
+    totals = Totals.zeros(task.vocabulary_size)
+    with contextlib.closing(ArrayRecordWriter(str(mine), _UNCOMPRESSED)) as block:
+        for record in packed_records(items, vocabulary, task, totals):
+            block.write(record)
+    mine.replace(path)
+    totals.save(done)
+
+
+def join_blocks(path: Path, num_blocks: int) -> Totals:
+    """Writes the records of a split from its blocks, and gives what is in them."""
+    blocks = [path.with_name(f"{path.name}.{number:05d}") for number in range(num_blocks)]
+    totals = [Totals.load(block.with_name(f"{block.name}.npz")) for block in blocks]
+    with contextlib.closing(ArrayRecordWriter(str(path), RECORDS)) as writer:
+        for block in tqdm(blocks, desc=f"join {path.name.split('.')[0]}", unit=" blocks", delay=1):
+            for record in _records(block):
+                writer.write(record)
+    for other in totals[1:]:
+        totals[0].add(other)
+    return totals[0]
+
+
 def finished_texts(folder: Path) -> int:
     """How many items are in the finished blocks of an interrupted preparation."""
     return sum(Totals.load(path).documents for path in folder.glob(_FINISHED))
@@ -118,6 +150,8 @@ def remove_blocks(folder: Path) -> None:
     """Removes the blocks that `write_split` has made records of."""
     for path in folder.glob(_FINISHED):
         path.with_suffix("").unlink()
+        path.unlink()
+    for path in folder.glob(f".*{ATTEMPT}"):  # of a process that was killed
         path.unlink()
 
 
