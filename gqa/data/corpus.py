@@ -143,10 +143,24 @@ def texts(source: str) -> Iterator[tuple[str, Path, str | None]]:
 
     Raises `InputError` for a source that is neither embedded nor a path.
     """
-    single_file = source not in _EMBEDDED and Path(source).is_file()
-    for name, path in _files(source):
+    yield from read_files(files(source), is_file(source))
+
+
+def files(source: str) -> list[tuple[str, Path]]:
+    """Name and path of every file of a source. Errors as of `texts`."""
+    return list(_files(source))
+
+
+def is_file(source: str) -> bool:
+    """Whether a source is one file, whose blocks are its documents."""
+    return source not in _EMBEDDED and Path(source).is_file()
+
+
+def read_files(found: Iterable[tuple[str, Path]], in_blocks: bool) -> Iterator[tuple[str, Path, str | None]]:
+    """`texts` of some files of a source, each a document or cut into blocks."""
+    for name, path in found:
         text = _read_text(path)
-        if single_file and text is not None:
+        if in_blocks and text is not None:
             for i, block in enumerate(_blocks(text)):
                 yield f"{name}:{i}", path, block
         else:
