@@ -61,7 +61,7 @@ def pack(
 def encode_record(chunks: Sequence[np.ndarray]) -> bytes:
     """Little-endian int32: the number of chunks, the length of each, the tokens of all."""
     header = np.array([len(chunks), *map(len, chunks)], "<i4")
-    return np.concatenate([header, *chunks], dtype="<i4").tobytes()
+    return b"".join(part.astype("<i4", copy=False).tobytes() for part in (header, *chunks))
 
 
 def decode_record(record: bytes) -> list[np.ndarray]:

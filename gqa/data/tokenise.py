@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
+from array_record.python.array_record_module import ArrayRecordWriter
 from tqdm import tqdm
 
 from gqa.data.examples import CONVERSATIONS, TRAINED, Supervised, Task
 from gqa.data.packing import encode_record, pack
+from gqa.data.record_file import UNCOMPRESSED, RecordWriter, read_records
 from gqa.data.tokenizer_json import TokenizerJson
 from gqa.data.vocabulary import Vocabulary
 
@@ -29,8 +30,6 @@ _NUM_OPEN_ROWS = 32
 _LENGTHS = 32  # powers of two that lengths are counted by
 ATTEMPT = ".attempt"  # suffix of files that are being written
 _FINISHED = "*.array_record.*.npz"  # totals of the blocks that are complete
-RECORDS = "group_size:1"  # a read by index decodes that record alone
-_UNCOMPRESSED = f"{RECORDS},uncompressed"
 _COUNTED_TOGETHER = 1 << 20  # tokens
 
 
@@ -93,7 +92,7 @@ def write_split(
     description = f"prepare {path.name.split('.')[0]}"
     remaining = items()
     with (
-        contextlib.closing(ArrayRecordWriter(str(path), RECORDS)) as writer,
+        RecordWriter(path) as writer,
         tqdm(total=num_items, desc=description, unit=" texts", delay=1, dynamic_ncols=True) as progress,
     ):
         for number in itertools.count():
@@ -101,7 +100,7 @@ def write_split(
             mine = _Counted(itertools.islice(remaining, BLOCK), progress)
             if done.exists():
                 deque(mine, maxlen=0)
-                for record in _records(block):
+                for record in read_records(block):
                     writer.write(record)
             else:
                 made = _write_block(block, mine, vocabulary, task, writer)
@@ -121,7 +120,7 @@ def write_block(path: Path, items: Iterator[Item], vocabulary: Vocabulary | Toke
         return
     mine = path.with_name(f".{path.name}.{uuid.uuid4().hex}{ATTEMPT}")
     totals = Totals.zeros(task.vocabulary_size)
-    with contextlib.closing(ArrayRecordWriter(str(mine), _UNCOMPRESSED)) as block:
+    with contextlib.closing(ArrayRecordWriter(str(mine), UNCOMPRESSED)) as block:
         for record in packed_records(items, vocabulary, task, totals):
             block.write(record)
     mine.replace(path)
@@ -132,9 +131,9 @@ def join_blocks(path: Path, num_blocks: int) -> Totals:
     """Writes the records of a split from its blocks, and gives what is in them."""
     blocks = [path.with_name(f"{path.name}.{number:05d}") for number in range(num_blocks)]
     totals = [Totals.load(block.with_name(f"{block.name}.npz")) for block in blocks]
-    with contextlib.closing(ArrayRecordWriter(str(path), RECORDS)) as writer:
+    with RecordWriter(path) as writer:
         for block in tqdm(blocks, desc=f"join {path.name.split('.')[0]}", unit=" blocks", delay=1):
-            for record in _records(block):
+            for record in read_records(block):
                 writer.write(record)
     for other in totals[1:]:
         totals[0].add(other)
@@ -170,11 +169,11 @@ class _Counted:
 
 
 def _write_block(
-    path: Path, items: Iterator[Item], vocabulary: Vocabulary | TokenizerJson, task: Task, writer: ArrayRecordWriter
+    path: Path, items: Iterator[Item], vocabulary: Vocabulary | TokenizerJson, task: Task, writer: RecordWriter
 ) -> Totals:
     """Writes a block's records to `writer`, and to a file of their own for a preparation that goes on from there."""
     totals = Totals.zeros(task.vocabulary_size)
-    with contextlib.closing(ArrayRecordWriter(str(path), _UNCOMPRESSED)) as block:
+    with contextlib.closing(ArrayRecordWriter(str(path), UNCOMPRESSED)) as block:
         for record in packed_records(items, vocabulary, task, totals):
             block.write(record)
             writer.write(record)
@@ -201,12 +200,6 @@ def _counted(items: Iterator[Item], totals: Totals) -> Iterator[Item]:
     for item in items:
         totals.documents += 1
         yield item
-
-
-def _records(path: Path) -> Iterator[bytes]:
-    with contextlib.closing(ArrayRecordReader(str(path))) as reader:
-        for start in range(0, reader.num_records(), 1024):
-            yield from reader.read(start, min(start + 1024, reader.num_records()))
 
 
 def _pieces(
