@@ -12,7 +12,7 @@ CORE = [
     "orbax-checkpoint>=0.12,<0.13",
     "ml-collections>=1.1",
     "numpy>=2.1",
-    "sentencepiece>=0.2.1",
+    "sentencepiece>=0.2.3",
     "safetensors>=0.7",
     "grain>=0.2.15",
     "array_record",
