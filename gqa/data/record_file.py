@@ -82,10 +82,7 @@ class RecordWriter:
             raise
 
     def _finish(self) -> None:
-        try:
-            _, said = self._process.communicate()
-        except BrokenPipeError:
-            said = self._process.stderr.read()
+        _, said = self._process.communicate()
         if self._process.wait():
             lines = said.decode("utf-8", "replace").strip().splitlines() or ["it was killed"]
             raise OSError(f"{self._path} could not be written: {lines[-1]}")
