@@ -26,6 +26,12 @@ class Opened(NamedTuple):
     eos_ids: tuple[int, ...]  # tokens that end a response
 
     @property
+    def eos_id(self) -> int:
+        """What stands at the end of a response that reward models have read."""
+        own = self.template.vocabulary.eos_id
+        return own if own in self.eos_ids else min(self.eos_ids, default=own)
+
+    @property
     def token_ids(self) -> dict[str, int | list[int]]:
         """For the policy's `config.json`."""
         return self.policy.token_ids or self.template.vocabulary.token_ids

@@ -76,19 +76,24 @@ def _run(config: RejectionConfig, output: Path) -> None:
     length = prompt_length(prompts, config, opened)
     samples = _draw_all(config, opened, prompts, length, output)
 
-    # Candidates are scored as the text that is written; what cannot be written, as it was drawn.
+    # Candidates are scored as the text that is written; what cannot be written, as it was drawn, with an EOS: reward
+    # models have only read responses that end.
     rows, sequences, candidates = [], [], []
     for number, (prompt, temperature, tokens) in enumerate(_numbered(config, prompts, samples)):
         messages = _finished(opened, prompt, tokens)
         if messages is not None:
             candidates.append((number, messages, temperature))
-        whole = prompt.tokens + tokens if messages is None else opened.template.example(messages).tokens.tolist()
+        if messages is None:
+            end = [] if tokens[-1] in opened.eos_ids else [opened.eos_id]
+            whole = [*prompt.tokens, *tokens, *end]
+        else:
+            whole = opened.template.example(messages).tokens.tolist()
         rows.append(prompt.is_safety)
         sequences.append(whole)
     is_safety = {key_of(prompt.messages): prompt.is_safety for prompt in prompts}
     rows += [is_safety.get(kept.key, False) for kept in former]
     sequences += [opened.template.example(kept.messages).tokens.tolist() for kept in former]
-    scores = _score_all(config, sequences, rows, length + config.new_tokens)
+    scores = _score_all(config, sequences, rows, length + config.new_tokens + 1)
 
     this_round = 1 + max((kept.round for kept in former), default=0)
     # Scored anew: a reward model of this round says nothing about scores of another one.
