@@ -12,7 +12,7 @@ CORE = [
     "orbax-checkpoint>=0.12,<0.13",
     "ml-collections>=1.1",
     "numpy>=2.1",
-    "sentencepiece>=0.2.1",
+    "sentencepiece>=0.2.3",
     "safetensors>=0.7",
     "grain>=0.2.15",
     "array_record",
@@ -37,8 +37,9 @@ EXTRAS = {
     ],
     # Scores of generated text, and the LM Evaluation Harness.
     "eval": ["rouge-score", "sacrebleu", "lm_eval>=0.4.13", "tokenizers"],
-    # Cleaning text: repair, near-duplicates, a guess of the language (its model is in the package).
-    "clean": ["ftfy>=6.3", "datasketch>=2.0", "py3langid>=0.4"],
+    # Cleaning text and generated instructions: repair, near-duplicates and near-copies, a guess of the language (its
+    # model is in the package).
+    "clean": ["ftfy>=6.3", "datasketch>=2.0", "py3langid>=0.4", "rapidfuzz>=3.13"],
     # Preparing and cleaning on many machines; it holds protobuf below 7 and pyarrow below 26.
     "beam": ["apache-beam>=2.77"],
     # The other implementations that the tests compare against.

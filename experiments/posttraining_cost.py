@@ -2,7 +2,7 @@
 
 What a step of post-training takes beside a step of supervised fine-tuning of all parameters: time, measured in turns,
 and memory, as the compiler counts it. The configs are those of configs/posttraining, on the shipped Llama-like model:
-SFT, the same with adapters (LoRA, on all linear maps and on the attention's), beside a base in NF4 (QLoRA), and DPO with
+SFT, the same with adapters (LoRA, on all linear maps, on attention alone, beside a base in NF4), and DPO with
 its reference cached and live, on as many rows. --data has the files of `experiments.posttraining_data`, of which the
 first lines are used.
 """

@@ -35,7 +35,7 @@ OWN = "own docstrings"
 NUM_PROMPTS = 80
 SAMPLES, BEST_OF = 4, 16  # responses to a prompt: of every model, and of SFT's for the best of them
 ROWS = 64  # responses drawn or read at a time
-LENGTH = PROMPT_TOKENS + RESPONSE_TOKENS
+LENGTH = PROMPT_TOKENS + RESPONSE_TOKENS + 1  # with an EOS
 BIN = 4  # tokens, of rewards at matched length
 LEAST_OF_BIN = 5
 SHOWN = 10
@@ -66,12 +66,16 @@ class Responses(NamedTuple):
 class Judge:
     """Texts in batches of one shape: rewards and log-probabilities."""
 
-    def __init__(self, reward: RewardModel):
-        self._reward = reward
+    def __init__(self, reward: RewardModel, eos_id: int):
+        self._reward, self._eos_id = reward, eos_id
 
     def rewards(self, texts: Sequence[Text]) -> np.ndarray:
         """The reward model's score of each."""
         none_B = np.zeros(ROWS, bool)
+        # As rejection sampling and PPO do it: a response that was cut is scored with its EOS.
+        texts = [
+            text._replace(tokens=text.tokens + [self._eos_id] * (text.tokens[-1] != self._eos_id)) for text in texts
+        ]
         return _in_batches(
             texts,
             lambda tokens_BT, lengths_B, _: rollouts.score(
@@ -123,7 +127,8 @@ def draw(
         response_BN, counts_B = jax.device_get((found.response_BN, found.counts_B))
         for row in range(len(here) * samples):
             prompt = here[row // samples]
-            texts.append(Text(prompt + response_BN[row, : counts_B[row]].tolist(), len(prompt)))
+            response = response_BN[row, : counts_B[row]].tolist()
+            texts.append(Text(prompt + response, len(prompt)))
     written = [template.response(text.tokens[text.num_prompt :]) for text in texts]
     kl = judge.log_probs(model, texts) - judge.log_probs(reference, texts)
     return _responses(prompts, texts, written, kl, judge)
@@ -218,7 +223,8 @@ def evaluate(workdir: Path) -> dict:
     asked = [row for _, row in lines(data / "prompts_heldout.jsonl")][:NUM_PROMPTS]
     prompts = [row["prompt"] for row in asked]
     models = {name: checkpoints.load(workdir / folder / "model", **CHOICES) for name, folder in FOLDERS.items()}
-    judge = Judge(reward_checkpoints.load(workdir / "reward" / "model", **CHOICES))
+    reward = reward_checkpoints.load(workdir / "reward" / "model", **CHOICES)
+    judge = Judge(reward, template.vocabulary.eos_id)
 
     many = draw(models["SFT"], models["SFT"], prompts, template, judge, BEST_OF, "SFT")
     found = {OWN: own(asked, models["SFT"], template, judge), "SFT": many}

@@ -1,6 +1,7 @@
 """python -m gqa.evaluate --checkpoint=DIR --config=configs/NAME.py [--output=FILE.json]
 python -m gqa.evaluate --checkpoint=DIR --task_file=dev.jsonl --metrics=rouge --output=DIR
 python -m gqa.evaluate --checkpoint=DIR --preferences=FILE.jsonl --template=llama2 [--output=DIR]
+python -m gqa.evaluate --checkpoint=DIR --dialogues=FILE.jsonl --template=NAME --output=DIR
 python -m gqa.evaluate --checkpoint=DIR --harness=TASK,TASK [--include_path=FOLDER] [--output=DIR]
 
 Scores a checkpoint.
@@ -15,6 +16,10 @@ file. Give several files to average over tasks; one named as a task of Table 1, 
 metric. Interrupted and started again, it goes on.
 --preferences: a reward model's accuracy on pairs, overall and by rating, and its calibration; --output=DIR gets
 preferences.json, preferences.md and calibration.png.
+--dialogues: on how long an instruction of the first turn is obeyed, the share of dialogues by turn (Llama 2's table 30
+for ghost attention). A line of the file is {"instruction": "Always act as Napoleon.", "turns": ["Hi.", "Who are you?"],
+"rule": {"contains": ["Napoleon"]}}: every response is counted by the rule, contains or lacks (words or phrases) or
+max_words. consistency.md, .json and .png, and the dialogues themselves, go to --output=DIR.
 --harness: on tasks of the LM Evaluation Harness (package lm_eval).
 
 Several --checkpoint=DIR, such as seeds, are averaged with their spread. --every_checkpoint scores each step that a run
@@ -29,9 +34,34 @@ from pathlib import Path
 from gqa import command_line
 from gqa.errors import InputError
 
+MODES = ("config", "task_file", "preferences", "dialogues", "harness")
+
 
 def main() -> None:
     """The command line."""
+    arguments, raw_config = command_line.parse(_parser())
+    modes = {f"--{name}": getattr(arguments, name) for name in MODES}
+    chosen = [name for name, value in modes.items() if value]
+    if len(chosen) != 1:
+        raise InputError(f"expected one of {', '.join(modes)}; found {' and '.join(chosen) or 'none'}")
+    if arguments.cross_attention and chosen != ["--config"]:
+        raise InputError(f"--cross_attention is a loss; expected it with --config, not {chosen[0]}")
+    from gqa.evaluation import runs
+
+    evaluated = runs.checkpoints_of(arguments.checkpoint, arguments.every_checkpoint)
+    if arguments.harness:
+        runs.run_harness(arguments, evaluated)
+    elif arguments.preferences:
+        runs.judge_preferences(arguments, evaluated)
+    elif arguments.dialogues:
+        runs.hold_dialogues(arguments, evaluated)
+    elif arguments.task_file:
+        runs.generate_and_score(arguments, evaluated)
+    else:
+        _losses(arguments, raw_config, evaluated)
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m gqa.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -63,32 +93,16 @@ def main() -> None:
     group.add_argument("--batch_size", type=int, default=8, help="rows decoded or scored at a time (default: 8)")
     group.add_argument("--bootstrap", type=int, default=1000, help="resampled corpora of the intervals (default: 1000)")
     group.add_argument("--seed", type=int, default=0, help="of the bootstrap (default: 0)")
-    group = parser.add_argument_group("reward models")
+    group = parser.add_argument_group("conversations")
     group.add_argument("--preferences", type=Path, metavar="FILE", help="pairs, as the reward model was trained on")
-    group.add_argument("--template", default="openbezoar", help="that it was trained with (default: openbezoar)")
+    group.add_argument("--dialogues", type=Path, metavar="FILE", help="instruction, turns and rule a line")
+    group.add_argument("--template", help="that the checkpoint was tuned with, such as llama2")
     group = parser.add_argument_group("LM Evaluation Harness")
     group.add_argument("--harness", metavar="TASKS", help="names, such as arc_easy,gsm8k")
     group.add_argument("--include_path", type=Path, metavar="DIR", help="folder of further task YAMLs")
     group.add_argument("--num_fewshot", type=int, help="examples before a question (default: the task's)")
     group.add_argument("--limit", type=int, help="first questions of each task (default: all)")
-    arguments, raw_config = command_line.parse(parser)
-    modes = {f"--{name}": getattr(arguments, name) for name in ("config", "task_file", "preferences", "harness")}
-    chosen = [name for name, value in modes.items() if value]
-    if len(chosen) != 1:
-        raise InputError(f"expected one of {', '.join(modes)}; found {' and '.join(chosen) or 'none'}")
-    if arguments.cross_attention and chosen != ["--config"]:
-        raise InputError(f"--cross_attention is a loss; expected it with --config, not {chosen[0]}")
-    from gqa.evaluation import runs
-
-    evaluated = runs.checkpoints_of(arguments.checkpoint, arguments.every_checkpoint)
-    if arguments.harness:
-        runs.run_harness(arguments, evaluated)
-    elif arguments.preferences:
-        runs.judge_preferences(arguments, evaluated)
-    elif arguments.task_file:
-        runs.generate_and_score(arguments, evaluated)
-    else:
-        _losses(arguments, raw_config, evaluated)
+    return parser
 
 
 def _losses(arguments: argparse.Namespace, raw_config, evaluated: dict[str, Path]) -> None:

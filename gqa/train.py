@@ -82,9 +82,9 @@ def _train(arguments: argparse.Namespace, raw_config: ConfigDict) -> None:
 
     def export(model, directory):
         if config.reward is not None:
-            reward.save(model, directory, token_ids=token_ids, extra_files=[config.data.vocabulary])
+            reward.save(model, directory, token_ids=token_ids, extra_files=config.data.open_vocabulary().files)
             return
-        hf.save(model, directory, dtype="float32", token_ids=token_ids, extra_files=[config.data.vocabulary])
+        hf.save(model, directory, dtype="float32", token_ids=token_ids, extra_files=config.data.open_vocabulary().files)
 
     loop.train(
         config,

@@ -17,7 +17,7 @@ ROOMS = [
     {"training"},
     {"posttraining", "evaluation", "planning"},
     {"config"},
-    {"train", "evaluate", "generate", "plan", "rejection_sampling", "ppo"},
+    {"train", "evaluate", "generate", "plan", "rejection_sampling", "instructions", "ppo"},
 ]
 LEVELS = {room: level for level, rooms in enumerate(ROOMS) for room in rooms}
 # data stands beside the chain that starts with nn, and meets it in training.

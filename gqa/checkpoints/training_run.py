@@ -22,6 +22,7 @@ from gqa.errors import InputError
 
 ARCHITECTURE = "architecture.json"
 CONFIG, MODEL, STEPS = "config.json", "model", "checkpoints"  # of a run's folder
+_TOKENIZERS = ("tokenizer.json", "tokenizer_config.json")
 _ARRAYS = "default"  # where Orbax puts the arrays of a step
 _MODEL_KEY, _POLICY_KEY = ".model", ".policy.model"  # the second of a run of gqa.ppo
 # A stack of layers is one chunk of its file, and layers are asked for one by one.
@@ -134,9 +135,14 @@ def _companions(workdir: Path) -> list[Path]:
     found = _run_config(workdir)
     named = found.get("data", found)  # a run of gqa.ppo has no such section
     named = named.get("vocabulary") if isinstance(named, dict) else None
-    # Of a vocabulary's suffix only: a copy must not take the place of the new checkpoint's own files.
-    good = isinstance(named, str) and Path(named).suffix == ".model" and Path(named).is_file()
-    return [Path(named)] if good else []
+    if not isinstance(named, str):
+        return []
+    path = Path(named)
+    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    if path.name == _TOKENIZERS[0]:
+        files.append(path.with_name(_TOKENIZERS[1]))
+    # A tokenizer's files only: a copy must not take the place of the new checkpoint's own files.
+    return [file for file in files if file.is_file() and (file.suffix == ".model" or file.name in _TOKENIZERS)]
 
 
 def _run_config(workdir: Path) -> dict:

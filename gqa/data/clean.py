@@ -113,12 +113,7 @@ def clean(config: CleaningConfig, spec: CleanSpec, output: Path, num_workers: in
 
     Raises `InputError` for a source that cannot be read, with too many bad rows, or of which nothing is left.
     """
-    if output.suffix != ".jsonl":
-        raise InputError(f"output {output} is no .jsonl file; expected a name such as clean.jsonl")
-    if not output.absolute().parent.is_dir():
-        raise InputError(f"output {output}: there is no folder {output.parent}")
-    if output.exists() and spec.is_table and any(output.samefile(file) for file in spec.files):
-        raise InputError(f"output {output} is read as the source; name another file")
+    check_output(spec, output)
     if num_workers < 1:
         raise InputError(f"workers={num_workers}; expected 1 or more")
     contaminated = evaluation_ngrams(spec.evaluation, config.contamination.ngram)
@@ -157,6 +152,16 @@ def clean(config: CleaningConfig, spec: CleanSpec, output: Path, num_workers: in
     finally:
         temporary.unlink(missing_ok=True)
     return report
+
+
+def check_output(spec: CleanSpec, output: Path) -> None:
+    """Raises `InputError` for a file that cannot be the output."""
+    if output.suffix != ".jsonl":
+        raise InputError(f"output {output} is no .jsonl file; expected a name such as clean.jsonl")
+    if not output.absolute().parent.is_dir():
+        raise InputError(f"output {output}: there is no folder {output.parent}")
+    if output.exists() and spec.is_table and any(output.samefile(file) for file in spec.files):
+        raise InputError(f"output {output} is read as the source; name another file")
 
 
 def json_line(row: Row, fields: Mapping[str, str]) -> bytes:
@@ -228,8 +233,8 @@ def _clean_rows(rows: list[Row]) -> list[Cleaned]:
     return [_cleaner.clean(row) for row in rows]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options that say what is cleaned, how, and where it goes."""
     command_line.add_config_argument(parser)
     parser.add_argument("--source", required=True, help="folder or file of text or tables")
     parser.add_argument("--output", required=True, type=Path, metavar="FILE", help="the .jsonl file to write")
@@ -241,10 +246,12 @@ def main() -> None:
     parser.add_argument(
         "--evaluation", default="", metavar="FILE,…", help="evaluation sets: rows that share n-grams with them go"
     )
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), metavar="N", help="processes (default: cores)")
-    args, raw = command_line.parse(parser)
+
+
+def from_arguments(args: argparse.Namespace, raw: Mapping) -> tuple[CleaningConfig, CleanSpec]:
+    """The filters and the spec that these options say."""
     config = parse(raw)
-    spec = make_spec(
+    return config, make_spec(
         config,
         args.source,
         args.fields,
@@ -252,6 +259,14 @@ def main() -> None:
         split=args.split,
         evaluation=[path for path in args.evaluation.split(",") if path],
     )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_arguments(parser)
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), metavar="N", help="processes (default: cores)")
+    args, raw = command_line.parse(parser)
+    config, spec = from_arguments(args, raw)
     report = clean(config, spec, args.output, args.workers)
     print("\n".join(report.table()))
     print(f"wrote {args.output}: {report.kept} of {report.read} rows")

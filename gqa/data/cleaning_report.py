@@ -28,6 +28,22 @@ class Report:
         """Rows that could be read."""
         return self.kept + self.dropped.total()
 
+    def counts(self) -> dict:
+        """All that has been counted so far, for `add_counts` of another report."""
+        names = ("bad", "kept", "repaired", "characters", "kept_characters")
+        parts = {"dropped": self.dropped, "dropped_characters": self._dropped_characters, "examples": self._examples}
+        return {name: getattr(self, name) for name in names} | {name: dict(part) for name, part in parts.items()}
+
+    def add_counts(self, counts: Mapping) -> None:
+        """Adds the `counts` of the rows that follow on these."""
+        for name in ("bad", "kept", "repaired", "characters", "kept_characters"):
+            setattr(self, name, getattr(self, name) + counts[name])
+        self.dropped.update(counts["dropped"])
+        self._dropped_characters.update(counts["dropped_characters"])
+        for name, examples in counts["examples"].items():
+            here = self._examples.setdefault(name, [])
+            here += examples[: _EXAMPLES - len(here)]
+
     def add(self, name: str, cleaned: Cleaned, rejection: tuple[str, str] | None) -> None:
         """Counts a row, where it stands and what became of it."""
         texts = [cleaned.row[role] for role in self.config.roles]

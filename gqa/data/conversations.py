@@ -177,6 +177,16 @@ class Conversations:
         text = json.dumps([row for _, row in self._rows[split]], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
+    def texts(self, split: str) -> Iterator[str]:
+        """What the messages of a split say; of a preference the rejected response too."""
+        for number, row in self._rows[split]:
+            with of_line(self.source, number):
+                messages = messages_of(row)
+                check(messages)
+                yield from (message["content"] for message in messages)
+                if self.task == "preferences":
+                    yield row["rejected"]
+
     def chunks(self, split: str, template: Template, max_tokens: int) -> Iterator[np.ndarray]:
         """The usable lines of a split as chunks, put as `template` says."""
         skipped = self.skipped[split] = Counter()

@@ -11,9 +11,11 @@ About 5 % of the documents are held out, chosen by a hash of the document's name
 `embedded` and in `embedded_large`, and stays there when files come or go.
 """
 
+import copy
 import hashlib
 import importlib.util
 import os
+import random
 import sysconfig
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -112,6 +114,23 @@ class Corpus:
             raise InputError(f"{self._paths[name]} changed while it was being read")
         return Document(name, text, self._splits[name])
 
+    def shuffled_names(self, split: str) -> list[str]:
+        """The names of a split in an order that is random and always the same."""
+        names = self.names(split)
+        random.Random(0).shuffle(names)
+        return names
+
+    def shuffled(self, split: str) -> Iterator[str]:
+        """The texts of a split in that order."""
+        return (self.read(name).text for name in self.shuffled_names(split))
+
+    def only(self, names: Iterable[str]) -> "Corpus":
+        """A corpus that can read these documents, and knows of no others."""
+        part, names = copy.copy(self), set(names)
+        for kind in ("_blocks", "_paths", "_splits"):
+            setattr(part, kind, {name: of for name, of in getattr(self, kind).items() if name in names})
+        return part
+
     def documents(self) -> Iterator[Document]:
         return map(self.read, self._splits)
 
@@ -124,10 +143,24 @@ def texts(source: str) -> Iterator[tuple[str, Path, str | None]]:
 
     Raises `InputError` for a source that is neither embedded nor a path.
     """
-    single_file = source not in _EMBEDDED and Path(source).is_file()
-    for name, path in _files(source):
+    yield from read_files(files(source), is_file(source))
+
+
+def files(source: str) -> list[tuple[str, Path]]:
+    """Name and path of every file of a source. Errors as of `texts`."""
+    return list(_files(source))
+
+
+def is_file(source: str) -> bool:
+    """Whether a source is one file, whose blocks are its documents."""
+    return source not in _EMBEDDED and Path(source).is_file()
+
+
+def read_files(found: Iterable[tuple[str, Path]], in_blocks: bool) -> Iterator[tuple[str, Path, str | None]]:
+    """`texts` of some files of a source, each a document or cut into blocks."""
+    for name, path in found:
         text = _read_text(path)
-        if single_file and text is not None:
+        if in_blocks and text is not None:
             for i, block in enumerate(_blocks(text)):
                 yield f"{name}:{i}", path, block
         else:

@@ -158,8 +158,12 @@ class Supervised:
     def chunk(self, inputs: Sequence[int], targets: Sequence[int]) -> np.ndarray:
         """The chunk of a pair without EOS."""
         inputs, targets = inputs[: self.inputs_length - 1], targets[: self.targets_length - 1]
-        eos = Vocabulary.eos_id
-        return np.array([len(inputs) + 1, *inputs, eos, *targets, eos], np.int32)
+        end = 1 + len(inputs)
+        chunk = np.empty(end + len(targets) + 2, np.int32)
+        chunk[0] = end
+        chunk[1:end], chunk[end] = inputs, Vocabulary.eos_id
+        chunk[end + 1 : -1], chunk[-1] = targets, Vocabulary.eos_id
+        return chunk
 
     def room(self, chunk: np.ndarray) -> tuple[int, int]:
         """Room that a chunk takes in (inputs, targets)."""

@@ -60,8 +60,8 @@ def pack(
 
 def encode_record(chunks: Sequence[np.ndarray]) -> bytes:
     """Little-endian int32: the number of chunks, the length of each, the tokens of all."""
-    header = [len(chunks), *map(len, chunks)]
-    return np.concatenate([header, *chunks]).astype("<i4").tobytes()
+    header = np.array([len(chunks), *map(len, chunks)], "<i4")
+    return b"".join(part.astype("<i4", copy=False).tobytes() for part in (header, *chunks))
 
 
 def decode_record(record: bytes) -> list[np.ndarray]:

@@ -20,11 +20,10 @@ import functools
 import hashlib
 import json
 import os
-import random
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,6 +40,7 @@ from gqa.data.span_corruption import MEAN_NOISE_SPAN_LENGTH, NOISE_DENSITY
 from gqa.data.tasks import NAMED_TASKS, Source, named_task, open_source, parse_fields, read_examples, read_texts
 from gqa.data.templates import TEMPLATES, Template
 from gqa.data.tokenise import BLOCK, SIDES, Item, Totals, finished_texts, remove_blocks, write_split
+from gqa.data.tokenizer_json import TokenizerJson, open_vocabulary
 from gqa.data.vocabulary import Vocabulary
 from gqa.errors import InputError
 
@@ -55,7 +55,7 @@ class PrepareSpec:
 
     task: str  # one of gqa.data.tasks.NAMED_TASKS
     source: str | None  # embedded, embedded_large, a path to text, tables or conversations, tfds:NAME; None: the task's
-    vocabulary: str  # SentencePiece .model file
+    vocabulary: str  # SentencePiece .model file, tokenizer.json, or the folder of a checkpoint with one
     inputs_length: int | None  # tokens in a row's inputs; for causal_lm, in its targets; None: the task's own
     targets_length: int | None  # tokens in a row's targets; None: the task's own, or what the inputs call for
     fields: Mapping[str, Any] | None = None  # of tables: column of the inputs and of the targets, or of the text
@@ -76,9 +76,9 @@ class PrepareSpec:
         targets_length = task.targets_length if self.targets_length is None else self.targets_length
         return make_task(self.objective, inputs_length, targets_length, vocabulary_size)
 
-    def open_vocabulary(self) -> Vocabulary:
+    def open_vocabulary(self) -> Vocabulary | TokenizerJson:
         """The vocabulary; a decoder's may have any special ids, T5's tasks need T5's and its sentinels."""
-        return Vocabulary(self.vocabulary, foreign=self.objective in DECODER_TASKS)
+        return open_vocabulary(self.vocabulary, foreign=self.objective in DECODER_TASKS)
 
     def open_template(self, vocabulary: Vocabulary) -> Template | None:
         """How conversations are put; `None` where the task has none."""
@@ -100,10 +100,7 @@ class PrepareSpec:
         """The texts of a split, its pairs with the prefix, or its conversations as chunks."""
         task = named_task(self.task)
         if isinstance(source, Corpus):
-            names = source.names(split)
-            random.Random(0).shuffle(names)
-            for name in names:
-                yield source.read(name).text
+            yield from source.shuffled(split)
         elif isinstance(source, Conversations):
             template = self.open_template(vocabulary)
             yield from source.chunks(split, template, self.make_task(template.num_ids).max_tokens)
@@ -194,11 +191,11 @@ def read_manifest(folder: str | Path) -> Manifest:
     return manifest
 
 
-def prepare(spec: PrepareSpec, output: str | Path) -> Manifest:
+def prepare(spec: PrepareSpec, output: str | Path, write: "Writer | None" = None) -> Manifest:
     """Writes the records of `spec` to the folder `output`, or finds them there; gives their manifest.
 
-    The folder appears complete or not at all. Raises `InputError` for a spec that makes no records and for an `output`
-    that holds something else.
+    `write` makes the records of the splits, `None`: this process does. The folder appears complete or not at all.
+    Raises `InputError` for a spec that makes no records and for an `output` that holds something else.
     """
     output = Path(output)
     source, vocabulary = spec.open_source(), spec.open_vocabulary()
@@ -207,7 +204,8 @@ def prepare(spec: PrepareSpec, output: str | Path) -> Manifest:
         return _reuse(output, inputs)
     output.parent.mkdir(parents=True, exist_ok=True)
     with _partial_folder(output, inputs) as partial:
-        manifest = _write(partial, inputs, spec, source, vocabulary)
+        totals, skipped = (write or _write)(partial, inputs.make_task(), spec, source, vocabulary)
+        manifest = _finish(partial, inputs, totals, skipped)
         remove_blocks(partial)
         (partial / _IDENTITY).unlink()
         try:
@@ -274,7 +272,7 @@ def _inputs(spec: PrepareSpec, source: Source, vocabulary: Vocabulary) -> Manife
         mean_noise_span_length=MEAN_NOISE_SPAN_LENGTH,
         source=source_name.removeprefix(PUBLIC) if source_name.startswith(PUBLIC) else Path(source_name).name,
         corpus_digests={split: source.digest(split) for split in SPLITS},
-        vocabulary_sha256=hashlib.sha256(vocabulary.path.read_bytes()).hexdigest(),
+        vocabulary_sha256=vocabulary.sha256,
         vocabulary_size=size,
         fields=None if spec.fields is None else dict(spec.fields),
         prefix=(named.prefix if spec.prefix is None else spec.prefix) if isinstance(task, Supervised) else None,
@@ -297,16 +295,29 @@ def _reuse(output: Path, inputs: Manifest) -> Manifest:
     return manifest
 
 
-def _write(folder: Path, inputs: Manifest, spec: PrepareSpec, source: Source, vocabulary: Vocabulary) -> Manifest:
-    task = inputs.make_task()
+# (folder, task, spec, source, vocabulary) -> by split, what is in its records and how many rows were left out, or None.
+Writer = Callable[
+    [Path, Task, PrepareSpec, Source, Vocabulary | TokenizerJson],
+    tuple[dict[str, Totals], dict[str, dict[str, int]] | None],
+]
+
+
+def _write(folder: Path, task: Task, spec: PrepareSpec, source: Source, vocabulary: Vocabulary | TokenizerJson):
+    """A `Writer`."""
     totals: dict[str, Totals] = {}
-    skipped: dict[str, dict[str, int]] = {}
     for split in SPLITS:
         num_items = len(source.names(split)) if isinstance(source, Corpus | Conversations) else None
         items = functools.partial(spec.items, source, split, vocabulary)
         totals[split] = write_split(record_path(folder, split), items, num_items, vocabulary, task)
-        skipped[split] = {} if isinstance(source, Corpus) else dict(source.skipped[split])
-        left_out = ", ".join(f"{count} {reason}" for reason, count in sorted(skipped[split].items()))
+    return totals, None if isinstance(source, Corpus) else {split: dict(source.skipped[split]) for split in SPLITS}
+
+
+def _finish(
+    folder: Path, inputs: Manifest, totals: Mapping[str, Totals], skipped: Mapping[str, dict[str, int]] | None
+) -> Manifest:
+    task = inputs.make_task()
+    for split in SPLITS:
+        left_out = ", ".join(f"{count} {reason}" for reason, count in sorted((skipped or {}).get(split, {}).items()))
         if not totals[split].records:
             raise InputError(
                 f"the {split} split of {inputs.source} is too short for one example of {inputs.task}"
@@ -327,7 +338,7 @@ def _write(folder: Path, inputs: Manifest, spec: PrepareSpec, source: Source, vo
         unigram_cross_entropy=round(_cross_entropy(totals["heldout"].targets, totals["train"].targets), 6),
         lengths={split: totals[split].length_histogram(supervised) for split in SPLITS},
         num_trimmed=_trimmed(totals) if supervised else None,
-        num_skipped=None if isinstance(source, Corpus) else skipped,
+        num_skipped=None if skipped is None else dict(skipped),
     )
     write_manifest(folder, manifest)
     return manifest
@@ -348,15 +359,20 @@ def _cross_entropy(heldout_counts: np.ndarray, train_counts: np.ndarray) -> floa
     return float(-(heldout_counts @ log_probabilities) / heldout_counts.sum())
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options that say what is prepared, and where it goes."""
     parser.add_argument("--task", required=True, choices=list(NAMED_TASKS))
     parser.add_argument(
         "--source",
         help="embedded, embedded_large, a folder or file of text or tables, a JSONL file of conversations, tfds:NAME "
         "(left out: the task's)",
     )
-    parser.add_argument("--vocabulary", required=True, metavar="FILE", help="SentencePiece .model file")
+    parser.add_argument(
+        "--vocabulary",
+        required=True,
+        metavar="FILE",
+        help="SentencePiece .model file, a tokenizer.json, or the folder of a checkpoint with one of them",
+    )
     parser.add_argument("--inputs_length", type=int, metavar="N", help="tokens in a row (left out: the task's)")
     parser.add_argument(
         "--targets_length",
@@ -370,12 +386,25 @@ def main() -> None:
     parser.add_argument("--prefix", help="text before every input of a supervised task (left out: the task's)")
     parser.add_argument("--template", choices=TEMPLATES, help="how conversations are put (sft and preferences)")
     parser.add_argument("--output", metavar="DIR", help="folder to write (left out: one in $GQA_CACHE or ~/.cache/gqa)")
+
+
+def spec_of(args: argparse.Namespace) -> PrepareSpec:
+    """The spec that these options say."""
+    return PrepareSpec(**{field.name: getattr(args, field.name) for field in dataclasses.fields(PrepareSpec)})
+
+
+def report(spec: PrepareSpec, output: str | None, write: Writer | None = None) -> None:
+    """Prepares and prints what was made, and where."""
+    folder = Path(output) if output else default_directory(spec)
+    print(json.dumps(dataclasses.asdict(prepare(spec, folder, write)), indent=2))
+    print(f"records in {folder}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_arguments(parser)
     args = parse_arguments(parser)
-    spec = PrepareSpec(**{field.name: getattr(args, field.name) for field in dataclasses.fields(PrepareSpec)})
-    output = Path(args.output) if args.output else default_directory(spec)
-    manifest = prepare(spec, output)
-    print(json.dumps(dataclasses.asdict(manifest), indent=2))
-    print(f"records in {output}")
+    report(spec_of(args), args.output)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ as there is no more than one in `GOOD_ROWS_PER_BAD`; otherwise the first of them
 """
 
 import contextlib
+import copy
 import csv
 import hashlib
 import json
@@ -59,6 +60,22 @@ class Table:
         self._by_hash = not (named["train"] and named["heldout"])
         self._files = {"train": files, "heldout": files, "test": []} if self._by_hash else named
         self.skipped: dict[str, Counter] = {split: Counter() for split in self._files}
+        self._is_part, self.num_read, self.first_bad = False, 0, None
+
+    def parts(self, split: str) -> list["Table"]:
+        """A table of each file of a split, in order.
+
+        Of bad rows it only says, after a pass, how many there are (`skipped`) and what is wrong with the first
+        (`first_bad`); `num_read` is how many rows, of whatever split, were read.
+        """
+        parts = []
+        for path in self._files[split]:
+            part = copy.copy(self)
+            part._files = {name: [path] for name in self._files}
+            part.skipped = {name: Counter() for name in self.skipped}
+            part._is_part = True
+            parts.append(part)
+        return parts
 
     @property
     def all_files(self) -> list[Path]:
@@ -89,9 +106,19 @@ class Table:
         skipped = self.skipped[split] = Counter()
         key = next(iter(self.fields))
         located = (row for path in self._files[split] for row in read_located(path, self.fields))
-        for _, row in good_rows(located, skipped):
+        for _, row in self._readable(located, skipped) if self._is_part else good_rows(located, skipped):
             if not self._by_hash or (_fraction(row[key]) < HELDOUT_FRACTION) == (split == "heldout"):
                 yield row
+
+    def _readable(self, rows: Iterable[Located], skipped: Counter) -> Iterator[tuple[str, dict[str, str]]]:
+        self.num_read, self.first_bad = 0, None
+        for where, row in rows:
+            self.num_read += 1
+            if isinstance(row, BadRow):
+                skipped[BAD] += 1
+                self.first_bad = self.first_bad or str(row)
+            else:
+                yield where, row
 
 
 def table_files(folder: Path) -> list[Path]:
@@ -181,8 +208,8 @@ def _json_rows(path: Path, _columns: set[str] | None) -> Iterator[tuple[str, Map
                 row = None
                 yield where, BadRow(f"{where} is not JSON: {line.strip()[:60]!r}")
             else:
-                expected = BadRow(f"{where} is a {type(row).__name__}; expected an object")
-                yield where, row if isinstance(row, dict) else expected
+                is_object = isinstance(row, dict)
+                yield where, row if is_object else BadRow(f"{where} is a {type(row).__name__}; expected an object")
 
 
 def _csv_rows(path: Path, columns: set[str] | None) -> Iterator[tuple[str, Mapping | BadRow]]:
@@ -212,9 +239,10 @@ def _csv_rows(path: Path, columns: set[str] | None) -> Iterator[tuple[str, Mappi
                 continue
             yield from bad
             bad.clear()
-            if row:
-                expected = BadRow(f"{where} has {len(row)} columns; expected {len(header)}")
-                yield where, dict(zip(header, row, strict=True)) if len(row) == len(header) else expected
+            if len(row) == len(header):
+                yield where, dict(zip(header, row, strict=True))
+            elif row:
+                yield where, BadRow(f"{where} has {len(row)} columns; expected {len(header)}")
     except StopIteration:
         yield from bad
 

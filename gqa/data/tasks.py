@@ -211,6 +211,20 @@ def read_texts(source: RowSource, split: str, fields: Mapping[str, str] | None) 
             source.skipped[split][EMPTY] += 1
 
 
+def texts_of(name: str, source: Source, split: str, fields: Mapping[str, str] | None) -> Iterator[str]:
+    """The texts of a split of an opened source: documents in random order, pairs as two parts, what messages say."""
+    task = named_task(name)
+    if isinstance(source, Corpus):
+        yield from source.shuffled(split)
+    elif isinstance(source, Conversations):
+        yield from source.texts(split)
+    elif task.objective == "supervised":
+        for example in read_examples(task, source, split, fields):
+            yield f"{example.inputs}\n{example.targets}"
+    else:
+        yield from read_texts(source, split, fields)
+
+
 def _refuse_missing(source: str) -> None:
     if not Path(source).exists():
         raise InputError(f"source {source!r} not found; expected a file or folder of {', '.join(tables.SUFFIXES)}")

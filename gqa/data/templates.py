@@ -18,6 +18,7 @@ import numpy as np
 
 from gqa.command_line import nearest, parse_arguments, run
 from gqa.data.chat_template import ChatTemplate
+from gqa.data.tokenizer_json import TokenizerJson, open_vocabulary
 from gqa.data.vocabulary import Vocabulary
 from gqa.errors import InputError
 
@@ -132,7 +133,7 @@ class _Special(NamedTuple):
 class Template:
     """A template by name for a vocabulary: conversations to tokens."""
 
-    def __init__(self, name: str, vocabulary: Vocabulary):
+    def __init__(self, name: str, vocabulary: Vocabulary | TokenizerJson):
         """Raises `InputError` for an unknown name and where the tokenizer beside the vocabulary has no template."""
         if name not in TEMPLATES:
             raise InputError(
@@ -230,7 +231,7 @@ def check(messages: Sequence[Message]) -> None:
         raise InputError("the conversation is a system message alone; expected a user's after it")
 
 
-def marked(example: Example, vocabulary: Vocabulary) -> str:
+def marked(example: Example, vocabulary: Vocabulary | TokenizerJson) -> str:
     """The text of an example, trained tokens between ⟦ and ⟧, special ones by their name in ‹›."""
     names = {number: f"‹{name}›" for name, number in vocabulary.special_ids.items()}
     text, run_ids, shown, was_trained = "", [], "", False
@@ -264,14 +265,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--template", required=True, choices=TEMPLATES)
     parser.add_argument("--input", required=True, type=Path, metavar="FILE", help="conversations, a JSON object a line")
-    parser.add_argument("--vocabulary", required=True, metavar="FILE", help="SentencePiece .model file")
+    parser.add_argument("--vocabulary", required=True, metavar="FILE", help="SentencePiece .model or tokenizer.json")
     parser.add_argument("--number", type=int, default=3, metavar="N", help="conversations shown (default 3)")
     arguments = parse_arguments(parser)
     from gqa.data.conversations import lines, messages_of
 
     if arguments.number < 1:
         raise InputError(f"--number={arguments.number}; expected 1 or more")
-    template = Template(arguments.template, Vocabulary(arguments.vocabulary, foreign=True))
+    template = Template(arguments.template, open_vocabulary(arguments.vocabulary, foreign=True))
     shown = list(itertools.islice(lines(arguments.input), arguments.number))
     if not shown:
         raise InputError(f"{arguments.input} is empty; expected conversations, a JSON object a line")

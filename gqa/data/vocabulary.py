@@ -1,24 +1,37 @@
-"""python -m gqa.data.vocabulary --source=embedded_large --size=4096 --output=FILE [--type=unigram]
+r"""python -m gqa.data.vocabulary --source=embedded_large --size=4096 --output=FILE [--type=unigram]
 
-Trains a SentencePiece vocabulary on the train split of a text source. --size counts T5's 100 sentinels, which are no
-part of the file: as in T5, whoever loads it appends them.
+Trains a SentencePiece vocabulary on the train split of whatever preparation reads: text, tables, conversations, a
+public dataset. Digits are pieces by themselves, and what has no piece is spelled in bytes.
+
+    python -m gqa.data.vocabulary --type=llama --source=FOLDER --size=32000 --output=tokenizer.model
+    python -m gqa.data.vocabulary --task=supervised --source=qa.csv --fields=inputs=question,targets=answer \
+        --size=8192 --output=FILE
+
+| --type | algorithm | special ids | |
+|---|---|---|---|
+| `unigram`, `bpe` | as named | T5's: pad 0, EOS 1, unknown 2 | T5's 100 sentinels follow |
+| `llama` | BPE | Llama's: unknown 0, BOS 1, EOS 2, no padding | a space is put before a text |
+
+--size counts the sentinels, which are no part of the file: as in T5, whoever loads it appends them.
 """
 
 import argparse
+import functools
+import hashlib
 import io
+import itertools
 import os
-import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import sentencepiece
 
 from gqa.command_line import parse_arguments, run
-from gqa.data.corpus import Corpus
 from gqa.errors import InputError
 
 NUM_SENTINELS = 100  # T5's extra_ids
-TYPES = ("unigram", "bpe")
+TYPES = ("unigram", "bpe", "llama")
 
 # Sampled training text: enough for every piece of a small vocabulary to be seen often, and a minute of training.
 TRAINING_CHARACTERS = 20_000_000
@@ -71,8 +84,18 @@ class Vocabulary:
         # has byte pieces, that character is spelled in bytes instead.
         byte_ids = [self._model.PieceToId(f"<0x{byte:02X}>") for byte in _SPACE.encode()]
         self._space_mark_ids = None if self.unk_id in byte_ids else byte_ids
-        self._anchor_ids = self._model.Encode(_ANCHOR)
+        self._num_anchor_ids = len(self._model.Encode(_ANCHOR))
         self._adds_space = self._model.IdToPiece(self._model.Encode("a")[0]).startswith(_SPACE)
+
+    @property
+    def files(self) -> list[Path]:
+        """The files that it is read from, for a checkpoint to take along."""
+        return [self.path]
+
+    @functools.cached_property
+    def sha256(self) -> str:
+        """Of all that decides its ids."""
+        return hashlib.sha256(self.path.read_bytes()).hexdigest()
 
     @property
     def special_ids(self) -> dict[str, int]:
@@ -106,21 +129,24 @@ class Vocabulary:
         `continued`: it follows on other text, so no space is put before it where the model puts one before a text.
         """
         if not continued or not self._adds_space:
-            return self.encode_all([text], num_threads=1)[0]
-        return self.encode_all([_ANCHOR + text], num_threads=1)[0][len(self._anchor_ids) :]
+            return self.encode_all([text], num_threads=1)[0].tolist()
+        return self.encode_all([_ANCHOR + text], num_threads=1)[0][self._num_anchor_ids :].tolist()
 
-    def encode_all(self, texts: Sequence[str], num_threads: int) -> list[list[int]]:
-        """`encode` of each text, on `num_threads` threads."""
+    def encode_all(self, texts: Sequence[str], num_threads: int) -> list[np.ndarray]:
+        """`encode` of each text, int32, on `num_threads` threads."""
         if self._space_mark_ids is None:
-            return self._model.Encode(list(texts), num_threads=num_threads)
+            return self._model.EncodeAsNumpy(list(texts), num_threads=num_threads)
+        # What follows on a spelled space mark is no text of its own: the model must not put a space before it.
+        anchor, skipped = (_ANCHOR, self._num_anchor_ids) if self._adds_space else ("", 0)
         parts = [text.split(_SPACE) for text in texts]
-        encoded = iter(self._model.Encode([part for text in parts for part in text], num_threads=num_threads))
+        pieces = [anchor * (i > 0) + part for text in parts for i, part in enumerate(text)]
+        encoded = iter(self._model.EncodeAsNumpy(pieces, num_threads=num_threads))
         rows = []
         for text in parts:
-            row = next(encoded)
+            row = [next(encoded)]
             for _ in text[1:]:
-                row = [*row, *self._space_mark_ids, *next(encoded)]
-            rows.append(row)
+                row += [self._space_mark_ids, next(encoded)[skipped:]]
+            rows.append(row[0] if len(row) == 1 else np.concatenate(row, dtype=np.int32))
         return rows
 
     def encode_with_sentinels(self, text: str) -> list[int]:
@@ -156,36 +182,56 @@ class Vocabulary:
 _SENTINEL_NAMES = [(i, f"<extra_id_{i}>") for i in range(NUM_SENTINELS)]
 
 
-def train(source: str, size: int, kind: str, output: str | Path) -> None:
-    """Writes a SentencePiece model of `size - 100` pieces trained on the train split of `source`.
+_T5_IDS = {"pad_id": Vocabulary.pad_id, "eos_id": Vocabulary.eos_id, "unk_id": Vocabulary.unk_id, "bos_id": -1}
+_LLAMA_IDS = {"pad_id": -1, "eos_id": 2, "unk_id": 0, "bos_id": 1}
 
-    Whitespace is kept as it stands and unknown characters fall back to bytes, so every text survives a round trip;
-    line ends and indentation have pieces of their own. The same text gives the same bytes. Raises `InputError` for a
-    size that is too small for the special pieces or too large for the text.
+
+def train(
+    source: str | None,
+    size: int,
+    kind: str,
+    output: str | Path,
+    *,
+    task: str = "causal_lm",
+    fields: Mapping[str, str] | None = None,
+) -> None:
+    """Writes a SentencePiece model of `size` ids (of T5's kinds, 100 of them are sentinels: no pieces).
+
+    `kind` is one of `TYPES`; it is trained on the train split of what `task` reads (`gqa.data.tasks.open_source`).
+    Whitespace is kept as it stands and unknown characters fall back to bytes, so every text survives a round trip; of
+    T5's kinds line ends and indentation have pieces of their own. The same text gives the same bytes. Raises
+    `InputError` for a source that cannot be read, and for a size that is too small for the special pieces or too large
+    for the text.
     """
     if kind not in TYPES:
         raise InputError(f"type={kind!r}; expected one of {', '.join(TYPES)}")
-    smallest = 3 + 256 + len(_LINE_PIECES) + len(_RUN_PIECES) + NUM_SENTINELS + 100
+    is_llama = kind == "llama"
+    num_pieces = size if is_llama else size - NUM_SENTINELS
+    # Llama's has none: it learns runs of spaces, and a line end is a byte.
+    symbols = [] if is_llama else _LINE_PIECES + _RUN_PIECES
+    smallest = 3 + 256 + len(symbols) + 100 + size - num_pieces
     if size < smallest:
         raise InputError(f"size={size} is too small for the special pieces; expected {smallest} or more")
     output = Path(output)
+    lines = _training_lines(source, task, fields, indented=is_llama)
+    first = next(lines, None)  # what is wrong with the source shows here, not within SentencePiece
+    if first is None:
+        raise InputError(f"the train split of {source or task} has no text")
     output.parent.mkdir(parents=True, exist_ok=True)
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.Train(
-            sentence_iterator=_training_lines(source),
+            sentence_iterator=itertools.chain([first], lines),
             model_writer=model,
-            vocab_size=size - NUM_SENTINELS,
-            model_type=kind,
-            pad_id=Vocabulary.pad_id,
-            eos_id=Vocabulary.eos_id,
-            unk_id=Vocabulary.unk_id,
-            bos_id=-1,
-            user_defined_symbols=_LINE_PIECES + _RUN_PIECES,
+            vocab_size=num_pieces,
+            model_type="bpe" if is_llama else kind,
+            **(_LLAMA_IDS if is_llama else _T5_IDS),
+            user_defined_symbols=symbols,
+            allow_whitespace_only_pieces=is_llama,
             byte_fallback=True,
             normalization_rule_name="identity",
             remove_extra_whitespaces=False,
-            add_dummy_prefix=False,
+            add_dummy_prefix=is_llama,
             split_digits=True,
             split_by_unicode_script=False,  # `snake_case` may be one piece: 8 % fewer tokens of Python
             character_coverage=0.9999,
@@ -193,37 +239,54 @@ def train(source: str, size: int, kind: str, output: str | Path) -> None:
             minloglevel=1,
         )
     except RuntimeError as error:
-        raise InputError(f"size={size} does not suit source {source!r}: {error}") from error
+        raise InputError(f"size={size} does not suit source {source or task!r}: {error}") from error
     temporary = output.with_name(f".{output.name}.{os.getpid()}")
     temporary.write_bytes(model.getvalue())
     temporary.replace(output)
 
 
-def _training_lines(source: str) -> Iterator[str]:
-    """Lines of randomly ordered train documents, up to `TRAINING_CHARACTERS`."""
-    corpus = Corpus(source)
-    names = corpus.names("train")
-    random.Random(0).shuffle(names)
+def _training_lines(source: str | None, task: str, fields: Mapping[str, str] | None, indented: bool) -> Iterator[str]:
+    """Lines of train documents, up to `TRAINING_CHARACTERS`, with or without their indentation."""
     characters = 0
-    for name in names:
-        for line in corpus.read(name).text.split("\n"):
-            # Indentation is the user-defined pieces' part, and lines over 4192 bytes are data.
+    for text in _training_texts(source, task, fields):
+        # JSON may spell halves of surrogate pairs.
+        for line in text.encode("utf-8", "replace").decode().split("\n"):
+            # Lines over 4192 bytes are data.
             if line.strip() and len(line.encode()) < 4192:
-                yield line.strip()
+                yield line.rstrip() if indented else line.strip()
                 characters += len(line)
         if characters > TRAINING_CHARACTERS:
             return
 
 
+def _training_texts(source: str | None, task: str, fields: Mapping[str, str] | None) -> Iterator[str]:
+    """Documents of a folder in random order, and of tables every so many rows: of the whole source in either case."""
+    from gqa.data import tables, tasks  # they need this module's Vocabulary
+
+    opened = tasks.open_source(task, source, fields)
+    step = 1
+    if isinstance(opened, tables.Table):
+        step = max(1, sum(file.stat().st_size for file in opened.files("train")) // TRAINING_CHARACTERS)
+    yield from itertools.islice(tasks.texts_of(task, opened, "train", fields), 0, None, step)
+
+
 def main() -> None:
+    from gqa.data.tasks import parse_fields
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--source", required=True, help="embedded, embedded_large, or a folder or file of text")
-    parser.add_argument("--size", required=True, type=int, help="number of ids, the 100 sentinels included")
+    parser.add_argument("--source", help="embedded, embedded_large, a folder or file of text or tables, tfds:NAME")
+    parser.add_argument("--task", default="causal_lm", help="what the source is read as (causal_lm: texts)")
+    parser.add_argument(
+        "--fields", type=parse_fields, metavar="ROLE=COLUMN,…", help="columns of tables: text=A, or inputs=A,targets=B"
+    )
+    parser.add_argument("--size", required=True, type=int, help="number of ids, sentinels included")
     parser.add_argument("--output", required=True, metavar="FILE", help="the .model file to write")
-    parser.add_argument("--type", default="unigram", choices=TYPES, help="algorithm (T5: unigram; Llama: bpe)")
+    parser.add_argument("--type", default="unigram", choices=TYPES, help="as in the table (default unigram, as T5)")
     args = parse_arguments(parser)
-    train(args.source, args.size, args.type, args.output)
-    print(f"wrote {args.output}: {Vocabulary(args.output).size} ids, the last {NUM_SENTINELS} of them sentinels")
+    train(args.source, args.size, args.type, args.output, task=args.task, fields=args.fields)
+    vocabulary = Vocabulary(args.output, foreign=True)
+    sentinels = f", the last {NUM_SENTINELS} of them sentinels" if args.type != "llama" else ""
+    print(f"wrote {args.output}: {vocabulary.size} ids{sentinels}")
 
 
 if __name__ == "__main__":

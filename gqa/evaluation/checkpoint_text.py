@@ -10,7 +10,7 @@ import jax
 from gqa import checkpoints, models
 from gqa.checkpoints.hf_config import read_json
 from gqa.checkpoints.source import Contents, identity
-from gqa.data.tokenizer_json import TokenizerJson
+from gqa.data.tokenizer_json import TokenizerJson, tokenizer_file
 from gqa.data.vocabulary import Vocabulary
 from gqa.errors import InputError
 from gqa.models.llama import LlamaConfig
@@ -80,19 +80,8 @@ class TextModel:
 
 
 def _vocabulary(checkpoint: Path, companions: Sequence[Path], foreign: bool) -> Vocabulary | TokenizerJson:
-    files = [file for file in companions if file.suffix == ".model"]
-    if len(files) == 1:
-        return Vocabulary(files[0], foreign=foreign)
-    if files:
-        raise InputError(
-            f"{checkpoint} has {len(files)} files *.model ({files[0].name}, {files[1].name}); expected one"
-        )
-    for file in companions:
-        if file.name == "tokenizer.json":
-            return TokenizerJson(file)
-    raise InputError(
-        f"{checkpoint} has no tokenizer; expected a SentencePiece file *.model or a tokenizer.json in it: copy it there"
-    )
+    file = tokenizer_file(checkpoint, companions)
+    return TokenizerJson(file) if file.suffix == ".json" else Vocabulary(file, foreign=foreign)
 
 
 def _token_ids(checkpoint: Path, contents: Contents) -> dict[str, list[int]]:

@@ -9,11 +9,12 @@ from gqa.checkpoints import training_run
 from gqa.command_line import nearest
 from gqa.decode.batches import Settings
 from gqa.errors import InputError
-from gqa.evaluation import generation, preferences, table, text_metrics
+from gqa.evaluation import consistency, generation, preferences, table, text_metrics
 from gqa.evaluation.checkpoint_text import TextModel
 
 LOSSES = ("loss", "perplexity", "accuracy")
 SCORES, TABLE = "scores.json", "table.md"
+CONSISTENCY = "consistency"
 
 
 def checkpoints_of(paths: Sequence[Path], every_step: bool) -> dict[str, Path]:
@@ -112,6 +113,43 @@ def read_tasks(files: Sequence[Path], metrics: str | None) -> list[generation.Ta
     return tasks
 
 
+def hold_dialogues(arguments: argparse.Namespace, evaluated: Mapping[str, Path]) -> None:
+    """How long an instruction holds with every checkpoint: the dialogues, and the shares by turn, in `--output`."""
+    dialogues = consistency.read_dialogues(arguments.dialogues)
+    for name in ("output", "template"):
+        if getattr(arguments, name) is None:
+            raise InputError(f"--dialogues needs --{name}=…; found none")
+    if arguments.max_new_tokens < 1:
+        raise InputError(f"--max_new_tokens={arguments.max_new_tokens} is below 1; expected 1 or more")
+    settings = Settings(arguments.max_new_tokens, (), None, 0, 1, 1.0, arguments.batch_size)
+    models = {name: TextModel(path) for name, path in evaluated.items()}
+    templates = {name: consistency.check_template(model, arguments.template) for name, model in models.items()}
+    _make_folder(arguments.output)
+    found = {}
+    for name in list(models):
+        folder = arguments.output / name
+        held = consistency.hold_with(models.pop(name), dialogues, templates[name], settings, folder)
+        found[name] = consistency.shares(held)
+        if not found[name]:
+            raise InputError(
+                f"{evaluated[name]}: no dialogue's first turn and {arguments.max_new_tokens} new tokens fit its "
+                "positions; expected shorter ones"
+            )
+    content = {
+        "checkpoints": {
+            name: {"path": str(evaluated[name]), "turns": [share._asdict() for share in each]}
+            for name, each in found.items()
+        },
+        "dialogues": len(dialogues),
+        "settings": {name: getattr(arguments, name) for name in ("template", "max_new_tokens")},
+    }
+    generation.write_json(arguments.output / f"{CONSISTENCY}.json", content)
+    text = consistency.table(found)
+    (arguments.output / f"{CONSISTENCY}.md").write_text(text)
+    consistency.draw(found, arguments.output / f"{CONSISTENCY}.png")
+    print(text, end="")
+
+
 def run_harness(arguments: argparse.Namespace, evaluated: Mapping[str, Path]) -> None:
     """The harness's scores of every checkpoint, printed and written to `--output`."""
     try:
@@ -140,6 +178,10 @@ def judge_preferences(arguments: argparse.Namespace, evaluated: Mapping[str, Pat
     """Accuracy and calibration of every reward model, printed and written to `--output`."""
     if arguments.batch_size < 1:
         raise InputError(f"--batch_size={arguments.batch_size} is below 1; expected 1 or more")
+    if arguments.template is None:
+        raise InputError(
+            "--preferences needs --template, the one that the reward model was trained with, such as llama2"
+        )
     asked = (arguments.preferences, arguments.template, arguments.batch_size)
     found = {name: preferences.evaluate(path, *asked) for name, path in evaluated.items()}
     tables = [preferences.table(one) for one in found.values()]

@@ -1,8 +1,12 @@
-"""What a round of rejection sampling and a run of PPO may say, checked before anything is loaded."""
+"""What rejection sampling, PPO and the generation of instructions may say, checked before anything is loaded."""
 
 import dataclasses
 
 from gqa.command_line import one_of
+from gqa.data.instructions.evol import Evol
+from gqa.data.instructions.lamini import Lamini
+from gqa.data.instructions.orca import Orca
+from gqa.data.instructions.parts import Program
 from gqa.decode.sampling import sampling
 from gqa.errors import InputError
 from gqa.models.heads import nearest_divisors
@@ -11,6 +15,8 @@ from gqa.training.config import DTYPES
 from gqa.training.optimizer import OptimizerConfig
 
 METHODS = ("ppo", "grpo")
+JUDGES = ("model", "reward")
+PROGRAMS = ("lamini", "evol", "orca")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -135,6 +141,58 @@ class PPORunConfig(SampledConfig):
     def steps(self) -> int:
         """Iterations of this run."""
         return self.train.steps
+
+
+@dataclasses.dataclass(frozen=True)
+class JudgeConfig:
+    """Who accepts a conversation."""
+
+    kind: str  # model: asked whether the response is good; reward: a reward model's score
+    checkpoint: str  # folder of that model
+    template: str  # that it was tuned with
+    vocabulary: str  # its SentencePiece file
+    threshold: float  # least score accepted: log-odds of Yes over No of a model, else the reward model's
+
+    def __post_init__(self):
+        one_of("judge.kind", self.kind, JUDGES)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class InstructionsConfig:
+    """A run of one of the prompt programs."""
+
+    parent: str  # folder of the checkpoint that writes
+    template: str  # that the parent was tuned with
+    vocabulary: str  # its SentencePiece file
+    seeds: str  # JSONL file
+    inputs_length: int  # most tokens of what the parent is asked; longer ones are rejected
+    new_tokens: int  # most tokens of what it answers
+    temperature: float  # divides the logits
+    batch_size: int  # rows decoded and scored at a time
+    seed: int  # of the choices and draws
+    dtype: str  # of activations and matrix products: float32 or bfloat16
+    judge: JudgeConfig
+    lamini: Lamini | None = None  # one of the three
+    evol: Evol | None = None
+    orca: Orca | None = None
+
+    def __post_init__(self):
+        _at_least(self, "inputs_length", "new_tokens", "batch_size")
+        one_of("dtype", self.dtype, DTYPES)
+        sampling(self.temperature)
+        named = [name for name in PROGRAMS if getattr(self, name) is not None]
+        if len(named) != 1:
+            raise InputError(f"sections {' and '.join(named) or 'of none'}; expected one of {', '.join(PROGRAMS)}")
+
+    @property
+    def program_name(self) -> str:
+        """Which section there is."""
+        return next(name for name in PROGRAMS if getattr(self, name) is not None)
+
+    @property
+    def program(self) -> Program:
+        """The program."""
+        return getattr(self, self.program_name)
 
 
 def _at_least(config, *names: str, prefix: str = "") -> None:

@@ -14,7 +14,7 @@ from gqa.decode.generate import check_lengths
 from gqa.errors import InputError
 from gqa.models.llama import Llama, LlamaConfig
 from gqa.models.reward import RewardModel
-from gqa.posttraining.config import SampledConfig
+from gqa.posttraining.config import InstructionsConfig, SampledConfig
 from gqa.posttraining.prompts import Prompt
 
 
@@ -24,6 +24,12 @@ class Opened(NamedTuple):
     template: Template
     policy: Contents
     eos_ids: tuple[int, ...]  # tokens that end a response
+
+    @property
+    def eos_id(self) -> int:
+        """What stands at the end of a response that reward models have read."""
+        own = self.template.vocabulary.eos_id
+        return own if own in self.eos_ids else min(self.eos_ids, default=own)
 
     @property
     def token_ids(self) -> dict[str, int | list[int]]:
@@ -37,7 +43,7 @@ class Opened(NamedTuple):
         return files if any(file.suffix == ".model" for file in files) else [*files, self.template.vocabulary.path]
 
 
-def run_choices(config: SampledConfig) -> dict:
+def run_choices(config: SampledConfig | InstructionsConfig) -> dict:
     """What the checkpoints do not say; parameters are float32."""
     return dict(dtype=config.dtype, param_dtype="float32", scan_layers=False, remat="none", dropout_rate=0.0)
 
@@ -47,14 +53,8 @@ def open_all(config: SampledConfig, others: dict[str, str | None]) -> Opened:
 
     Raises `InputError` for a folder that is no decoder's and for one of another vocabulary.
     """
-    vocabulary = Vocabulary(config.vocabulary, foreign=True)
-    template = Template(config.template, vocabulary)
-    policy = _open("policy", config.policy, config, vocabulary)
-    if template.num_ids > policy.config.vocab_size:
-        raise InputError(
-            f"vocabulary {config.vocabulary} has {template.num_ids} ids, policy {config.policy} "
-            f"{policy.config.vocab_size}; expected the policy's own"
-        )
+    opened = open_model("policy", config.policy, config.template, config.vocabulary, config)
+    policy, vocabulary = opened.policy, opened.template.vocabulary
     for name, folder in others.items():
         if folder is None:
             continue
@@ -66,17 +66,34 @@ def open_all(config: SampledConfig, others: dict[str, str | None]) -> Opened:
             )
         if other.max_position < policy.config.max_position:
             check_lengths(other, config.inputs_length, config.new_tokens)
-    eos_ids = (policy.token_ids or {}).get("eos_token_id", [])
+    return opened
+
+
+def open_model(
+    name: str, folder: str, template: str, vocabulary: str, config: SampledConfig | InstructionsConfig
+) -> Opened:
+    """Checks one checkpoint, the `name` of a config, against its template and vocabulary; errors as of `open_all`."""
+    tokens = Vocabulary(vocabulary, foreign=True)
+    opened = Template(template, tokens)
+    contents = _open(name, folder, config, tokens)
+    if opened.num_ids > contents.config.vocab_size:
+        raise InputError(
+            f"vocabulary {vocabulary} has {opened.num_ids} ids, {name} {folder} {contents.config.vocab_size}; "
+            f"expected the {name}'s own"
+        )
+    eos_ids = (contents.token_ids or {}).get("eos_token_id", [])
     eos_ids = set(eos_ids if isinstance(eos_ids, list) else [eos_ids])
-    return Opened(template, policy, tuple(sorted((eos_ids | {vocabulary.eos_id}) - {-1})))
+    return Opened(opened, contents, tuple(sorted((eos_ids | {tokens.eos_id}) - {-1})))
 
 
-def load_policy(folder: str, config: SampledConfig, mesh: Mesh | None = None) -> Llama:
+def load_policy(folder: str, config: SampledConfig | InstructionsConfig, mesh: Mesh | None = None) -> Llama:
     """The policy, or a reference."""
     return checkpoints.load(folder, mesh=mesh, **run_choices(config))
 
 
-def load_reward(folder: str | None, config: SampledConfig, mesh: Mesh | None = None) -> RewardModel | None:
+def load_reward(
+    folder: str | None, config: SampledConfig | InstructionsConfig, mesh: Mesh | None = None
+) -> RewardModel | None:
     """A reward model; `None` where there is none."""
     return None if folder is None else reward.load(Path(folder), mesh=mesh, **run_choices(config))
 
@@ -94,7 +111,7 @@ def prompt_length(prompts: list[Prompt], config: SampledConfig, opened: Opened) 
     return -(-len(longest.tokens) // 8) * 8
 
 
-def _open(name: str, folder: str, config: SampledConfig, vocabulary: Vocabulary) -> Contents:
+def _open(name: str, folder: str, config: SampledConfig | InstructionsConfig, vocabulary: Vocabulary) -> Contents:
     contents = checkpoints.read(folder, **run_choices(config))
     if not isinstance(contents.config, LlamaConfig):
         raise InputError(f"{name} {folder} is an encoder-decoder; expected a decoder")

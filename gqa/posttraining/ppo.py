@@ -226,11 +226,11 @@ class _Run:
             temperature=config.temperature,
             size=size,
         )
-        lengths_B = responses.prompt_lengths_B + responses.counts_B
+        tokens_BT, lengths_B = rollouts.ended(responses, self._opened.eos_id)
         scores_B = rollouts.score(
             self._frozen.reward,
             self._frozen.safety,
-            responses.tokens_BT,
+            tokens_BT,
             lengths_B,
             drawn.is_safety_B,
             gate=config.safety_gate,

@@ -2,8 +2,7 @@
 
 import hashlib
 import json
-import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -77,19 +76,24 @@ def _run(config: RejectionConfig, output: Path) -> None:
     length = prompt_length(prompts, config, opened)
     samples = _draw_all(config, opened, prompts, length, output)
 
-    # Candidates are scored as the text that is written; what cannot be written, as it was drawn.
+    # Candidates are scored as the text that is written; what cannot be written, as it was drawn, with an EOS: reward
+    # models have only read responses that end.
     rows, sequences, candidates = [], [], []
     for number, (prompt, temperature, tokens) in enumerate(_numbered(config, prompts, samples)):
         messages = _finished(opened, prompt, tokens)
         if messages is not None:
             candidates.append((number, messages, temperature))
-        whole = prompt.tokens + tokens if messages is None else opened.template.example(messages).tokens.tolist()
+        if messages is None:
+            end = [] if tokens[-1] in opened.eos_ids else [opened.eos_id]
+            whole = [*prompt.tokens, *tokens, *end]
+        else:
+            whole = opened.template.example(messages).tokens.tolist()
         rows.append(prompt.is_safety)
         sequences.append(whole)
     is_safety = {key_of(prompt.messages): prompt.is_safety for prompt in prompts}
     rows += [is_safety.get(kept.key, False) for kept in former]
     sequences += [opened.template.example(kept.messages).tokens.tolist() for kept in former]
-    scores = _score_all(config, sequences, rows, length + config.new_tokens)
+    scores = _score_all(config, sequences, rows, length + config.new_tokens + 1)
 
     this_round = 1 + max((kept.round for kept in former), default=0)
     # Scored anew: a reward model of this round says nothing about scores of another one.
@@ -111,7 +115,7 @@ def _run(config: RejectionConfig, output: Path) -> None:
     )
     _write_statistics(by_temperature, config, len(prompts), output)
     text = "".join(json.dumps(line._asdict(), ensure_ascii=False) + "\n" for line in kept)
-    _replaced(output, lambda path: path.write_text(text, encoding="utf-8"))
+    statistics.replaced(output, lambda path: path.write_text(text, encoding="utf-8"))
     _journal_path(output).unlink()
     keys = {line.key for line in kept}
     without = sum(key_of(prompt.messages) not in keys for prompt in prompts)
@@ -236,12 +240,6 @@ def _write_statistics(by_temperature: statistics.Curves, config: RejectionConfig
         "reward": config.reward,
         "curves": [{"temperature": temperature, **curve} for temperature, curve in by_temperature.items()],
     }
-    _replaced(output.with_suffix(".json"), lambda path: path.write_text(json.dumps(content, indent=2) + "\n"))
-    _replaced(output.with_suffix(".md"), lambda path: path.write_text(statistics.table(by_temperature)))
-    _replaced(output.with_suffix(".png"), lambda path: statistics.draw(by_temperature, path))
-
-
-def _replaced(path: Path, write: Callable[[Path], object]) -> None:
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    write(unfinished)
-    os.replace(unfinished, path)
+    statistics.replaced(output.with_suffix(".json"), lambda path: path.write_text(json.dumps(content, indent=2) + "\n"))
+    statistics.replaced(output.with_suffix(".md"), lambda path: path.write_text(statistics.table(by_temperature)))
+    statistics.replaced(output.with_suffix(".png"), lambda path: statistics.draw(by_temperature, path))

@@ -85,6 +85,19 @@ def _joined(prompts_PS, lengths_P, state: generate.State, eos_E) -> Responses:
     )
 
 
+@jax.jit
+def ended(responses: Responses, eos_id: int) -> tuple[jax.Array, jax.Array]:
+    """Prompts and responses `[B, T + 1]` and their lengths, those that were cut with an EOS at their end.
+
+    Reward models have only read responses that end: of others they say anything, and a policy finds out what.
+    """
+    lengths_B = responses.prompt_lengths_B + responses.counts_B
+    is_cut_B = ~responses.ended_B & (responses.counts_B > 0)
+    tokens_BT = jnp.pad(responses.tokens_BT, ((0, 0), (0, 1)))
+    is_end_BT = (jnp.arange(tokens_BT.shape[1]) == lengths_B[:, None]) & is_cut_B[:, None]
+    return jnp.where(is_end_BT, eos_id, tokens_BT), lengths_B + is_cut_B
+
+
 unstacked = jax.jit(lambda model: model.unstacked())
 
 

@@ -1,7 +1,6 @@
 """A run as frozen, validated dataclasses: all that a config file may say, checked before anything is allocated."""
 
 import dataclasses
-import hashlib
 import math
 import typing
 from collections.abc import Mapping
@@ -254,7 +253,7 @@ class RunConfig:
             )
         if manifest.make_task() != wanted:
             raise InputError(f"records {self.records} are of {manifest.make_task()}; the config's data says {wanted}")
-        if manifest.vocabulary_sha256 != hashlib.sha256(vocabulary.path.read_bytes()).hexdigest():
+        if manifest.vocabulary_sha256 != vocabulary.sha256:
             raise InputError(f"records {self.records} were prepared with another vocabulary than {vocabulary.path}")
         return Path(self.records)
 

@@ -85,6 +85,13 @@ def test_the_vocabulary_of_a_finished_run_and_of_an_unfinished_one(run, tmp_path
     (workdir / "config.json").write_text(json.dumps({"data": {"vocabulary": str(vocabulary)}}))
     vocabulary.write_bytes(b"pieces")
     assert checkpoints.read(workdir / "checkpoints", **CHOICES).companions == [vocabulary]
+    files = [tmp_path / "tokenizer.json", tmp_path / "tokenizer_config.json"]
+    for file in files:
+        file.write_text("{}")
+    (workdir / "config.json").write_text(json.dumps({"data": {"vocabulary": str(files[0])}}))
+    assert checkpoints.read(workdir, **CHOICES).companions == files
+    (workdir / "config.json").write_text(json.dumps({"data": {"vocabulary": str(tmp_path)}}))
+    assert checkpoints.read(workdir, **CHOICES).companions == [vocabulary, *files]
     (workdir / "model").mkdir()
     (workdir / "model" / "other.model").write_bytes(b"pieces")
     assert checkpoints.read(workdir / "checkpoints", **CHOICES).companions == [workdir / "model" / "other.model"]

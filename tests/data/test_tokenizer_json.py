@@ -2,7 +2,8 @@ import json
 
 import pytest
 
-from gqa.data.tokenizer_json import TokenizerJson
+from gqa.data.prepare import prepare, read_manifest
+from gqa.data.tokenizer_json import TokenizerJson, open_vocabulary
 from gqa.errors import InputError
 
 tokenizers = pytest.importorskip("tokenizers")
@@ -54,3 +55,104 @@ def test_bad_files(write):
     path.write_bytes(b"\xff")
     with pytest.raises(InputError, match=r"tokenizer.json is no tokenizer: "):
         TokenizerJson(path)
+
+
+@pytest.fixture
+def write_bpe(tmp_path):
+    """A function (special tokens first, sentinels last) -> the path of a byte-level BPE tokenizer of Python."""
+
+    def make(special, sentinels=0):
+        tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+        tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = tokenizers.decoders.ByteLevel()
+        trainer = tokenizers.trainers.BpeTrainer(
+            vocab_size=400,
+            special_tokens=list(special.values()),
+            initial_alphabet=sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()),
+            show_progress=False,
+        )
+        tokenizer.train_from_iterator(["def function(x):\n    return x * 12 + 34\n"] * 9, trainer)
+        tokenizer.add_special_tokens([f"<extra_id_{i}>" for i in reversed(range(sentinels))])
+        tokenizer.save(str(tmp_path / "tokenizer.json"))
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(special))
+        return tmp_path / "tokenizer.json"
+
+    return make
+
+
+LLAMA_3 = {"bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>"}
+T5 = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+
+
+def test_preparation_reads_a_tokenizer_or_its_folder(write_bpe, make_spec, tmp_path):
+    path = write_bpe(LLAMA_3)
+    assert open_vocabulary(path.parent, foreign=True).path == path
+    manifests = [
+        prepare(make_spec("causal_lm", vocabulary=str(vocabulary)), tmp_path / name)
+        for vocabulary, name in ((path, "a"), (path.parent, "b"))
+    ]
+    assert manifests[0] == manifests[1]
+    vocabulary = open_vocabulary(path, foreign=True)
+    assert (vocabulary.eos_id, vocabulary.pad_id) == (1, -1) and vocabulary.token_ids == {"eos_token_id": 1}
+    assert vocabulary.files == [path, path.with_name("tokenizer_config.json")]
+    histogram = json.loads((tmp_path / "a" / "token_histogram.json").read_text())
+    # A document's last piece is left out where it is its end alone.
+    assert 0 < histogram["heldout"][1] <= manifests[0].num_documents["heldout"]
+    # What ends a document is part of what the records are made from.
+    path.with_name("tokenizer_config.json").write_text(json.dumps(LLAMA_3 | {"eos_token": "<|begin_of_text|>"}))
+    with pytest.raises(InputError, match="holds records of vocabulary_sha256"):
+        prepare(make_spec("causal_lm", vocabulary=str(path)), tmp_path / "a")
+
+
+def test_a_text_that_spells_a_special_token_is_text(write_bpe):
+    path = write_bpe(LLAMA_3)
+    text = "x<|end_of_text|>"
+    assert 1 in TokenizerJson(path).encode(text)
+    vocabulary = open_vocabulary(path, foreign=True)
+    assert 1 not in vocabulary.encode(text) and vocabulary.decode(vocabulary.encode(text)) == text
+    rows = vocabulary.encode_all(["def f", text, ""], num_threads=2)
+    assert [row.tolist() for row in rows] == [vocabulary.encode(part) for part in ("def f", text, "")]
+    assert vocabulary.special_ids == {"<|begin_of_text|>": 0, "<|end_of_text|>": 1}
+
+
+def test_tasks_of_t5_need_its_special_ids(write_bpe, make_spec, tmp_path):
+    spec = make_spec("span_corruption", vocabulary=str(write_bpe(T5, sentinels=100)))
+    size = spec.open_vocabulary().size
+    assert prepare(spec, tmp_path / "records").vocabulary_size == size
+    histogram = json.loads((tmp_path / "records" / "token_histogram.json").read_text())
+    assert len(histogram["train"]) == size and histogram["train"][size - 1] > 0 == histogram["train"][size - 100]
+    assert read_manifest(tmp_path / "records").make_task().vocabulary_size == size
+    write_bpe(T5, sentinels=99)
+    with pytest.raises(InputError, match="has not T5's 100 sentinels"):
+        spec.open_vocabulary()
+    write_bpe(LLAMA_3)
+    with pytest.raises(InputError, match=r"has pad, eos, unk = \(-1, 1, -1\); expected T5's \(0, 1, 2\)"):
+        spec.open_vocabulary()
+
+
+def test_a_text_that_goes_on_has_no_space_before_it(write, tmp_path):
+    """As Llama 2's own `tokenizer.json` has it: a space mark is put before a text."""
+    tokenizer = tokenizers.Tokenizer.from_file(str(write("$A", None)))
+    pieces = ["<unk>", "\u2581", "a", "b", "\u2581a", "ab", *(f"<0x{byte:02X}>" for byte in range(256))]
+    vocabulary = {piece: number for number, piece in enumerate(pieces)}
+    tokenizer = tokenizers.Tokenizer(
+        tokenizers.models.BPE(vocabulary, [("\u2581", "a"), ("a", "b")], unk_token="<unk>", byte_fallback=True)
+    )
+    tokenizer.normalizer = tokenizers.normalizers.Sequence(
+        [tokenizers.normalizers.Prepend("\u2581"), tokenizers.normalizers.Replace(" ", "\u2581")]
+    )
+    path = tmp_path / "tokenizer.json"
+    tokenizer.save(str(path))
+    found = open_vocabulary(path, foreign=True)
+    assert found.encode("ab") == [4, 3]
+    assert found.encode("ab", continued=True) == [5]
+
+
+@pytest.mark.parametrize("names", [["a.model", "b.model"], []])
+def test_folders_without_one_tokenizer(tmp_path, names):
+    for name in names:
+        (tmp_path / name).touch()
+    with pytest.raises(InputError, match=r"has 2 files \*.model|has no tokenizer; expected a SentencePiece file"):
+        open_vocabulary(tmp_path)
+    with pytest.raises(InputError, match=r"x.json not found; expected a tokenizer.json or a SentencePiece"):
+        open_vocabulary(tmp_path / "x.json")

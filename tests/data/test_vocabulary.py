@@ -1,5 +1,7 @@
 import argparse
+import csv
 import inspect
+import json
 import json.decoder
 from pathlib import Path
 
@@ -8,6 +10,7 @@ import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gqa.data import vocabulary as vocabulary_module
 from gqa.data.vocabulary import Vocabulary, train
 from gqa.errors import InputError
 
@@ -90,7 +93,7 @@ def test_decode_leaves_out_padding_and_eos():
 
 def test_threads_do_not_change_the_ids():
     texts = ["import os\n", "", "x \u2581", "y = 2"]
-    assert VOCABULARY.encode_all(texts, num_threads=3) == [VOCABULARY.encode(text) for text in texts]
+    assert [ids.tolist() for ids in VOCABULARY.encode_all(texts, num_threads=3)] == list(map(VOCABULARY.encode, texts))
 
 
 @pytest.mark.parametrize("kind", ["unigram", "bpe"])
@@ -103,6 +106,63 @@ def test_training_gives_the_size_asked_for_and_the_same_bytes(kind, tmp_path):
     vocabulary = Vocabulary(tmp_path / "a.model")
     assert vocabulary.size == 600
     assert vocabulary.decode(vocabulary.encode("if x:\n    é")) == "if x:\n    é"
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    """A vocabulary of Llama's kind, of the messages of conversations."""
+    folder = tmp_path_factory.mktemp("llama")
+    lines = Path(argparse.__file__).read_text(encoding="utf-8").split("\n\n")
+    rows = [{"instruction": f"Explain {line}", "output": line} for line in lines if line.strip()]
+    (folder / "chats.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    train(str(folder / "chats.jsonl"), 600, "llama", folder / "tokenizer.model", task="sft")
+    return Vocabulary(folder / "tokenizer.model", foreign=True)
+
+
+def test_llama_has_its_own_special_ids_single_digits_and_bytes(llama):
+    assert (llama.size, llama.unk_id, llama.bos_id, llama.eos_id, llama.pad_id) == (600, 0, 1, 2, -1)
+    assert llama.special_ids == {"<s>": 1, "</s>": 2}
+    assert [llama.decode([token]) for token in llama.encode("self 2026")][-4:] == ["2", "0", "2", "6"]
+    assert llama.encode("日")[-3:] == [3 + 0xE6, 3 + 0x97, 3 + 0xA5]  # bytes follow on the special pieces
+    with pytest.raises(InputError, match=r"has pad, eos, unk = \(-1, 2, 0\); expected T5's"):
+        Vocabulary(llama.path)
+
+
+@pytest.mark.parametrize("text", ["", " ", "a", "  if x:\n\t\treturn  1\n", "a \u2581 b\u2581c", "日本\x00 </s>"])
+def test_round_trip_with_a_space_before_a_text(llama, text):
+    assert llama.decode(llama.encode(text)) == text
+    before = llama.encode("def f")
+    assert llama.decode([*before, *llama.encode(text, continued=True)]) == "def f" + text
+
+
+def test_training_reads_tables(tmp_path):
+    """Of both columns, and of all rows of a large table."""
+    text = Path(argparse.__file__).read_text(encoding="utf-8")
+    with (tmp_path / "qa.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["question", "id", "answer"])
+        writer.writerows([f"{line} zebra", "xylophone", "walrus " * 9] for line in text.split("\n"))
+    fields = {"inputs": "question", "targets": "answer"}
+    train(str(tmp_path / "qa.csv"), 700, "bpe", tmp_path / "x.model", task="supervised", fields=fields)
+    vocabulary = Vocabulary(tmp_path / "x.model")
+    assert [len(vocabulary.encode(word)) for word in (" zebra", "walrus")] == [1, 1]
+    assert len(vocabulary.encode("xylophone")) > 2
+    fields["targets"] = "asnwer"
+    with pytest.raises(InputError, match=r"qa.csv has no column 'asnwer' among question, id, answer; nearest: answer"):
+        train(str(tmp_path / "qa.csv"), 700, "bpe", tmp_path / "y.model", task="supervised", fields=fields)
+    assert not (tmp_path / "y.model").exists()
+
+
+def test_every_so_many_rows_of_a_large_table(tmp_path, monkeypatch):
+    rows = [{"text": f"{'abc'[i // 400]}bcdefgh ijklm"} for i in range(1200)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    lines = []
+    monkeypatch.setattr(vocabulary_module, "TRAINING_CHARACTERS", 4000)
+    monkeypatch.setattr(
+        sentencepiece.SentencePieceTrainer, "Train", lambda sentence_iterator, **_: lines.extend(sentence_iterator)
+    )
+    train(str(tmp_path / "rows.jsonl"), 700, "bpe", tmp_path / "x.model")
+    assert {line[0] for line in lines} == set("abc") and 100 < len(lines) < 300
 
 
 def test_impossible_sizes_are_refused(corpus_folder, tmp_path):

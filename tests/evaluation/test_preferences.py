@@ -73,7 +73,9 @@ def test_command(judge, file, tmp_path, monkeypatch, capsys):
     _, folder = judge
     output = tmp_path / "scores"
     monkeypatch.setattr(
-        sys, "argv", ["evaluate", f"--checkpoint={folder}", f"--preferences={file}", f"--output={output}"]
+        sys,
+        "argv",
+        ["evaluate", f"--checkpoint={folder}", f"--preferences={file}", "--template=openbezoar", f"--output={output}"],
     )
     evaluate.main()
     printed = capsys.readouterr().out
@@ -103,7 +105,9 @@ def test_bad_files(judge, tmp_path, line, message):
 
 
 def test_no_reward_model(file, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["evaluate", "--checkpoint=assets/teacher_llama", f"--preferences={file}"])
+    monkeypatch.setattr(
+        sys, "argv", ["evaluate", "--checkpoint=assets/teacher_llama", f"--preferences={file}", "--template=openbezoar"]
+    )
     with pytest.raises(SystemExit) as caught:
         command_line.run(evaluate.main)
     assert caught.value.code == 2 and "has no reward_head.safetensors" in capsys.readouterr().err

@@ -38,6 +38,15 @@ def test_rows_are_prompts_and_their_responses(drawn):
     np.testing.assert_array_equal(drawn.weights_BN.sum(axis=1), counts)
 
 
+def test_what_was_cut_gets_an_end(drawn):
+    tokens, lengths = map(np.asarray, rollouts.ended(drawn, 7))
+    plain, counts = np.asarray(drawn.tokens_BT), np.asarray(drawn.prompt_lengths_B + drawn.counts_B)
+    for row in range(16):
+        is_cut = row < 12 and not drawn.ended_B[row]
+        assert lengths[row] == counts[row] + is_cut
+        assert tokens[row].tolist() == [*plain[row, : counts[row]], *[7] * is_cut, *[0] * (S + N + 1 - lengths[row])]
+
+
 def test_samples_are_what_their_numbers_draw_alone(policy, drawn):
     alone = rollouts.draw(rollouts.unstacked(policy), [PROMPTS[1]], np.array([106]), shape=(1, S, N), **DRAW)
     np.testing.assert_array_equal(alone.response_BN[0], drawn.response_BN[6])

@@ -1,0 +1,101 @@
+"""Judges of conversations: a model that is asked and answers Yes or No, or a reward model (OpenBezoar)."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from gqa.checkpoints.reward import HEAD
+from gqa.data.instructions.parts import user
+from gqa.data.templates import Template
+from gqa.decode.buckets import bucket, padded
+from gqa.decode.score import score
+from gqa.errors import InputError
+from gqa.models.llama import Llama
+from gqa.posttraining import rollouts
+from gqa.posttraining.config import InstructionsConfig
+from gqa.posttraining.opening import load_policy, load_reward, open_model
+
+YES, NO = "Yes", "No"
+
+
+def log_odds(
+    model: Llama, template: Template, questions: Sequence[list[dict]], batch_size: int, name: str
+) -> list[float | None]:
+    """log p(Yes) - log p(No), in nats, as the model's whole response to each question, messages that end with a user's.
+
+    `None` where the question and an answer exceed the model's positions. `name` is of the progress bar.
+    """
+    rows: list[tuple[int, list[int], list[int]]] = []
+    for number, messages in enumerate(questions):
+        examples = [template.example([*messages, {"role": "assistant", "content": word}]) for word in (YES, NO)]
+        if max(len(example.tokens) for example in examples) > model.config.max_position:
+            continue
+        for example in examples:
+            start = int(np.argmax(example.trained))
+            rows.append((number, example.tokens[:start].tolist(), example.tokens[start:].tolist()))
+    rows.sort(key=lambda row: len(row[1]))  # stable: a question's Yes stays before its No
+    found: list[float | None] = [None] * len(questions)
+    B = 2 * batch_size
+    with tqdm(total=len(rows) // 2, desc=name, unit="question", delay=1, dynamic_ncols=True) as bar:
+        for first in range(0, len(rows), B):
+            here = rows[first : first + B]
+            filled = here + [here[-1]] * (B - len(here))  # a last batch of fewer rows would be a program of its own
+            _, inputs, continuations = zip(*filled, strict=True)
+            sums = [float(log_probs.sum()) for log_probs in score(model, inputs, continuations)]
+            for place in range(0, len(here), 2):
+                found[here[place][0]] = sums[place] - sums[place + 1]
+            bar.update(len(here) // 2)
+    return found
+
+
+def question(messages: Sequence[dict]) -> list[dict]:
+    """What a model is asked about a conversation."""
+    system = f"System message:\n{messages[0]['content']}\n\n" if messages[0]["role"] == "system" else ""
+    return [
+        user(
+            f"{system}Instruction:\n{messages[-2]['content']}\n\nResponse:\n{messages[-1]['content']}\n\n"
+            "Is the instruction clear, and does the response carry it out correctly, completely and helpfully? "
+            f"Answer {YES} or {NO}."
+        )
+    ]
+
+
+class Judge:
+    """The judge of a config; its checkpoint is checked at once and loaded when there is something to judge."""
+
+    def __init__(self, config: InstructionsConfig):
+        """Raises `InputError` for a checkpoint that cannot judge."""
+        judge = config.judge
+        self._config = config
+        self._opened = open_model("judge", judge.checkpoint, judge.template, judge.vocabulary, config)
+        if judge.kind == "reward" and not (Path(judge.checkpoint) / HEAD).is_file():
+            raise InputError(f"judge {judge.checkpoint} has no {HEAD}; expected a reward model that gqa.train wrote")
+
+    def scores(self, conversations: Sequence[list[dict]]) -> list[float | None]:
+        """The score of each conversation's response; `None` where the judge cannot read so much."""
+        if not conversations:
+            return []
+        config, template = self._config, self._opened.template
+        if config.judge.kind == "model":
+            model = rollouts.unstacked(load_policy(config.judge.checkpoint, config))
+            return log_odds(model, template, list(map(question, conversations)), config.batch_size, "judge")
+        return self._rewards([template.example(messages).tokens.tolist() for messages in conversations])
+
+    def _rewards(self, sequences: Sequence[list[int]]) -> list[float | None]:
+        B, limit = self._config.batch_size, self._opened.policy.config.max_position
+        model = load_reward(self._config.judge.checkpoint, self._config)
+        readable = [number for number, tokens in enumerate(sequences) if len(tokens) <= limit]
+        readable.sort(key=lambda number: len(sequences[number]))
+        found: list[float | None] = [None] * len(sequences)
+        with tqdm(total=len(readable), desc="judge", unit="response", delay=1, dynamic_ncols=True) as bar:
+            for first in range(0, len(readable), B):
+                numbers = readable[first : first + B]
+                longest = bucket(len(sequences[numbers[-1]]))
+                tokens_BT, lengths_B = padded([sequences[number] for number in numbers], B, min(longest, limit))
+                scores_B = rollouts.score(model, None, tokens_BT, lengths_B, np.zeros(B, bool), gate=0.0, size=B)
+                for number, value in zip(numbers, np.asarray(scores_B).tolist(), strict=False):
+                    found[number] = value
+                bar.update(len(numbers))
+        return found

@@ -1,0 +1,44 @@
+import subprocess
+
+import pytest
+from array_record.python.array_record_module import ArrayRecordWriter
+
+from gqa.data import record_file
+from gqa.data.record_file import OPTIONS, RecordWriter, read_records
+
+RECORDS = [bytes([i % 251]) * (i % 97) + b"end" for i in range(3000)]
+
+
+@pytest.mark.parametrize("alone", [0, 1000, 10_000])
+def test_a_process_of_its_own_writes_the_same_bytes(alone, tmp_path, monkeypatch):
+    monkeypatch.setattr(record_file, "_ALONE", alone)
+    writer = ArrayRecordWriter(str(tmp_path / "expected"), OPTIONS)
+    for record in RECORDS:
+        writer.write(record)
+    writer.close()
+    with RecordWriter(tmp_path / "found") as writer:
+        for record in RECORDS:
+            writer.write(record)
+    assert (tmp_path / "found").read_bytes() == (tmp_path / "expected").read_bytes()
+    assert list(read_records(tmp_path / "found")) == RECORDS
+
+
+def test_a_failure_ends_the_process(tmp_path, monkeypatch):
+    monkeypatch.setattr(record_file, "_ALONE", 0)
+    popen, started = subprocess.Popen, []
+    monkeypatch.setattr(subprocess, "Popen", lambda *a, **k: started.append(popen(*a, **k)) or started[-1])
+    with pytest.raises(ValueError, match="mine"), RecordWriter(tmp_path / "file") as writer:
+        writer.write(b"record")
+        raise ValueError("mine")
+    assert [process.poll() is None for process in started] == [False]
+
+
+def test_what_the_process_dies_of_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(record_file, "_ALONE", 0)
+    with pytest.raises(OSError, match="file could not be written: "), RecordWriter(tmp_path / "no" / "file") as writer:
+        for record in RECORDS:
+            writer.write(record * 100)
+    monkeypatch.setattr(record_file, "_WRITE", "raise SystemExit('no space left')")
+    with pytest.raises(OSError, match="file could not be written: no space left"), RecordWriter(tmp_path / "file") as w:
+        for record in RECORDS:
+            w.write(record * 1000)
