@@ -60,7 +60,7 @@ def stages(workdir: Path) -> list[Stage]:
             ],
             best,
         ),
-        _training("SFT on the best", "sft", rejection, 24, 5e-4, [f"data.source={best}", on_sft]),
+        _training("SFT on the best", "sft", rejection, 16, 2e-4, [f"data.source={best}", on_sft]),
         Stage(
             "PPO",
             "gqa.ppo",
@@ -73,17 +73,17 @@ def stages(workdir: Path) -> list[Stage]:
                     f"reward={reward / 'model'}",
                     f"prompts={data / 'prompts.jsonl'}",
                     *_LENGTHS,
-                    "optimizer.learning_rate=8e-5",
+                    "optimizer.learning_rate=1e-4",
                     "value_optimizer.learning_rate=3e-4",
                     "ppo.beta=0.03",
-                    "ppo.kl_limit=9.0",
-                    "train.steps=8",
+                    "ppo.kl_limit=9.5",
+                    "train.steps=11",
                     "train.eval_every=2",
                 ),
             ],
             ppo / "finished.json",
         ),
-        _training("DPO", "dpo", dpo, 48, 2e-4, [*preferences, "dpo.reference=live"]),
+        _training("DPO", "dpo", dpo, 40, 3e-4, [*preferences, "dpo.reference=live"]),
     ]
 
 

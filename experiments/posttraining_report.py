@@ -130,7 +130,9 @@ def draw(
             response = response_BN[row, : counts_B[row]].tolist()
             texts.append(Text(prompt + response, len(prompt)))
     written = [template.response(text.tokens[text.num_prompt :]) for text in texts]
-    kl = judge.log_probs(model, texts) - judge.log_probs(reference, texts)
+    kl = np.zeros(len(texts))
+    if model is not reference:
+        kl = judge.log_probs(model, texts) - judge.log_probs(reference, texts)
     return _responses(prompts, texts, written, kl, judge)
 
 
