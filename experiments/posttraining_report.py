@@ -32,7 +32,7 @@ from gqa.training import metrics
 
 FOLDERS = {"SFT": "sft", "SFT on the best": "rejection", "PPO": "ppo", "DPO": "dpo"}  # of WORKDIR
 OWN = "own docstrings"
-NUM_PROMPTS = 80
+NUM_PROMPTS, NUM_PAIRS = 56, 400  # held out
 SAMPLES, BEST_OF = 4, 16  # responses to a prompt: of every model, and of SFT's for the best of them
 ROWS = 64  # responses drawn or read at a time
 LENGTH = PROMPT_TOKENS + RESPONSE_TOKENS + 1  # with an EOS
@@ -222,6 +222,7 @@ def evaluate(workdir: Path) -> dict:
     data = workdir / "data"
     template = Template(TEMPLATE, Vocabulary(VOCABULARY, foreign=True))
     read = {name: [row for _, row in lines(data / f"{name}.jsonl")] for name in ("preferences", "preferences_heldout")}
+    pairs = read["preferences_heldout"][:NUM_PAIRS]
     asked = [row for _, row in lines(data / "prompts_heldout.jsonl")][:NUM_PROMPTS]
     prompts = [row["prompt"] for row in asked]
     models = {name: checkpoints.load(workdir / folder / "model", **CHOICES) for name, folder in FOLDERS.items()}
@@ -236,7 +237,7 @@ def evaluate(workdir: Path) -> dict:
     for name in list(FOLDERS)[1:]:
         found[name] = draw(models[name], models["SFT"], prompts, template, judge, SAMPLES, name)
     return {
-        "preferences": accuracies(read["preferences_heldout"], models, template, judge),
+        "preferences": accuracies(pairs, models, template, judge),
         "baselines": baselines(read["preferences"], read["preferences_heldout"], template.vocabulary),
         "models": {name: summary(responses, many) for name, responses in found.items()},
         "prompts": len(prompts),

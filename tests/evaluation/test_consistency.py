@@ -157,7 +157,10 @@ def test_bad_arguments(call, checkpoint, tmp_path):
         ([f"--output={tmp_path / 'out'}"], "--dialogues needs --template=…; found none"),
         (["--template=llama2"], "--dialogues needs --output=…; found none"),
         (["--template=lama2", f"--output={tmp_path / 'out'}"], "template='lama2'; expected one of"),
-        (["--harness=x"], "expected one of --config, --task_file, --dialogues, --harness; found --dialogues and"),
+        (
+            ["--harness=x"],
+            "expected one of --config, --task_file, --preferences, --dialogues, --harness; found --dialogues and",
+        ),
     ):
         code, _, error = call(*given, *arguments)
         assert code == 2 and message in error and len(error.splitlines()) == 1
