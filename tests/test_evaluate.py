@@ -202,12 +202,10 @@ def test_bad_arguments(seeds, files, call, tmp_path, config_file):
     t5, llama = f"--checkpoint={seeds / 'seed_0'}", f"--checkpoint={seeds / 'llama'}"
     dev, arxiv = (f"--task_file={file}" for file in files)
     output = f"--output={tmp_path / 'new'}"
+    modes = "expected one of --config, --task_file, --preferences, --dialogues, --harness; found"
     for arguments, message in (
-        ([t5], "expected one of --config, --task_file, --preferences, --dialogues, --harness; found none"),
-        (
-            [t5, dev, "--harness=x"],
-            "expected one of --config, --task_file, --preferences, --dialogues, --harness; found --task_file and --harness",
-        ),
+        ([t5], f"{modes} none"),
+        ([t5, dev, "--harness=x"], f"{modes} --task_file and --harness"),
         ([t5, dev, "--config.train.steps=2"], "--config.train.steps=2 changes a configuration; expected --config=FILE"),
         ([t5, dev, "--metrics=bleu", "--cross_attention"], "--cross_attention is a loss; expected it with --config"),
         ([t5, dev, output], f"{files[0]} has no metric of its own; expected --metrics=rouge|bleu|trivia_qa"),

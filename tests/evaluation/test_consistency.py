@@ -159,7 +159,7 @@ def test_bad_arguments(call, checkpoint, tmp_path):
         (["--template=lama2", f"--output={tmp_path / 'out'}"], "template='lama2'; expected one of"),
         (
             ["--harness=x"],
-            "expected one of --config, --task_file, --preferences, --dialogues, --harness; found --dialogues and",
+            "--preferences, --dialogues, --harness; found --dialogues and",
         ),
     ):
         code, _, error = call(*given, *arguments)
