@@ -15,7 +15,7 @@ BEST := --method=svd+group+refit --calibrate=embedded_large --calibration_length
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help quickstart posttraining test test-full test-data lint format uptrain-full figures docs clean
+.PHONY: help quickstart posttraining test test-full test-data notebooks lint format uptrain-full figures docs clean
 
 help:  ## list these targets
 	@sed -n 's/^\([a-z-]*\):.*## /make \1: /p' Makefile
@@ -35,12 +35,15 @@ posttraining: .venv/.core  ## SFT to PPO and to DPO on the shipped Llama, with a
 test: .venv/.test  ## run the tests
 	JAX_PLATFORMS=cpu $(RUN) -m pytest $(WORKERS)
 
-test-full: .venv/.test  ## run the tests, with the long counts of kills and mutilations
+test-full: .venv/.test .venv/.notebooks  ## run the tests, with the notebooks and the long counts of kills and mutilations
 	JAX_PLATFORMS=cpu $(RUN) -m pytest $(WORKERS) -m "not tfds"
 
 test-data: .venv/.test  ## run the tests of public datasets, which bring TensorFlow: 2.4 GB
 	$(INSTALL) '.[data]'
 	JAX_PLATFORMS=cpu $(RUN) -m pytest -m tfds
+
+notebooks: .venv/.notebooks  ## execute the notebooks into build/notebooks: minutes
+	JAX_PLATFORMS=cpu $(RUN) -m pytest -m full tests/test_notebooks.py
 
 lint: .venv/.dev  ## check style and formatting
 	$(RUN) -m ruff check
@@ -79,6 +82,11 @@ clean:  ## remove .venv, build files and caches; keep runs/
 .venv/.test: .venv/.dev
 	@echo 'Installing torch, transformers and what else the tests compare against into .venv'
 	@$(INSTALL) '.[dev,parity,eval,clean,docs]'
+	@touch $@
+
+.venv/.notebooks: .venv/.dev
+	@echo 'Installing what runs the notebooks into .venv'
+	@$(INSTALL) '.[notebooks]'
 	@touch $@
 
 .venv/.docs: .venv/.core

@@ -1,5 +1,5 @@
-"""Installs gqa: `pip install -e .`, with extras `data`, `clean`, `beam`, `eval`, `parity`, `tpu`, `docs`, `dev`:
-`pip install -e '.[eval]'`.
+"""Installs gqa: `pip install -e .`, with extras `data`, `clean`, `beam`, `eval`, `parity`, `tpu`, `docs`,
+`notebooks`, `dev`: `pip install -e '.[eval]'`.
 """
 
 from setuptools import find_packages, setup
@@ -48,6 +48,8 @@ EXTRAS = {
     "tpu": ["jax[tpu]>=0.10,<0.13"],
     # The documentation as a site.
     "docs": ["mkdocs>=1.6,<2", "mkdocstrings[python]>=1.0,<2"],
+    # Running the notebooks without a browser; to read and change them, jupyterlab or what you like.
+    "notebooks": ["nbclient", "nbformat", "ipykernel"],
     "dev": ["pytest", "pytest-xdist", "ruff", "hypothesis"],
 }
 
