@@ -39,7 +39,7 @@ from gqa.data.public import PREFIX as PUBLIC
 from gqa.data.span_corruption import MEAN_NOISE_SPAN_LENGTH, NOISE_DENSITY
 from gqa.data.tasks import NAMED_TASKS, Source, named_task, open_source, parse_fields, read_examples, read_texts
 from gqa.data.templates import TEMPLATES, Template
-from gqa.data.tokenise import BLOCK, SIDES, Item, Totals, finished_texts, remove_blocks, write_split
+from gqa.data.tokenise import BLOCK, BLOCK_FORMAT, SIDES, Item, Totals, finished_texts, remove_blocks, write_split
 from gqa.data.tokenizer_json import TokenizerJson, open_vocabulary
 from gqa.data.vocabulary import Vocabulary
 from gqa.errors import InputError
@@ -223,7 +223,8 @@ def _partial_folder(output: Path, inputs: Manifest) -> Iterator[Path]:
 
     It is gone afterwards, unless a failure left finished blocks in it.
     """
-    partial, identity = output.with_name(f".{output.name}.partial"), json.dumps(dataclasses.asdict(inputs))
+    partial = output.with_name(f".{output.name}.partial")
+    identity = json.dumps(dataclasses.asdict(inputs) | {"blocks": BLOCK_FORMAT})
     with contextlib.ExitStack() as stack:
         partial.mkdir(exist_ok=True)
         if not stack.enter_context(_locked(partial)):  # another process is at it: each for itself, the first wins

@@ -6,10 +6,9 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
+from array_record.python.array_record_module import ArrayRecordWriter
 
 OPTIONS = "group_size:1"  # a read by index decodes that record alone
-UNCOMPRESSED = f"{OPTIONS},uncompressed"
 _ALONE = 4096  # records from which a process is worth its start
 _END = (2**32 - 1).to_bytes(4, "little")  # instead of a record's length: no more follow
 
@@ -24,6 +23,18 @@ while (size := read(4)) != bytes.fromhex("ffffffff"):
     writer.write(read(int.from_bytes(size, "little")))
 writer.close()
 """
+
+
+def framed(record: bytes) -> bytes:
+    """A record behind its length, as they follow on each other in a plain file."""
+    return len(record).to_bytes(4, "little") + record
+
+
+def read_framed(path: Path) -> Iterator[bytes]:
+    """The records of a plain file of framed ones."""
+    with path.open("rb") as file:
+        while size := file.read(4):
+            yield file.read(int.from_bytes(size, "little"))
 
 
 class RecordWriter:
@@ -50,7 +61,7 @@ class RecordWriter:
     def write(self, record: bytes) -> None:
         """Adds a record."""
         if self._process is not None:
-            self._send(len(record).to_bytes(4, "little") + record)
+            self._send(framed(record))
             return
         self._first.append(record)
         if len(self._first) > _ALONE:
@@ -86,10 +97,3 @@ class RecordWriter:
         if self._process.wait():
             lines = said.decode("utf-8", "replace").strip().splitlines() or ["it was killed"]
             raise OSError(f"{self._path} could not be written: {lines[-1]}")
-
-
-def read_records(path: Path) -> Iterator[bytes]:
-    """The records of a file in order."""
-    with contextlib.closing(ArrayRecordReader(str(path))) as reader:
-        for start in range(0, reader.num_records(), 1024):
-            yield from reader.read(start, min(start + 1024, reader.num_records()))

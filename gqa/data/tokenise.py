@@ -1,6 +1,5 @@
 """Texts, pairs and conversations to packed records of a split, block by block: an interrupted preparation goes on."""
 
-import contextlib
 import dataclasses
 import itertools
 import os
@@ -12,12 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from array_record.python.array_record_module import ArrayRecordWriter
 from tqdm import tqdm
 
 from gqa.data.examples import CONVERSATIONS, TRAINED, Supervised, Task
 from gqa.data.packing import encode_record, pack
-from gqa.data.record_file import UNCOMPRESSED, RecordWriter, read_records
+from gqa.data.record_file import RecordWriter, framed, read_framed
 from gqa.data.tokenizer_json import TokenizerJson
 from gqa.data.vocabulary import Vocabulary
 
@@ -25,6 +23,7 @@ Item = str | tuple[str, str] | np.ndarray  # a text; of `supervised`, inputs and
 SIDES = ("inputs", "targets")
 
 BLOCK = 16_384  # items packed together; a shorter split is one block
+BLOCK_FORMAT = 2  # of a block's file, which another version's preparation may have left
 _TEXTS_PER_CALL = 64  # tokenised together
 _NUM_OPEN_ROWS = 32
 _LENGTHS = 32  # powers of two that lengths are counted by
@@ -100,7 +99,7 @@ def write_split(
             mine = _Counted(itertools.islice(remaining, BLOCK), progress)
             if done.exists():
                 deque(mine, maxlen=0)
-                for record in read_records(block):
+                for record in read_framed(block):
                     writer.write(record)
             else:
                 made = _write_block(block, mine, vocabulary, task, writer)
@@ -120,9 +119,9 @@ def write_block(path: Path, items: Iterator[Item], vocabulary: Vocabulary | Toke
         return
     mine = path.with_name(f".{path.name}.{uuid.uuid4().hex}{ATTEMPT}")
     totals = Totals.zeros(task.vocabulary_size)
-    with contextlib.closing(ArrayRecordWriter(str(mine), UNCOMPRESSED)) as block:
+    with mine.open("wb") as block:
         for record in packed_records(items, vocabulary, task, totals):
-            block.write(record)
+            block.write(framed(record))
     mine.replace(path)
     totals.save(done)
 
@@ -133,7 +132,7 @@ def join_blocks(path: Path, num_blocks: int) -> Totals:
     totals = [Totals.load(block.with_name(f"{block.name}.npz")) for block in blocks]
     with RecordWriter(path) as writer:
         for block in tqdm(blocks, desc=f"join {path.name.split('.')[0]}", unit=" blocks", delay=1):
-            for record in read_records(block):
+            for record in read_framed(block):
                 writer.write(record)
     for other in totals[1:]:
         totals[0].add(other)
@@ -173,9 +172,9 @@ def _write_block(
 ) -> Totals:
     """Writes a block's records to `writer`, and to a file of their own for a preparation that goes on from there."""
     totals = Totals.zeros(task.vocabulary_size)
-    with contextlib.closing(ArrayRecordWriter(str(path), UNCOMPRESSED)) as block:
+    with path.open("wb") as block:
         for record in packed_records(items, vocabulary, task, totals):
-            block.write(record)
+            block.write(framed(record))
             writer.write(record)
     return totals
 

@@ -4,7 +4,7 @@ import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from gqa.data import record_file
-from gqa.data.record_file import OPTIONS, RecordWriter, read_records
+from gqa.data.record_file import OPTIONS, RecordWriter, framed, read_framed
 
 RECORDS = [bytes([i % 251]) * (i % 97) + b"end" for i in range(3000)]
 
@@ -20,7 +20,11 @@ def test_a_process_of_its_own_writes_the_same_bytes(alone, tmp_path, monkeypatch
         for record in RECORDS:
             writer.write(record)
     assert (tmp_path / "found").read_bytes() == (tmp_path / "expected").read_bytes()
-    assert list(read_records(tmp_path / "found")) == RECORDS
+
+
+def test_framed_records_are_read_again(tmp_path):
+    (tmp_path / "file").write_bytes(b"".join(map(framed, [*RECORDS, b""])))
+    assert list(read_framed(tmp_path / "file")) == [*RECORDS, b""]
 
 
 def test_a_failure_ends_the_process(tmp_path, monkeypatch):
