@@ -123,6 +123,14 @@ def parse_arguments(parser: argparse.ArgumentParser, argv: Sequence[str] | None 
     return args
 
 
+def check_new_file(output: Path) -> None:
+    """Raises `InputError` unless the file of `--output` can be made."""
+    if output.exists():
+        raise InputError(f"--output={output} exists already; name a new file")
+    if not output.parent.is_dir():
+        raise InputError(f"--output={output}: there is no folder {output.parent}")
+
+
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> ml_collections.ConfigDict:
     """The locked `get_config()` of the Python file at `path`, with each `--config.a.b=value` of `overrides` applied.
 

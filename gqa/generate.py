@@ -98,10 +98,7 @@ def _check_arguments(args: argparse.Namespace) -> None:
         raise InputError(f"--max_new_tokens={args.max_new_tokens} is below 1; expected 1 or more")
     if args.output is None:
         return
-    if args.output.exists():
-        raise InputError(f"--output={args.output} exists already; name a new file")
-    if not args.output.parent.is_dir():
-        raise InputError(f"--output={args.output}: there is no folder {args.output.parent}")
+    command_line.check_new_file(args.output)
     if not args.input.is_file():
         raise InputError(f"--input={args.input} is not a file; expected one with a JSON object a line")
 

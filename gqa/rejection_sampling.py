@@ -30,10 +30,7 @@ def main() -> None:
     output = arguments.output
     if output.suffix != ".jsonl":
         raise InputError(f"--output={output}; expected a name that ends in .jsonl")
-    if output.exists():
-        raise InputError(f"--output={output} exists already; name a new file")
-    if not output.parent.is_dir():
-        raise InputError(f"--output={output}: there is no folder {output.parent}")
+    command_line.check_new_file(output)
     # Imported here: --help and a mistyped config answer at once.
     from gqa.posttraining import rejection
     from gqa.posttraining.config import RejectionConfig

@@ -86,7 +86,9 @@ class LoRAKernel(nnx.Module):
             return _summed(equation, self.scale, x, self.base[...], self.down[...], self.up[...])
         read = x
         if self.dropout_key is not None:
-            read = Dropout(self.rate, jax.random.wrap_key_data(self.dropout_key[...]))(x, 0)
+            # A mask for all positions: of what an attention read, over heads and their width as one.
+            flat = x.reshape(*x.shape[: x.ndim - (self.down.ndim - 1)], -1)
+            read = Dropout(self.rate, jax.random.wrap_key_data(self.dropout_key[...]))(flat, 0).reshape(x.shape)
         return linear(equation, x, self.base, dtype) + _added(equation, self.scale, read, self.down, self.up, dtype)
 
     def _is_cheaper_summed(self, x: jax.Array, dtype) -> bool:

@@ -1,15 +1,17 @@
-"""Log-probabilities of given continuations, in one pass and without a cache."""
+"""What models say of given texts, in one pass and without a cache: log-probabilities of continuations, rewards."""
 
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from tqdm import tqdm
 
 from gqa.decode.buckets import bucket, padded
 from gqa.decode.generate import PAD_ID, check_lengths
 from gqa.errors import InputError
 from gqa.models import Model, t5
+from gqa.models.reward import RewardModel
 
 
 def score(model: Model, inputs: Sequence[Sequence[int]], continuations: Sequence[Sequence[int]]) -> list[np.ndarray]:
@@ -51,6 +53,27 @@ def score_and_rank(
     log_probs_BT, best_BT = jax.device_get(_score(model, inputs_BS, lengths_B, continuations_BT))
     lengths = map(len, continuations)
     return [(row[:length], best[:length]) for row, best, length in zip(log_probs_BT, best_BT, lengths, strict=True)]
+
+
+def rewards(model: RewardModel, texts: Sequence[Sequence[int]], batch_size: int) -> np.ndarray:
+    """The score of each text in tokens at its last one, float32; texts of like length are read together.
+
+    Raises `InputError` for a text of more tokens than the model has positions.
+    """
+    limit = model.config.max_position
+    found = np.empty(len(texts), np.float32)
+    order = sorted(range(len(texts)), key=lambda number: len(texts[number]))
+    if order and len(texts[order[-1]]) > limit:
+        raise InputError(f"a text has {len(texts[order[-1]])} tokens; the model has {limit} positions")
+    for first in tqdm(range(0, len(order), batch_size), desc="score", unit="batch", delay=2, dynamic_ncols=True):
+        here = order[first : first + batch_size]
+        longest = min(bucket(len(texts[here[-1]])), limit)
+        tokens_BT, lengths_B = padded([texts[number] for number in here], batch_size, longest)
+        found[here] = np.asarray(_at_end(model, tokens_BT, lengths_B))[: len(here)]
+    return found
+
+
+_at_end = jax.jit(RewardModel.at_end)
 
 
 @jax.jit

@@ -8,18 +8,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
 
 from gqa.checkpoints import reward
 from gqa.data.conversations import RATINGS, cut, last_turn_only, lines, of_line, pair_of
 from gqa.data.templates import Template, Unusable
-from gqa.decode.buckets import bucket, padded
+from gqa.decode.score import rewards
 from gqa.errors import InputError
 from gqa.evaluation.checkpoint_text import TextModel
-from gqa.models.reward import RewardModel
 
 BINS = 10  # of the confidence, from 0.5 to 1
 NOT_RATED = "not rated"
@@ -52,24 +48,6 @@ def read_pairs(path: Path, template: Template, max_tokens: int) -> tuple[list[Pa
         reasons = ", ".join(f"{count} {reason}" for reason, count in skipped.items())
         raise InputError(f"{path} has no usable preferences ({reasons or 'it is empty'})")
     return pairs, skipped
-
-
-def rewards(model: RewardModel, texts: Sequence[Sequence[int]], batch_size: int) -> np.ndarray:
-    """The score of each text at its last token, float32; texts of like length are read together."""
-    found = np.empty(len(texts), np.float32)
-    order = sorted(range(len(texts)), key=lambda number: len(texts[number]))
-    for first in tqdm(range(0, len(order), batch_size), desc="score", unit="batch", delay=2):
-        here = order[first : first + batch_size]
-        longest = min(bucket(len(texts[here[-1]])), model.config.max_position)
-        tokens_BT, lengths_B = padded([texts[number] for number in here], batch_size, longest)
-        found[here] = np.asarray(_at_last(model, tokens_BT, lengths_B))[: len(here)]
-    return found
-
-
-@jax.jit
-def _at_last(model: RewardModel, tokens_BT, lengths_B) -> jax.Array:
-    scores_BT = model({"decoder_inputs": tokens_BT, "targets_segments": None})
-    return jnp.take_along_axis(scores_BT, jnp.maximum(lengths_B - 1, 0)[:, None], axis=1)[:, 0]
 
 
 def evaluate(checkpoint: Path, path: Path, template_name: str, batch_size: int) -> dict[str, Any]:

@@ -32,6 +32,11 @@ class RewardModel(nnx.Module):
         )
         return features_BTD.astype(jnp.float32) @ self.head[...].astype(jnp.float32)
 
+    def at_end(self, tokens_BT: jax.Array, lengths_B: jax.Array) -> jax.Array:
+        """The score of each row at its last token, `[B]` float32; padding is on the right."""
+        scores_BT = self({"decoder_inputs": tokens_BT, "targets_segments": None})
+        return jnp.take_along_axis(scores_BT, jnp.maximum(lengths_B - 1, 0)[:, None], axis=1)[:, 0]
+
 
 def with_head(backbone: Llama, key: jax.Array) -> RewardModel:
     """A reward model on a decoder, its head drawn at random with variance 1 / (D + 1), as in TRL."""

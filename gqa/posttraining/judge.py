@@ -9,8 +9,7 @@ from tqdm import tqdm
 from gqa.checkpoints.reward import HEAD
 from gqa.data.instructions.parts import user
 from gqa.data.templates import Template
-from gqa.decode.buckets import bucket, padded
-from gqa.decode.score import score
+from gqa.decode.score import rewards, score
 from gqa.errors import InputError
 from gqa.models.llama import Llama
 from gqa.posttraining import rollouts
@@ -84,18 +83,11 @@ class Judge:
         return self._rewards([template.example(messages).tokens.tolist() for messages in conversations])
 
     def _rewards(self, sequences: Sequence[list[int]]) -> list[float | None]:
-        B, limit = self._config.batch_size, self._opened.policy.config.max_position
-        model = load_reward(self._config.judge.checkpoint, self._config)
+        limit = self._opened.policy.config.max_position
         readable = [number for number, tokens in enumerate(sequences) if len(tokens) <= limit]
-        readable.sort(key=lambda number: len(sequences[number]))
+        model = load_reward(self._config.judge.checkpoint, self._config)
         found: list[float | None] = [None] * len(sequences)
-        with tqdm(total=len(readable), desc="judge", unit="response", delay=1, dynamic_ncols=True) as bar:
-            for first in range(0, len(readable), B):
-                numbers = readable[first : first + B]
-                longest = bucket(len(sequences[numbers[-1]]))
-                tokens_BT, lengths_B = padded([sequences[number] for number in numbers], B, min(longest, limit))
-                scores_B = rollouts.score(model, None, tokens_BT, lengths_B, np.zeros(B, bool), gate=0.0, size=B)
-                for number, value in zip(numbers, np.asarray(scores_B).tolist(), strict=False):
-                    found[number] = value
-                bar.update(len(numbers))
+        scores = rewards(model, [sequences[number] for number in readable], self._config.batch_size)
+        for number, value in zip(readable, scores.tolist(), strict=True):
+            found[number] = value
         return found

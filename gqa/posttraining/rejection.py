@@ -83,11 +83,10 @@ def _run(config: RejectionConfig, output: Path) -> None:
         messages = _finished(opened, prompt, tokens)
         if messages is not None:
             candidates.append((number, messages, temperature))
-        if messages is None:
+            whole = opened.template.example(messages).tokens.tolist()
+        else:
             end = [] if tokens[-1] in opened.eos_ids else [opened.eos_id]
             whole = [*prompt.tokens, *tokens, *end]
-        else:
-            whole = opened.template.example(messages).tokens.tolist()
         rows.append(prompt.is_safety)
         sequences.append(whole)
     is_safety = {key_of(prompt.messages): prompt.is_safety for prompt in prompts}

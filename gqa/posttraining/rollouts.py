@@ -116,7 +116,8 @@ def response_log_probs(model: Llama, responses: Responses, temperature: float) -
 
 def response_values(model: RewardModel, responses: Responses) -> jax.Array:
     """A reward model's score of what stands before each token of the responses, `[B, N]`."""
-    return _before_tokens(_scores(model, responses.tokens_BT)[..., None], responses)[..., 0]
+    scores_BT = model({"decoder_inputs": responses.tokens_BT, "targets_segments": None})
+    return _before_tokens(scores_BT[..., None], responses)[..., 0]
 
 
 def _before_tokens(values_BTX: jax.Array, responses: Responses) -> jax.Array:
@@ -124,10 +125,6 @@ def _before_tokens(values_BTX: jax.Array, responses: Responses) -> jax.Array:
     offsets_N = jnp.arange(responses.response_BN.shape[1])
     positions_BN = jnp.maximum(responses.prompt_lengths_B[:, None] - 1, 0) + offsets_N
     return jnp.take_along_axis(values_BTX, positions_BN[..., None], axis=1)
-
-
-def _scores(model: RewardModel, tokens_BT: jax.Array) -> jax.Array:
-    return model({"decoder_inputs": tokens_BT, "targets_segments": None})
 
 
 @functools.partial(jax.jit, static_argnames="size")
@@ -146,14 +143,10 @@ def score(
     `size` rows are scored at a time; `safety`: `None` where there is none.
     """
 
-    def at_end(model: RewardModel, tokens_BT, lengths_B):
-        last_B1 = jnp.maximum(lengths_B - 1, 0)[:, None]
-        return jnp.take_along_axis(_scores(model, tokens_BT), last_B1, axis=1)[:, 0]
-
     def of_part(tokens_BT, lengths_B, is_safety_B):
-        helpfulness_B = at_end(reward, tokens_BT, lengths_B)
+        helpfulness_B = reward.at_end(tokens_BT, lengths_B)
         if safety is None:
             return helpfulness_B
-        return combined_scores(helpfulness_B, at_end(safety, tokens_BT, lengths_B), is_safety_B, gate=gate)
+        return combined_scores(helpfulness_B, safety.at_end(tokens_BT, lengths_B), is_safety_B, gate=gate)
 
     return in_parts(of_part, size, tokens_BT, lengths_B, is_safety_B)

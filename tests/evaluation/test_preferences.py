@@ -13,6 +13,7 @@ from gqa import command_line, evaluate, models
 from gqa.checkpoints import reward
 from gqa.data.templates import Template
 from gqa.data.vocabulary import Vocabulary
+from gqa.decode.score import rewards
 from gqa.errors import InputError
 from gqa.evaluation import preferences
 from gqa.models.reward import with_head
@@ -66,7 +67,7 @@ def test_rewards_are_the_models_at_the_last_token(judge, file):
     assert skipped == {"chosen equal to rejected": 1} and [pair.rating for pair in pairs] == [3, 2, 0]
     texts = [text for pair in pairs for text in pair[:2]]
     direct = [model({"decoder_inputs": jnp.array([text]), "targets_segments": None})[0, -1] for text in texts]
-    np.testing.assert_allclose(preferences.rewards(model, texts, batch_size=4), direct, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(rewards(model, texts, batch_size=4), direct, rtol=1e-4, atol=1e-5)
 
 
 def test_command(judge, file, tmp_path, monkeypatch, capsys):
