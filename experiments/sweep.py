@@ -1,9 +1,11 @@
-"""python -m experiments.sweep --config=configs/sweeps/groups.py --workdir=DIR [--worker=I/N] [--list] [--array=N]
+"""python -m experiments.sweep --config=configs/sweeps/groups.py --workdir=DIR [--known=FILE] [--worker=I/N] [--list] …
 
 Runs every combination of a sweep: teacher x method x key/value heads x α x seed. A run converts the teacher, uptrains
 the conversion for α of the pre-training and scores it, by the project's own commands; what they print goes to the
 run's log.txt. Finished runs are skipped, interrupted ones go on, one that fails is listed with its reason and does not
-stop the others. The results are one tidy table, results.csv and results.json in the folder of the sweep.
+stop the others. All cells get their first seed before any gets its second: a sweep that is cut short leaves whole
+tables. The results are one tidy table, results.csv and results.json in the folder of the sweep; --known takes over the
+runs of a results.json from another machine or another day.
 
 Several processes may work on one folder: --worker=2/8 takes every eighth run from the third on, and --array=8 writes
 array.sh, for `sbatch` or for a plain shell.
@@ -58,6 +60,7 @@ def main() -> int | None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     command_line.add_config_argument(parser)
     parser.add_argument("--workdir", type=Path, required=True, help="folder of the runs and the results")
+    parser.add_argument("--known", type=Path, metavar="FILE", help="results.json of runs that need not be done again")
     parser.add_argument("--worker", default="0/1", metavar="I/N", help="the share of the runs to do here, from 0/N")
     parser.add_argument("--list", action="store_true", help="only say which runs are done, failed and waiting")
     parser.add_argument(
@@ -70,6 +73,8 @@ def main() -> int | None:
     if arguments.array is not None:
         print(f"wrote {_write_array(arguments, sys.argv[1:])}")
         return None
+    if arguments.known:
+        sweep.know(arguments.known)
     if not arguments.list:
         sweep.do(sweep.runs[number::of])
     failed = sweep.collect()
@@ -129,8 +134,8 @@ class Sweep:
     def _runs(self) -> Iterator[Run]:
         axes = self._config.runs
         for teacher in self._teachers:
-            combinations = itertools.product(axes.kv_heads, axes.method, axes.alpha, axes.seed)
-            for kv_heads, method, alpha, seed in combinations:
+            combinations = itertools.product(axes.seed, axes.alpha, axes.kv_heads, axes.method)
+            for seed, alpha, kv_heads, method in combinations:
                 if not 0 <= alpha <= 1:
                     raise InputError(f"runs.alpha holds {alpha}; expected shares of the pre-training, 0 to 1")
                 if kv_heads == self._teachers[teacher]["kv_heads"]:
@@ -138,6 +143,21 @@ class Sweep:
                 if alpha == 0 and not any(mark in method for mark in DRAWN):
                     seed = axes.seed[0]  # nothing is drawn: the others are the same run
                 yield Run(teacher, method, kv_heads, float(alpha), seed)
+
+    def know(self, path: Path) -> None:
+        """Takes over the finished runs of a results.json. Raises `InputError` for a file that is none."""
+        from experiments.measure import write_json
+        from gqa.checkpoints import hf_config
+
+        try:
+            known = {Run(*(row[name] for name in AXES)).name: row for row in hf_config.read_json(path)["runs"]}
+        except (KeyError, TypeError):
+            raise InputError(f"--known={path} is no results.json of a sweep; expected its list of runs") from None
+        for run in self.runs:
+            result = self.workdir / run.name / RESULT
+            if run.name in known and not result.exists():
+                result.parent.mkdir(exist_ok=True)
+                write_json(result, known[run.name])
 
     def do(self, runs: Sequence[Run]) -> None:
         """Does what is not done of `runs`; one that another process is at is looked at again in the end."""

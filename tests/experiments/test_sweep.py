@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import json
 import os
 import signal
 import subprocess
@@ -68,3 +69,22 @@ def test_lists_and_writes_an_array(sweep_file, run_python, tmp_path):
     assert subprocess.run(["bash", "-n", tmp_path / "runs" / "array.sh"]).returncode == 0
     refused = run_python(*arguments, "--worker=4/4")
     assert refused.returncode == 2 and "--worker=4/4; expected I/N" in refused.stderr
+
+
+def test_takes_over_known_runs(sweep_file, run_python, tmp_path):
+    runs = [("mean", 2, 1.25), ("none", 8, 1.0), ("first", 2, 3.0)]  # the last is none of the sweep's
+    rows = [
+        dict(teacher="tiny", method=method, kv_heads=kv_heads, alpha=1.0, seed=1, loss=loss, accuracy=0.5, seconds=1.0)
+        | dict(target_tokens=99.0, commands=["python -m gqa.train"])
+        for method, kv_heads, loss in runs
+    ]
+    known, workdir = tmp_path / "results.json", tmp_path / "runs"
+    known.write_text(json.dumps({"runs": rows}))
+    arguments = ("-m", "experiments.sweep", f"--config={sweep_file}", f"--workdir={workdir}", "--list")
+    listed = run_python(*arguments, f"--known={known}")
+    assert listed.returncode == 0 and "2 done, 0 failed, 7 waiting" in listed.stdout
+    assert json.loads((workdir / "results.json").read_text())["runs"] == [rows[1], rows[0]]
+    for content, reason in (('{"runs": [{}]}', "is no results.json of a sweep"), ("{", "is not readable JSON")):
+        known.write_text(content)
+        refused = run_python(*arguments, f"--known={known}")
+        assert refused.returncode == 2 and reason in refused.stderr and refused.stderr.count("\n") == 1
