@@ -31,7 +31,8 @@ from gqa.checkpoints.hf_config import read_json
 from gqa.errors import InputError
 
 RESULTS = Path(__file__).parent / "results"
-PATTERNS = ("results.json", "timing.json", "conversion_methods/*.json", "quickstart/report.json")
+PATTERNS = ("results.json", "timing.json", "conversion_methods/*.json")
+PATTERNS += ("quickstart/report.json", "posttraining/report.json")
 FORMATS = (".png", ".svg")
 
 _SWEEP = "python -m experiments.sweep --config=configs/sweeps/{}.py --workdir=DIR"
@@ -178,9 +179,12 @@ def redraw(paths: Sequence[Path]) -> Iterator[Path]:
         elif path.parent.name == "conversion_methods":
             picture = path.with_suffix(".png")
             conversion_report.draw(read_json(path), picture)
-        elif path.name == "report.json":
+        elif path.parent.name == "quickstart":
             picture = path.with_name("quality_vs_latency.png")
             report.draw(read_json(path), picture)
+        elif path.parent.name == "posttraining":
+            picture = path.with_name("curves.png")
+            pictures.save(pictures.posttraining(read_json(path)), picture)
         else:
             continue
         yield picture

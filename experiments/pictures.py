@@ -215,6 +215,25 @@ def stability(curves: Sequence[Curve]) -> Figure:
     return figure
 
 
+_POSTTRAINING_LABELS = {"accuracy": "accuracy on held-out pairs", "reward": "reward, SD", "kl": "nats a response"}
+
+
+def posttraining(report: Mapping[str, Any]) -> Figure:
+    """A panel for each of the report's curves, and one for the best and the median of N samples (Llama 2 fig. 7)."""
+    count = len(report["curves"]) + 1
+    figure, axes = _panels(count, (3.2 * count, 3.2))
+    for axis, (title, curve) in zip(axes, report["curves"].items(), strict=False):
+        axis.plot(curve["steps"], curve["values"], color="0.0", marker="o", markersize=3)
+        _titles(axis, title, "iteration" if "PPO" in title else "step", _POSTTRAINING_LABELS[curve["score"]])
+    for number, curve in enumerate(report["rejection"]):
+        for name, line in (("max", "-"), ("median", ":")):
+            label = f"{'best' if name == 'max' else name}, T = {curve['temperature']:g}"
+            axes[-1].plot(range(1, len(curve[name]) + 1), curve[name], line, color=STYLES[number][2], label=label)
+    _titles(axes[-1], "rejection sampling", "samples a prompt", "score")
+    axes[-1].legend(fontsize=7, loc="upper left")
+    return figure
+
+
 def _panels(count: int, size: tuple[float, float], widths=None, **shared) -> tuple[Figure, Sequence[Axes]]:
     figure = Figure(figsize=size, layout="constrained")
     return figure, figure.subplots(1, count, squeeze=False, width_ratios=widths, **shared)[0]

@@ -147,7 +147,7 @@ def main() -> None:
     results = arguments.results or arguments.workdir / "report"
     start = time.monotonic()
     report = posttraining_report.evaluate(arguments.workdir)
-    report |= {
+    report |= posttraining_report.curves(arguments.workdir) | {
         "seconds": json.loads((arguments.workdir / SECONDS).read_text())
         | {"evaluation": round(time.monotonic() - start, 1)},
         "commands": [f"python -m {stage.module} {' '.join(stage.arguments)}" for stage in chain],
@@ -155,7 +155,7 @@ def main() -> None:
         "commit": commit(),
         "command": " ".join(["python -m experiments.posttraining", *sys.argv[1:]]),
     }
-    posttraining_report.write(report, arguments.workdir, results)
+    posttraining_report.write(report, results)
     print(f"\n{posttraining_report.as_markdown(report)}\nWritten to {results}: report.md, report.json, curves.png")
 
 

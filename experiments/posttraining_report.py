@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
+from experiments import pictures
 from experiments.measure import write_json
 from experiments.posttraining_data import INSTRUCTION, PROMPT_TOKENS, RESPONSE_TOKENS, TEMPLATE, VOCABULARY, mentioned
 from gqa import checkpoints
@@ -345,42 +346,27 @@ def _shown(value: float | None, form: str) -> str:
     return "" if value is None else format(value, form)
 
 
-def write(report: dict, workdir: Path, folder: Path) -> None:
+def curves(workdir: Path) -> dict:
+    """What the report's picture is drawn from: scores on held-out examples by step, and of rejection sampling."""
+    found = {}
+    for title, folder, name in (
+        ("reward model", "reward", "accuracy"),
+        ("DPO", "dpo", "accuracy"),
+        ("PPO, held-out prompts", "ppo", "reward"),
+        ("PPO, KL from the SFT model", "ppo", "kl"),
+    ):
+        lines = [line for line in metrics.read(workdir / folder) if line["split"] == "heldout"]
+        found[title] = {
+            "score": name,
+            "steps": [line["step"] for line in lines],
+            "values": [line[name] for line in lines],
+        }
+    return {"curves": found, "rejection": json.loads((workdir / "rejection.json").read_text())["curves"]}
+
+
+def write(report: dict, folder: Path) -> None:
     """report.md, report.json and curves.png in `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "report.json", report)
     (folder / "report.md").write_text(as_markdown(report))
-    curves = {
-        "reward model": ("accuracy", metrics.read(workdir / "reward")),
-        "DPO": ("accuracy", metrics.read(workdir / "dpo")),
-        "PPO, held-out prompts": ("reward", metrics.read(workdir / "ppo")),
-        "PPO, KL from the SFT model": ("kl", metrics.read(workdir / "ppo")),
-    }
-    draw_curves(curves, json.loads((workdir / "rejection.json").read_text())["curves"], folder / "curves.png")
-
-
-_LABELS = {"accuracy": "accuracy on held-out pairs", "reward": "reward, SD", "kl": "nats a response"}
-
-
-def draw_curves(curves: Mapping[str, tuple[str, list[dict]]], rejection: Sequence[Mapping], path: Path) -> None:
-    """A panel for each curve on held-out examples, and one for the best and the median of N samples."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
-
-    figure, panels = plt.subplots(1, len(curves) + 1, figsize=(3.2 * (len(curves) + 1), 3), layout="constrained")
-    for axes, (title, (name, run)) in zip(panels, curves.items(), strict=False):
-        points = [(line["step"], line[name]) for line in run if line["split"] == "heldout"]
-        axes.plot(*zip(*points, strict=True), color="black", marker="o", markersize=3)
-        axes.set(title=title, xlabel="iterations" if "PPO" in title else "steps", ylabel=_LABELS[name])
-    for curve in rejection:
-        for name, style in (("max", "-"), ("median", ":")):
-            label = f"{'best' if name == 'max' else name}, T = {curve['temperature']:g}"
-            panels[-1].plot(range(1, len(curve[name]) + 1), curve[name], style, label=label)
-    panels[-1].set(title="rejection sampling", xlabel="samples a prompt", ylabel="score")
-    panels[-1].legend(fontsize=7, loc="lower right")
-    for axes in panels:
-        axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    pictures.save(pictures.posttraining(report), folder / "curves.png")

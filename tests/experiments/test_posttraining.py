@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import posttraining, posttraining_report
+from experiments import figures, pictures, posttraining, posttraining_report
 from experiments.posttraining_data import INSTRUCTION, VOCABULARY
 from experiments.posttraining_report import Responses, baselines, checks, matched, summary
 from gqa import models
@@ -173,8 +173,22 @@ def test_markdown():
     assert "- SFT: `A 'b' c` (-0.50, 1)" in text
 
 
-def test_curves_are_drawn(tmp_path):
-    run = [{"step": step, "split": "heldout", "accuracy": 0.5 + step / 10} for step in range(3)]
-    rejection = [{"temperature": 1.0, "max": [0.0, 1.0], "median": [0.0, 0.0]}]
-    posttraining_report.draw_curves({"reward model": ("accuracy", run)}, rejection, tmp_path / "curves.png")
-    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+def test_report_and_its_picture(tmp_path):
+    for name, score in (("reward", "accuracy"), ("dpo", "accuracy"), ("ppo", "reward")):
+        (tmp_path / name).mkdir()
+        scores = [{"step": step, "split": "heldout", score: 0.5 + step, "kl": 2.0 * step} for step in range(3)]
+        lines = [*scores, {"step": 3, "split": "train", score: 9.0, "kl": 9.0}]
+        (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    drawn = [{"temperature": 1.0, "max": [0.0, 1.0], "median": [0.0, 0.0]}]
+    (tmp_path / "rejection.json").write_text(json.dumps({"curves": drawn}))
+    written = report(2.0, 11.0) | posttraining_report.curves(tmp_path)
+    assert written["curves"]["PPO, KL from the SFT model"] == {"score": "kl", "steps": [0, 1, 2], "values": [0, 2, 4]}
+    posttraining_report.write(written, tmp_path / "posttraining")
+    again = json.loads((tmp_path / "posttraining" / "report.json").read_text())
+    panels = pictures.posttraining(again).axes
+    assert [list(panel.lines[0].get_ydata()) for panel in panels] == [*[[0.5, 1.5, 2.5]] * 3, [0, 2, 4], [0, 1]]
+    picture = tmp_path / "posttraining" / "curves.png"
+    before = picture.read_bytes()
+    picture.unlink()
+    assert list(figures.redraw([tmp_path / "posttraining" / "report.json"])) == [picture]
+    assert picture.read_bytes() == before
