@@ -1,11 +1,13 @@
 """python -m experiments.sweep --config=configs/sweeps/groups.py --workdir=DIR [--known=FILE] [--worker=I/N] [--list] …
 
 Runs every combination of a sweep: teacher x method x key/value heads x α x seed. A run converts the teacher, uptrains
-the conversion for α of the pre-training and scores it, by the project's own commands; what they print goes to the
-run's log.txt. Finished runs are skipped, interrupted ones go on, one that fails is listed with its reason and does not
-stop the others. All cells get their first seed before any gets its second: a sweep that is cut short leaves whole
-tables. The results are one tidy table, results.csv and results.json in the folder of the sweep; --known takes over the
-runs of a results.json from another machine or another day.
+the conversion for α of the pre-training and scores it; where the sweep says so it is also fine-tuned on a task and its
+answers are scored. All by the project's own commands; what they print goes to the run's log.txt.
+
+Finished runs are skipped, interrupted ones go on, one that fails is listed with its reason and does not stop the
+others. All cells get their first seed before any gets its second: a sweep that is cut short leaves whole tables. The
+results are one tidy table, results.csv and results.json in the folder of the sweep; --known takes over the runs of a
+results.json from another machine or another day.
 
 Several processes may work on one folder: --worker=2/8 takes every eighth run from the third on, and --array=8 writes
 array.sh, for `sbatch` or for a plain shell.
@@ -195,8 +197,11 @@ class Sweep:
             shutil.copy(history, folder)  # for the figure of stability
         scores = json.loads((folder / "evaluation.json").read_text())
         result = run._asdict() | {name: scores[name] for name in SCORES}
+        for task in self._config.finetune:
+            (checkpoint,) = json.loads((folder / f"{task}-scores" / "scores.json").read_text())["checkpoints"].values()
+            result |= {f"{task} {name}": score["value"] for name, score in checkpoint["scores"][task].items()}
         write_json(folder / RESULT, result | {"seconds": time.time() - start, "commands": commands})
-        for name in () if self._config.keep_checkpoints else ("converted", "uptrained"):
+        for name in () if self._config.keep_checkpoints else ("converted", "uptrained", *self._config.finetune):
             shutil.rmtree(folder / name, ignore_errors=True)
 
     def _commands(self, run: Run, folder: Path) -> Iterator[tuple[str, list[str]]]:
@@ -223,6 +228,8 @@ class Sweep:
             checkpoint = folder / "uptrained" / "model"
         output = f"--output={folder / 'evaluation.json'}"
         yield "gqa.evaluate", [uptrain, start, f"--checkpoint={checkpoint}", output, *overrides]
+        for task, choice in self._config.finetune.items():
+            yield from _finetuning(task, choice, run, checkpoint, folder)
 
     def collect(self) -> list[dict[str, Any]]:
         """Writes and prints the results so far; the failed runs."""
@@ -237,7 +244,7 @@ class Sweep:
                 failed.append(json.loads((folder / FAILED).read_text()))
             else:
                 waiting += 1
-        columns = [*AXES, *SCORES, "seconds"]
+        columns = list(dict.fromkeys([*AXES, *SCORES, *(name for row in done for name in row if name != "commands")]))
         write_json(self.workdir / "results.json", {"runs": done, "failed": failed, "waiting": waiting})
         unfinished = self.workdir / "results.tmp"
         with unfinished.open("w", newline="") as file:
@@ -252,6 +259,21 @@ class Sweep:
             print(f"failed: {Run(*(row[name] for name in AXES)).name}: {row['reason']}")
         print(f"{len(done)} done, {len(failed)} failed, {waiting} waiting; {self.workdir / 'results.csv'}")
         return failed
+
+
+def _finetuning(task: str, choice, run: Run, checkpoint: Path, folder: Path) -> Iterator[tuple[str, list[str]]]:
+    """The commands still to do until a run's model is fine-tuned on a task and scored on its held-out examples."""
+    tuned, rows = folder / task, folder / f"{task}.jsonl"
+    if not (tuned / "finished.json").exists():
+        arguments = [f"--config={choice.config}", f"--workdir={tuned}", f"--config.model.checkpoint={checkpoint}"]
+        yield "gqa.train", [*arguments, f"--config.train.seed={run.seed}"]
+    if not rows.exists():
+        source = command_line.load_config(Path(choice.config)).data.source
+        arguments = [f"--task={task}", *([f"--source={source}"] if source else [])]
+        yield "gqa.data.tasks", [*arguments, f"--limit={choice.rows}", f"--output={rows}"]
+    settings = [f"--{name}={choice[name]}" for name in ("metrics", "inputs_length", "max_new_tokens")]
+    output = f"--output={folder / f'{task}-scores'}"
+    yield "gqa.evaluate", [f"--checkpoint={tuned / 'model'}", f"--task_file={rows}", *settings, output]
 
 
 @contextlib.contextmanager

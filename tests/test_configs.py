@@ -83,7 +83,7 @@ def test_the_timed_teacher_is_the_swept_one():
     assert max(teacher.kv_heads) == sweep.teachers.t5.kv_heads
 
 
-@pytest.mark.parametrize(("name", "runs"), [("alpha", 69), ("groups", 34), ("methods", 44)])
+@pytest.mark.parametrize(("name", "runs"), [("alpha", 69), ("docstring", 15), ("groups", 34), ("methods", 44)])
 def test_sweeps_have_the_runs_that_they_say(name, runs, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     path = ROOT / "configs" / "sweeps" / f"{name}.py"

@@ -22,6 +22,8 @@ def get_config() -> ConfigDict:
             calibration=dict(calibrate="embedded_large", calibration_length=128),
             # Of the uptraining and of the scores.
             overrides=("--config.train.eval_every=1000000",),
+            # Task -> the config that fine-tunes on it, and how its held-out examples are answered and scored.
+            finetune=dict(),
             keep_checkpoints=False,
         )
     )

@@ -11,9 +11,12 @@ import time
 from pathlib import Path
 
 import pytest
+from ml_collections import ConfigDict
 
+from experiments import sweep
 from gqa import models
 from gqa.checkpoints import hf
+from gqa.command_line import load_config
 
 ROOT = Path(__file__).parents[2]
 
@@ -30,7 +33,7 @@ def sweep_file(tmp_path, random_model, config_file):
     path = tmp_path / "sweep.py"
     teachers = dict(tiny=dict(checkpoint=str(teacher), uptrain=str(uptrain), kv_heads=8))
     runs = dict(method=("mean",), kv_heads=(8, 3, 2), alpha=(0.0, 1.0), seed=(1, 2))
-    content = dict(teachers=teachers, runs=runs, calibration={}, overrides=(), keep_checkpoints=False)
+    content = dict(teachers=teachers, runs=runs, calibration={}, overrides=(), finetune={}, keep_checkpoints=False)
     path.write_text(f"from ml_collections import ConfigDict\n\nget_config = lambda: ConfigDict({content!r})\n")
     return path
 
@@ -88,3 +91,54 @@ def test_takes_over_known_runs(sweep_file, run_python, tmp_path):
         known.write_text(content)
         refused = run_python(*arguments, f"--known={known}")
         assert refused.returncode == 2 and reason in refused.stderr and refused.stderr.count("\n") == 1
+
+
+def test_fine_tunes_and_scores(sweep_file, tmp_path, monkeypatch):
+    finetuning = tmp_path / "finetune.py"
+    finetuning.write_text(
+        "from ml_collections import ConfigDict\n\nget_config = lambda: ConfigDict(dict(data=dict(source='texts')))\n"
+    )
+    config = load_config(sweep_file)
+    choice = dict(config=str(finetuning), rows=9, inputs_length=256, max_new_tokens=64, metrics="rouge")
+    config.runs.update(kv_heads=(2,), alpha=(1.0,), seed=(3,))
+    config.finetune = ConfigDict({"docstring": choice})
+    called = []
+
+    def call(module, arguments, log, lock):
+        options = dict(argument.removeprefix("--").split("=", 1) for argument in arguments)
+        called.append((module, options))
+        output = Path(options.get("output") or options["workdir"])
+        if module == "gqa.train":
+            output.mkdir()
+            (output / "finished.json").touch()
+        elif module == "checkpoints_tools.convert":
+            output.mkdir()
+        elif "task_file" in options:
+            output.mkdir()
+            scores = {"docstring": {"rouge1": {"value": 21.5, "low": 20.0, "high": 23.0}}}
+            (output / "scores.json").write_text(json.dumps({"checkpoints": {"model": {"scores": scores}}}))
+        elif module == "gqa.evaluate":
+            output.write_text(json.dumps(dict(loss=2.0, accuracy=0.5, target_tokens=7)))
+        else:
+            output.touch()
+        return 0
+
+    monkeypatch.setattr(sweep, "_call", call)
+    workdir = tmp_path / "runs"
+    workdir.mkdir()
+    runs = sweep.Sweep(config, workdir)
+    runs.do(runs.runs)
+    assert runs.collect() == []
+    modules = ["checkpoints_tools.convert", "gqa.train", "gqa.evaluate", "gqa.train", "gqa.data.tasks", "gqa.evaluate"]
+    assert [module for module, _ in called] == modules
+    folder = workdir / "tiny-mean-k2-a1-s3"
+    tuning, rows, scoring = (options for _, options in called[3:])
+    assert (
+        tuning["config.model.checkpoint"] == str(folder / "uptrained" / "model") and tuning["config.train.seed"] == "3"
+    )
+    assert rows == dict(task="docstring", source="texts", limit="9", output=str(folder / "docstring.jsonl"))
+    assert scoring["checkpoint"] == str(folder / "docstring" / "model") and scoring["task_file"] == rows["output"]
+    with (workdir / "results.csv").open() as file:
+        (row,) = csv.DictReader(file)
+    assert (row["docstring rouge1"], row["loss"], row["target_tokens"]) == ("21.5", "2.0", "7")
+    assert not (folder / "docstring").exists() and (folder / "docstring-scores").exists()
