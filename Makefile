@@ -11,11 +11,13 @@ INSTALL := $(RUN) -m pip install --quiet --disable-pip-version-check --editable
 # Two processes, a file of tests each: a core each, whose programs JAX compiles on one thread.
 WORKERS := --numprocesses=2 --dist=loadfile
 QUICKSTART := runs/quickstart
+MINIATURE := runs/miniature
+SWEEP := $(RUN) -m experiments.sweep --config=configs/sweeps
 BEST := --method=svd+group+refit --calibrate=embedded_large --calibration_length=128
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help quickstart posttraining test test-full test-data notebooks lint format uptrain-full figures docs clean
+.PHONY: help quickstart posttraining miniature test test-full test-data notebooks lint format uptrain-full figures docs clean
 
 help:  ## list these targets
 	@sed -n 's/^\([a-z-]*\):.*## /make \1: /p' Makefile
@@ -31,6 +33,15 @@ quickstart: .venv/.core  ## convert the shipped model to GQA and MQA, uptrain it
 
 posttraining: .venv/.core  ## SFT to PPO and to DPO on the shipped Llama, with a report
 	$(RUN) -m experiments.posttraining
+
+miniature: .venv/.core  ## the paper's sweeps on the shipped teacher, and their figures: about 18 hours, resumable
+	mkdir -p $(MINIATURE)
+	$(SWEEP)/methods.py --workdir=$(MINIATURE)/methods
+	$(SWEEP)/alpha.py --workdir=$(MINIATURE)/alpha --known=$(MINIATURE)/methods/results.json
+	$(SWEEP)/groups.py --workdir=$(MINIATURE)/groups --known=$(MINIATURE)/methods/results.json
+	$(SWEEP)/docstring.py --workdir=$(MINIATURE)/docstring
+	$(RUN) -m experiments.timing --config=configs/timing/teacher_t5.py --output=$(MINIATURE)/timing/t5
+	$(RUN) -m experiments.figures --runs=$(MINIATURE) --output=$(MINIATURE)/figures
 
 test: .venv/.test  ## run the tests
 	JAX_PLATFORMS=cpu $(RUN) -m pytest $(WORKERS)

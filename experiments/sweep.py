@@ -62,7 +62,14 @@ def main() -> int | None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     command_line.add_config_argument(parser)
     parser.add_argument("--workdir", type=Path, required=True, help="folder of the runs and the results")
-    parser.add_argument("--known", type=Path, metavar="FILE", help="results.json of runs that need not be done again")
+    parser.add_argument(
+        "--known",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="results.json of runs that need not be done again; may be repeated",
+    )
     parser.add_argument("--worker", default="0/1", metavar="I/N", help="the share of the runs to do here, from 0/N")
     parser.add_argument("--list", action="store_true", help="only say which runs are done, failed and waiting")
     parser.add_argument(
@@ -75,8 +82,8 @@ def main() -> int | None:
     if arguments.array is not None:
         print(f"wrote {_write_array(arguments, sys.argv[1:])}")
         return None
-    if arguments.known:
-        sweep.know(arguments.known)
+    for path in arguments.known:
+        sweep.know(path)
     if not arguments.list:
         sweep.do(sweep.runs[number::of])
     failed = sweep.collect()
