@@ -19,5 +19,5 @@ def get_config() -> ConfigDict:
     config = ConfigDict(load_config(Path(__file__).parent / "finetune_t5.py").to_dict())
     config.model.update(checkpoint="assets/teacher", dtype="float32", scan_layers=False, remat="none")
     config.data.update(task="docstring", vocabulary="assets/vocabulary/python_4096.model", inputs_length=256)
-    config.train.update(steps=1000, batch_size=16, log_every=20, eval_every=100, eval_examples=256, save_every=100)
+    config.train.update(steps=2000, batch_size=16, log_every=20, eval_every=100, eval_examples=256, save_every=100)
     return config

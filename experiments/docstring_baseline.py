@@ -1,19 +1,25 @@
-"""python -m experiments.docstring_baseline [--limit=500] [--output=FILE]
+"""python -m experiments.docstring_baseline [--limit=500] [--scores=FILE …] [--output=FILE]
 
 What a fine-tuned model's docstrings have to beat: the function's name in words. ROUGE F-measures, 0 to 100, of the
-baseline on the held-out functions of `docstring`.
+baseline on the held-out functions of `docstring`; beside it those of models, from the scores.json that
+`python -m gqa.evaluate --task_file` has written for the same functions.
 """
 
 import argparse
-import json
+import sys
 from pathlib import Path
 
 from tqdm import tqdm
 
 from gqa.command_line import parse_arguments, run
+from gqa.errors import InputError
+
+TASK = "docstring"
 
 
 def main() -> None:
+    """The command line."""
+    from experiments.measure import commit, write_json
     from gqa.data.docstrings import copy_the_name
     from gqa.data.tasks import examples
     from gqa.evaluation.text_metrics import rouge
@@ -21,14 +27,60 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--source", help="Python source (left out: embedded_large, the task's own)")
     parser.add_argument("--limit", type=int, metavar="N", help="the first N functions (left out: all)")
+    parser.add_argument(
+        "--scores",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="scores.json of models; may be repeated",
+    )
     parser.add_argument("--output", type=Path, metavar="FILE", help="file for the scores as JSON")
     args = parse_arguments(parser)
-    found = list(tqdm(examples("docstring", "heldout", source=args.source), unit=" functions", delay=1))[: args.limit]
+    models = [row for path in args.scores for row in of_models(path, args.limit)]
+    found = list(tqdm(examples(TASK, "heldout", source=args.source), unit=" functions", delay=1))[: args.limit]
     baseline = rouge([example.targets for example in found], [copy_the_name(example.inputs) for example in found])
-    report = {"functions": len(found), "copy_the_name": {name: round(score, 2) for name, score in baseline.items()}}
-    print(json.dumps(report, indent=2))
+    report = {
+        "functions": len(found),
+        "copy_the_name": {name: round(score, 2) for name, score in baseline.items()},
+        "models": models,
+        "command": " ".join(["python -m experiments.docstring_baseline", *sys.argv[1:]]),
+        "commit": commit(),
+    }
+    print(table(report))
     if args.output:
-        args.output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        write_json(args.output, report)
+
+
+def of_models(path: Path, rows: int | None) -> list[dict]:
+    """The models of a scores.json; raises `InputError` where they were not scored on `rows` functions."""
+    from gqa.checkpoints.hf_config import read_json
+
+    content = read_json(path)
+    scored = content.get("rows", {}).get(TASK)
+    if scored is None:
+        raise InputError(f"{path} has no scores of {TASK}; expected those of --task_file={TASK}.jsonl")
+    if rows is not None and scored != rows:
+        raise InputError(f"{path} is of {scored} functions; expected --limit={scored}, not {rows}")
+    settings = content["settings"]
+    return [
+        {"model": name, "path": model["path"], "scores": model["scores"][TASK], "beam": settings["beam"]}
+        for name, model in content["checkpoints"].items()
+    ]
+
+
+def table(report: dict) -> str:
+    """The report as Markdown."""
+    names = list(report["copy_the_name"])
+    lines = [f"| {report['functions']} held-out functions | {' | '.join(names)} |", "|---|" + "--:|" * len(names)]
+    lines.append("| the function's name in words | " + " | ".join(map(str, report["copy_the_name"].values())) + " |")
+    for model in report["models"]:
+        cells = [
+            f"{score['value']:.2f} [{score['low']:.2f}, {score['high']:.2f}]" for score in model["scores"].values()
+        ]
+        how = "greedy" if model["beam"] == 1 else f"beam of {model['beam']}"
+        lines.append(f"| {model['model']}, {how} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,90 @@
+"""Every method once on a tiny teacher: cells, what is known already, and shares of one uptraining."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from experiments import conversion_methods
+from gqa import models
+from gqa.checkpoints import hf
+from gqa.errors import InputError
+
+SITES = ("decoder_self", "cross")
+TOGETHER = "decoder_self+cross"
+
+
+@pytest.fixture
+def command(tmp_path, random_model, config_file, monkeypatch):
+    """A function (options) -> results.json of the command on a random T5 of 8 heads."""
+    teacher = tmp_path / "teacher"
+    heads = dict(num_heads=8, encoder_self_kv_heads=8, decoder_self_kv_heads=8, cross_kv_heads=8)
+    config = dataclasses.replace(models.size("t5_1_1_mini"), d_model=32, head_dim=4, d_ff=64, **heads)
+    hf.save(random_model(config), teacher, dtype="float32")
+    changes = {"model.size": None, "model.changes": {}, "train.steps": None, "train.save_every": 2}
+    uptrain = config_file("t5", changes | {"uptrain": dict(original_steps=4, alpha=1.0)})
+    small = dict(
+        TEACHERS={"t5": (teacher, Path(uptrain), SITES)},
+        METHODS=("mean", "svd+group+refit"),
+        APART=("mean",),
+        UPTRAINED=("mean",),
+        RATES=(1.0, 0.1),
+        CALIBRATION_ROWS=8,
+        BATCH=4,
+    )
+    for name, value in small.items():
+        monkeypatch.setattr(conversion_methods, name, value)
+
+    def call(*options: str) -> dict:
+        arguments = ["--teacher=t5", "--rows=8", f"--results={tmp_path / 'results'}", *options]
+        monkeypatch.setattr("sys.argv", ["conversion_methods", *arguments])
+        conversion_methods.main()
+        return json.loads((tmp_path / "results" / "t5.json").read_text())
+
+    return call
+
+
+def cells(results: dict) -> set[tuple]:
+    return {tuple(run[name] for name in conversion_methods.Run._fields) for run in results["runs"]}
+
+
+def test_without_uptraining(command, tmp_path, monkeypatch, capsys):
+    results = command("--alphas=0", "--seeds=2", f"--workdir={tmp_path / 'runs'}")
+    assert cells(results) == {
+        (TOGETHER, "teacher", 8, 0.0, 0, 0.0),
+        *((sites, "mean", K, 0.0, 0, 0.0) for sites in (TOGETHER, *SITES) for K in (4, 2, 1)),
+        *((TOGETHER, "svd+group+refit", K, 0.0, seed, 0.0) for K in (4, 2, 1) for seed in (0, 1)),
+    }
+    teacher = results["teacher"]
+    assert set(teacher["cost_without"]) == set(SITES) and teacher["rows"] == 8
+    (own,) = [run for run in results["runs"] if run["method"] == "teacher"]
+    assert own["loss"] == teacher["heldout"]["loss"] != own["tuning_loss"]
+    assert "gap closed" in capsys.readouterr().out
+
+    # In another folder, what the results hold is not done again.
+    monkeypatch.setattr(conversion_methods.Bench, "_converted", lambda self, run: pytest.fail(f"{run} is done again"))
+    again = command("--alphas=0", "--seeds=2", f"--workdir={tmp_path / 'other'}")
+    assert again["runs"] == results["runs"]
+
+
+@pytest.mark.full
+def test_uptraining(command, tmp_path):
+    results = command("--alphas=0,0.5,1", "--seeds=1", f"--workdir={tmp_path / 'runs'}")
+    uptrained = {cell for cell in cells(results) if cell[3] > 0}
+    assert {cell[1:4] for cell in uptrained} == {
+        (method, K, alpha)
+        for alpha in (0.5, 1.0)
+        for method, heads in (("teacher", (8,)), ("mean", (4, 2, 1)))
+        for K in heads
+    }
+    rates = {method: {cell[5] for cell in uptrained if cell[1] == method} for method in ("teacher", "mean")}
+    assert all(len(tried) == 1 for tried in rates.values())  # the best of a method, for all of its cells
+    assert len({run["loss"] for run in results["runs"] if run["alpha"]}) == len(uptrained)
+    assert not list((tmp_path / "runs").rglob("converted"))
+
+
+def test_bad_input(command):
+    for option, message in (("--alphas=2", "'2' is no share"), ("--seeds=0", "expected at least 1 and 2")):
+        with pytest.raises(InputError, match=message):
+            command(option)
