@@ -5,8 +5,8 @@
 The recipe of `configs/finetune_t5.py` with what a laptop has room for: batches of 16 packed rows instead of 128, 256
 tokens of each function instead of 512 (four of five functions are no longer), a fixed number of steps instead of
 convergence, and for so few of them a learning rate of 0.006 instead of 0.001 (the teacher's pre-training ended at
-0.013): after 100 steps it is where 0.001 is after 340. 34 minutes on two cores. `python -m experiments.docstring_baseline` prints what it has to
-beat.
+0.013): after 100 steps it is where 0.001 is after 340. 34 minutes on two cores.
+`python -m experiments.docstring_baseline` prints what it has to beat.
 """
 
 from pathlib import Path
