@@ -37,13 +37,18 @@ def main() -> None:
     )
     parser.add_argument("--output", type=Path, metavar="FILE", help="file for the scores as JSON")
     args = parse_arguments(parser)
-    models = [row for path in args.scores for row in of_models(path, args.limit)]
+    if args.limit is not None and args.limit < 1:
+        raise InputError(f"--limit={args.limit} is below 1; expected 1 or more")
+    scored = [(path, *of_models(path)) for path in args.scores]
     found = list(tqdm(examples(TASK, "heldout", source=args.source), unit=" functions", delay=1))[: args.limit]
+    for path, rows, _ in scored:
+        if rows != len(found):
+            raise InputError(f"{path} is of {rows} functions, the baseline of {len(found)}; expected --limit={rows}")
     baseline = rouge([example.targets for example in found], [copy_the_name(example.inputs) for example in found])
     report = {
         "functions": len(found),
         "copy_the_name": {name: round(score, 2) for name, score in baseline.items()},
-        "models": models,
+        "models": [model for _, _, models in scored for model in models],
         "command": " ".join(["python -m experiments.docstring_baseline", *sys.argv[1:]]),
         "commit": commit(),
     }
@@ -52,21 +57,21 @@ def main() -> None:
         write_json(args.output, report)
 
 
-def of_models(path: Path, rows: int | None) -> list[dict]:
-    """The models of a scores.json; raises `InputError` where they were not scored on `rows` functions."""
+def of_models(path: Path) -> tuple[int, list[dict]]:
+    """Number of functions and the models of a scores.json; raises `InputError` for a file without their ROUGE."""
     from gqa.checkpoints.hf_config import read_json
 
     content = read_json(path)
-    scored = content.get("rows", {}).get(TASK)
-    if scored is None:
-        raise InputError(f"{path} has no scores of {TASK}; expected those of --task_file={TASK}.jsonl")
-    if rows is not None and scored != rows:
-        raise InputError(f"{path} is of {scored} functions; expected --limit={scored}, not {rows}")
-    settings = content["settings"]
-    return [
-        {"model": name, "path": model["path"], "scores": model["scores"][TASK], "beam": settings["beam"]}
-        for name, model in content["checkpoints"].items()
-    ]
+    try:
+        models = [
+            {"model": name, "path": model["path"], "scores": model["scores"][TASK], "beam": content["settings"]["beam"]}
+            for name, model in content["checkpoints"].items()
+        ]
+        if all("rouge1" in model["scores"] for model in models):
+            return content["rows"][TASK], models
+    except (KeyError, TypeError, AttributeError):
+        pass
+    raise InputError(f"{path} has no scores of {TASK}; expected those of --task_file={TASK}.jsonl --metrics=rouge")
 
 
 def table(report: dict) -> str:

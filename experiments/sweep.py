@@ -129,7 +129,7 @@ class Sweep:
 
     def __init__(self, config, workdir: Path):
         self.workdir = workdir
-        self._config = config
+        self._config, self._finetune = config, config.get("finetune") or {}
         self._teachers = {name: dict(teacher) for name, teacher in config.teachers.items()}
         for name, teacher in self._teachers.items():
             for key in ("checkpoint", "uptrain"):
@@ -204,11 +204,11 @@ class Sweep:
             shutil.copy(history, folder)  # for the figure of stability
         scores = json.loads((folder / "evaluation.json").read_text())
         result = run._asdict() | {name: scores[name] for name in SCORES}
-        for task in self._config.finetune:
+        for task in self._finetune:
             (checkpoint,) = json.loads((folder / f"{task}-scores" / "scores.json").read_text())["checkpoints"].values()
             result |= {f"{task} {name}": score["value"] for name, score in checkpoint["scores"][task].items()}
         write_json(folder / RESULT, result | {"seconds": time.time() - start, "commands": commands})
-        for name in () if self._config.keep_checkpoints else ("converted", "uptrained", *self._config.finetune):
+        for name in () if self._config.keep_checkpoints else ("converted", "uptrained", *self._finetune):
             shutil.rmtree(folder / name, ignore_errors=True)
 
     def _commands(self, run: Run, folder: Path) -> Iterator[tuple[str, list[str]]]:
@@ -235,7 +235,7 @@ class Sweep:
             checkpoint = folder / "uptrained" / "model"
         output = f"--output={folder / 'evaluation.json'}"
         yield "gqa.evaluate", [uptrain, start, f"--checkpoint={checkpoint}", output, *overrides]
-        for task, choice in self._config.finetune.items():
+        for task, choice in self._finetune.items():
             yield from _finetuning(task, choice, run, checkpoint, folder)
 
     def collect(self) -> list[dict[str, Any]]:

@@ -19,7 +19,11 @@ def scores(tmp_path):
         "checkpoints": {
             "tuned": {
                 "path": "runs/tuned",
-                "scores": {"docstring": {name: dict(value=20.0, low=18.5, high=21.25) for name in ("r1", "r2", "rL")}},
+                "scores": {
+                    "docstring": {
+                        name: dict(value=20.0, low=18.5, high=21.25) for name in ("rouge1", "rouge2", "rougeLsum")
+                    }
+                },
             }
         },
         "rows": {"docstring": 2},
@@ -49,9 +53,13 @@ def test_table(scores, tmp_path, monkeypatch, capsys):
     assert report["functions"] == 2 and report["copy_the_name"]["rouge1"] == pytest.approx(66.67, abs=0.01)
 
 
-def test_other_functions_are_refused(scores, monkeypatch):
-    with pytest.raises(InputError, match="is of 2 functions; expected --limit=2, not 3"):
-        call(monkeypatch, "--limit=3", f"--scores={scores}")
-    scores.write_text('{"rows": {"other": 2}}')
-    with pytest.raises(InputError, match="has no scores of docstring"):
-        call(monkeypatch, "--limit=2", f"--scores={scores}")
+def test_bad_input_is_refused(scores, monkeypatch):
+    monkeypatch.setattr("gqa.data.tasks.examples", lambda *_, **__: iter(range(3)))
+    with pytest.raises(InputError, match="is of 2 functions, the baseline of 3; expected --limit=2"):
+        call(monkeypatch, f"--scores={scores}")
+    with pytest.raises(InputError, match="--limit=0 is below 1"):
+        call(monkeypatch, "--limit=0")
+    for content in ('{"rows": {"docstring": 2}}', '{"checkpoints": [], "rows": {"docstring": 2}, "settings": {}}'):
+        scores.write_text(content)
+        with pytest.raises(InputError, match="has no scores of docstring"):
+            call(monkeypatch, f"--scores={scores}")
