@@ -127,9 +127,10 @@ def _records(args: argparse.Namespace, source: Source) -> Path:
     vocabularies = [file for file in source.contents.companions if file.suffix == ".model"]
     if (given / "manifest.json").is_file():
         records, manifest = given, read_manifest(given)
-        if manifest.task != TASKS[family] and not (family == "t5" and manifest.task == "prefix_lm"):
+        if (manifest.inputs_length > 0) != (family == "t5") or manifest.task == "preferences":
             raise InputError(
-                f"--calibrate={given} holds {manifest.task}; expected {TASKS[family]} for a {family} model"
+                f"--calibrate={given} holds {manifest.task}; expected rows for a {family} model, such as those of "
+                f"{TASKS[family]}"
             )
         found = [hashlib.sha256(file.read_bytes()).hexdigest() for file in vocabularies]
         if found and manifest.vocabulary_sha256 not in found:

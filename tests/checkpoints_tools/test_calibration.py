@@ -15,6 +15,7 @@ from gqa.checkpoints import hf
 from gqa.convert import convert_calibrated, walk
 from gqa.convert.statistics import collect
 from gqa.data import loader
+from gqa.data.prepare import PrepareSpec, prepare
 
 CHOICES = dict(param_dtype="float32", dtype="float32", scan_layers=True, remat="none", dropout_rate=0.0)
 TASKS = {"t5": "span_corruption", "llama": "causal_lm"}
@@ -118,6 +119,17 @@ def test_statistics_are_kept_and_used_again(sources, tiny_records, convert_on_te
     assert "holds no statistics of calibration" in capsys.readouterr().err
 
 
+def test_on_prepared_pairs(tmp_path, tiny_vocabulary, convert_on_text):
+    table, records = tmp_path / "pairs.jsonl", tmp_path / "pairs"
+    table.write_text("".join(f'{{"inputs": "function {i}", "targets": "{i} x"}}\n' for i in range(300)))
+    prepare(PrepareSpec("supervised", str(table), str(tiny_vocabulary), 32, 16), records)
+    code, output = convert_on_text("t5", "new", "--kv_heads=2", "--method=svd+refit", f"--calibrate={records}")
+    assert code == 0
+    content = json.loads((output / "conversion.json").read_text())
+    assert content["calibration"]["task"] == "supervised"
+    assert content["heldout"]["this conversion"] < content["heldout"]["mean pooling"]
+
+
 def test_mean_pooling_is_scored_too(tiny_records, convert_on_text):
     code, output = convert_on_text(
         "llama", "new", "--kv_heads=2", "--method=mean", f"--calibrate={tiny_records('causal_lm')}"
@@ -208,7 +220,7 @@ HEADS = "--kv_heads=2"
         ),
         (
             [HEADS, "--method=svd", "--calibrate={t5}"],
-            "--calibrate={t5} holds span_corruption; expected causal_lm for a llama model",
+            "--calibrate={t5} holds span_corruption; expected rows for a llama model, such as those of causal_lm",
         ),
         (
             [HEADS, "--method=svd", "--calibrate={texts}/other"],
