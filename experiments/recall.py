@@ -1,26 +1,29 @@
-"""python -m experiments.recall --output=runs/recall/rows
+"""python -m experiments.recall [--output=runs/recall]
 
 Writes the task of recall: tables that a model has to read, and several of their entries to find. It tells attention
 heads apart as text does not: an answer is right only if the key and the relation that were asked for were both matched.
 
-    inputs   " path color step list size mode … which list size path color …"    16 facts in random order, then 8 questions
-    targets  " list size mode path color step …"                                  the questions with their answers
+    inputs   " path color step list size mode … which list size path color …"  16 facts in random order, 8 questions
+    targets  " list size mode path color step …"                               the questions with their answers
 
 A fact is key, relation, value: one of 8 keys, one of 4 relations, no pair twice, and one of 16 values, drawn anew in
 every row, so that nothing can be learnt by heart. Each word is one piece of the shipped vocabulary: 66 tokens of inputs
 and 25 of targets, end of sequence included, of which 8 are values; guessing them gives an accuracy of 0.70.
+
+The folder gets rows/, the two splits as JSON lines, and records/, what training reads.
 """
 
 import argparse
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 
-from gqa.command_line import parse_arguments, run
+from gqa.command_line import load_config, parse_arguments, run
 from gqa.errors import InputError
 
+CONFIG = Path(__file__).parents[1] / "configs" / "recall" / "teacher.py"
 KEYS = "array file list module path string tree vector".split()
 RELATIONS = "color size state type".split()
 VALUES = "axis base class code copy data dict float index input line method mode name order step".split()
@@ -31,16 +34,25 @@ ROWS = {"train": 40_000, "heldout": 1_000}
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder of the two splits")
+    parser.add_argument("--output", type=Path, default=Path("runs/recall"), metavar="DIR", help="(runs/recall)")
     args = parse_arguments(parser)
-    if args.output.exists():
-        raise InputError(f"--output={args.output} exists; choose a new folder")
-    args.output.mkdir(parents=True)
+    if (args.output / "rows").exists():
+        raise InputError(f"{args.output / 'rows'} exists; choose a new folder")
+    write(args.output, ROWS)
+
+
+def write(folder: Path, counts: Mapping[str, int]) -> None:
+    """Writes `counts[split]` rows of each split, and the records of all."""
+    from gqa.data.prepare import PrepareSpec, prepare
+
+    (folder / "rows").mkdir(parents=True)
     rng = np.random.default_rng(0)
-    for split, count in ROWS.items():
-        with (args.output / f"{split}.jsonl").open("w") as file:
+    for split, count in counts.items():
+        with (folder / "rows" / f"{split}.jsonl").open("w") as file:
             file.writelines(f"{json.dumps(row)}\n" for row in rows(rng, count))
-        print(f"wrote {args.output / split}.jsonl: {count:,} rows")
+    data = load_config(CONFIG).data.to_dict()
+    prepare(PrepareSpec(**data | {"source": str(folder / "rows")}), folder / "records")
+    print(f"wrote {folder}: {', '.join(f'{count:,} rows of {split}' for split, count in counts.items())}")
 
 
 def rows(rng: np.random.Generator, count: int) -> Iterator[dict[str, str]]:

@@ -46,8 +46,8 @@ def spikes(losses: np.ndarray) -> np.ndarray:
 def read(folders: Sequence[Path], alpha: float | None) -> list[Curve]:
     """The runs in `folders`, of gqa.train or of a sweep: folders NAME-s1, NAME-s2 … or NAME-seed1 … hold seeds of NAME.
 
-    Of a sweep those that uptrain for `alpha` (None: the largest) from mean pooling, and the teacher's. Runs of fewer
-    than two seeds are left out.
+    Of a sweep those that uptrain for `alpha` (None: the largest) from mean pooling, the teacher's, and those trained
+    from scratch. Runs of fewer than two seeds are left out.
     """
     paths = sorted({path for folder in folders for path in folder.rglob(metrics.JSONL)})
     found = list(_curves(path.parent for path in paths if not {"checkpoints", "uptrained"} & set(path.parts)))
@@ -59,16 +59,16 @@ def read(folders: Sequence[Path], alpha: float | None) -> list[Curve]:
 
 
 def _curves(runs: Iterator[Path]) -> Iterator[tuple[Curve, float | None]]:
-    """Each run and its α, None where it is not of a sweep."""
+    """Each run and its α, None where it does not uptrain."""
     for run in runs:
         name, lines, alpha = re.fullmatch(r"(.+?)-(?:s|seed)(\d+)", run.name), metrics.read(run), None
         if name is None:
             continue
         if (run / "result.json").exists():
             result = read_json(run / "result.json")
-            alpha = result["alpha"]
-            if result["method"] not in ("none", "mean"):
+            if result["method"] not in ("none", "mean", "scratch"):
                 continue
+            alpha = result["alpha"] if result["method"] != "scratch" else None
         training = [(line["step"], line["loss"]) for line in lines if line["split"] == "train"]
         heldout = [line["loss"] for line in lines if line["split"] == "heldout"]
         if training:

@@ -2,7 +2,9 @@
 
 Runs every combination of a sweep: teacher x method x key/value heads x α x seed. A run converts the teacher, uptrains
 the conversion for α of the pre-training and scores it; where the sweep says so it is also fine-tuned on a task and its
-answers are scored. All by the project's own commands; what they print goes to the run's log.txt.
+answers are scored. The method `scratch` converts nothing: it trains the teacher's own configuration from new weights,
+with so many key/value heads and as many parameters (a wider FFN makes up for the heads, as in Llama 2, appendix A.2.1).
+All by the project's own commands; what they print goes to the run's log.txt.
 
 Finished runs are skipped, interrupted ones go on, one that fails is listed with its reason and does not stop the
 others. All cells get their first seed before any gets its second: a sweep that is cut short leaves whole tables. The
@@ -17,6 +19,7 @@ import argparse
 import contextlib
 import csv
 import ctypes
+import dataclasses
 import fcntl
 import itertools
 import json
@@ -27,7 +30,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,6 +41,7 @@ from gqa.errors import InputError
 
 AXES = ("teacher", "method", "kv_heads", "alpha", "seed")
 SCORES = ("loss", "accuracy", "target_tokens")
+SCRATCH = "scratch"  # a method; its α is 1
 DRAWN = ("random", "+")  # methods, or marks of methods, whose conversion depends on the seed
 RESULT, FAILED, LOG, LOCK, METRICS = "result.json", "failed.json", "log.txt", ".lock", "metrics.jsonl"
 
@@ -132,9 +136,12 @@ class Sweep:
         self._config, self._finetune = config, config.get("finetune") or {}
         self._teachers = {name: dict(teacher) for name, teacher in config.teachers.items()}
         for name, teacher in self._teachers.items():
-            for key in ("checkpoint", "uptrain"):
-                if not Path(teacher[key]).exists():
-                    raise InputError(f"teachers.{name}.{key}: {teacher[key]} is missing; run from the project's root")
+            methods = set(config.runs.method)
+            needed = ["pretrain"] * (SCRATCH in methods) + ["checkpoint", "uptrain"] * (methods != {SCRATCH})
+            for key in needed:
+                if not teacher.get(key) or not Path(teacher[key]).exists():
+                    found = teacher.get(key)
+                    raise InputError(f"teachers.{name}.{key}: {found} is missing; run from the project's root")
         empty = [name for name in AXES[1:] if not config.runs[name]] or (["teachers"] if not self._teachers else [])
         if empty:
             raise InputError(f"runs.{empty[0]} is empty; give one value or more")
@@ -147,7 +154,9 @@ class Sweep:
             for seed, alpha, kv_heads, method in combinations:
                 if not 0 <= alpha <= 1:
                     raise InputError(f"runs.alpha holds {alpha}; expected shares of the pre-training, 0 to 1")
-                if kv_heads == self._teachers[teacher]["kv_heads"]:
+                if method == SCRATCH:
+                    alpha = 1.0
+                elif kv_heads == self._teachers[teacher]["kv_heads"]:
                     method = "none"
                 if alpha == 0 and not any(mark in method for mark in DRAWN):
                     seed = axes.seed[0]  # nothing is drawn: the others are the same run
@@ -213,6 +222,12 @@ class Sweep:
 
     def _commands(self, run: Run, folder: Path) -> Iterator[tuple[str, list[str]]]:
         """The commands still to do of a run: module and arguments."""
+        checkpoint = yield from (self._from_scratch if run.method == SCRATCH else self._from_teacher)(run, folder)
+        for task, choice in self._finetune.items():
+            yield from _finetuning(task, choice, run, checkpoint, folder)
+
+    def _from_teacher(self, run: Run, folder: Path) -> Generator[tuple[str, list[str]], None, Path]:
+        """Those that convert, uptrain and score; gives the checkpoint."""
         teacher = self._teachers[run.teacher]
         checkpoint, uptrain = Path(teacher["checkpoint"]), f"--config={teacher['uptrain']}"
         if run.method != "none":
@@ -235,8 +250,20 @@ class Sweep:
             checkpoint = folder / "uptrained" / "model"
         output = f"--output={folder / 'evaluation.json'}"
         yield "gqa.evaluate", [uptrain, start, f"--checkpoint={checkpoint}", output, *overrides]
-        for task, choice in self._finetune.items():
-            yield from _finetuning(task, choice, run, checkpoint, folder)
+        return checkpoint
+
+    def _from_scratch(self, run: Run, folder: Path) -> Generator[tuple[str, list[str]], None, Path]:
+        """Those that train new weights and score; gives the checkpoint."""
+        pretrain, trained = Path(self._teachers[run.teacher]["pretrain"]), folder / "uptrained"
+        overrides = list(self._config.overrides)
+        if not (trained / "finished.json").exists():
+            changes = _equal_parameters(command_line.load_config(pretrain), run.kv_heads)
+            arguments = [f"--config.model.changes.{name}={value}" for name, value in changes.items()]
+            seed = f"--config.train.seed={run.seed}"
+            yield "gqa.train", [f"--config={pretrain}", f"--workdir={trained}", *arguments, seed, *overrides]
+        output = f"--output={folder / 'evaluation.json'}"
+        yield "gqa.evaluate", [f"--config={pretrain}", f"--checkpoint={trained / 'model'}", output, *overrides]
+        return trained / "model"
 
     def collect(self) -> list[dict[str, Any]]:
         """Writes and prints the results so far; the failed runs."""
@@ -266,6 +293,21 @@ class Sweep:
             print(f"failed: {Run(*(row[name] for name in AXES)).name}: {row['reason']}")
         print(f"{len(done)} done, {len(failed)} failed, {waiting} waiting; {self.workdir / 'results.csv'}")
         return failed
+
+
+def _equal_parameters(config, kv_heads: int) -> dict[str, int]:
+    """Changes of a config's model: so many key/value heads where conversions have them, and an FFN that makes up."""
+    from gqa import models
+
+    model = dataclasses.replace(models.size(config.model.size), **config.model.changes)
+    sites = models.FAMILIES[models.family_of(model)].converted_sites
+    heads = {f"{site}_kv_heads": kv_heads for site in sites}
+
+    def size(**changes) -> int:
+        return models.num_parameters(models.abstract(dataclasses.replace(model, **changes)))
+
+    one_wider = size(d_ff=model.d_ff + 1) - size()
+    return heads | {"d_ff": model.d_ff + round((size() - size(**heads)) / one_wider)}
 
 
 def _finetuning(task: str, choice, run: Run, checkpoint: Path, folder: Path) -> Iterator[tuple[str, list[str]]]:

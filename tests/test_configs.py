@@ -25,7 +25,7 @@ def num_parameters(architecture: models.ModelConfig) -> int:
 def test_every_folder_is_known():
     """The configs beside these folders, and posttraining's, are tested in tests/training, cleaning's in tests/data."""
     folders = {path.parent.name for path in (ROOT / "configs").rglob("*.py")}
-    assert folders == {"cleaning", "configs", "paper", "plan", "posttraining", "sweeps", "timing"}
+    assert folders == {"cleaning", "configs", "paper", "plan", "posttraining", "recall", "sweeps", "timing"}
 
 
 # Billions of parameters: T5.1.1's public sizes less the keys and values of 48 sites of the decoder.
@@ -83,12 +83,27 @@ def test_the_timed_teacher_is_the_swept_one():
     assert max(teacher.kv_heads) == sweep.teachers.t5.kv_heads
 
 
-@pytest.mark.parametrize(("name", "runs"), [("alpha", 69), ("docstring", 15), ("groups", 34), ("methods", 44)])
+SWEEPS = {"alpha": 69, "docstring": 15, "groups": 34, "methods": 44, "recall": 125, "scratch": 9}
+
+
+@pytest.mark.parametrize(("name", "runs"), SWEEPS.items())
 def test_sweeps_have_the_runs_that_they_say(name, runs, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     path = ROOT / "configs" / "sweeps" / f"{name}.py"
-    assert len(Sweep(load_config(path), tmp_path).runs) == runs
+    config = load_config(path)
+    if name == "recall":  # its teacher is trained by the user
+        config.teachers.recall.checkpoint = "assets/teacher"
+    assert len(Sweep(config, tmp_path).runs) == runs
     assert f"{runs} runs" in path.read_text()
+
+
+def test_recall():
+    teacher, uptrain = (
+        run_config.parse(load_config(ROOT / "configs" / "recall" / f"{name}.py", overrides))
+        for name, overrides in (("teacher", []), ("uptrain", ["--config.model.checkpoint=assets/teacher"]))
+    )
+    assert teacher.model.architecture().kv_heads("cross") == (8, 8)
+    assert (uptrain.steps, uptrain.schedule_offset) == (50, teacher.steps)
 
 
 def test_decoding_plans():

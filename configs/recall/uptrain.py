@@ -15,6 +15,8 @@ def get_config() -> ConfigDict:
     teacher = load_config(Path(__file__).parent / "teacher.py")
     config = ConfigDict(teacher.to_dict())
     config.uptrain = ConfigDict(dict(original_steps=teacher.train.steps, alpha=0.05))
-    config.model.update(size=None, changes={}, checkpoint=config_dict.placeholder(str))
+    config.model.size = None
+    config.model.changes = ConfigDict()
+    config.model.checkpoint = config_dict.placeholder(str)
     config.train.update(steps=None, seed=1, log_every=10)
     return config

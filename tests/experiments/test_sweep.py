@@ -17,6 +17,7 @@ from experiments import sweep
 from gqa import models
 from gqa.checkpoints import hf
 from gqa.command_line import load_config
+from gqa.errors import InputError
 
 ROOT = Path(__file__).parents[2]
 
@@ -142,3 +143,34 @@ def test_fine_tunes_and_scores(sweep_file, tmp_path, monkeypatch):
         (row,) = csv.DictReader(file)
     assert (row["docstring rouge1"], row["loss"], row["target_tokens"]) == ("21.5", "2.0", "7")
     assert not (folder / "docstring").exists() and (folder / "docstring-scores").exists()
+
+
+@pytest.mark.parametrize("config", ["teacher_t5.py", "teacher_llama.py"])
+def test_from_scratch_at_equal_parameters(config, tmp_path):
+    pretrain = ROOT / "configs" / config
+    content = dict(
+        teachers=dict(ours=dict(pretrain=str(pretrain), kv_heads=8)),
+        runs=dict(method=("scratch",), kv_heads=(8, 2, 1), alpha=(0.0, 0.05), seed=(1, 2)),
+        overrides=("--config.train.eval_every=10",),
+    )
+    runs = sweep.Sweep(ConfigDict(content), tmp_path)
+    assert [run.name for run in runs.runs] == [f"ours-scratch-k{k}-a1-s{seed}" for seed in (1, 2) for k in (8, 2, 1)]
+    model = load_config(pretrain).model
+    whole = dataclasses.replace(models.size(model.size), **model.changes)
+    for run in runs.runs:
+        (train, arguments), (evaluate, _) = runs._commands(run, tmp_path)
+        assert (train, evaluate) == ("gqa.train", "gqa.evaluate")
+        assert f"--config.train.seed={run.seed}" in arguments and "--config.train.eval_every=10" in arguments
+        prefix = "--config.model.changes."
+        changes = dict(text.removeprefix(prefix).split("=") for text in arguments if text.startswith(prefix))
+        trained = dataclasses.replace(whole, **{name: int(value) for name, value in changes.items()})
+        assert trained.kv_heads("decoder_self") == (run.kv_heads,) * len(whole.kv_heads("decoder_self"))
+        sizes = [models.num_parameters(models.abstract(each)) for each in (whole, trained)]
+        assert sizes[1] == pytest.approx(sizes[0], rel=1e-3)
+
+
+def test_from_scratch_needs_the_config_of_the_pre_training(sweep_file, tmp_path):
+    config = load_config(sweep_file)
+    config.runs.method = ("scratch", "mean")
+    with pytest.raises(InputError, match=r"teachers\.tiny\.pretrain: None is missing"):
+        sweep.Sweep(config, tmp_path)
