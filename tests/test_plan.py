@@ -9,7 +9,6 @@ from gqa import command_line, plan
 from gqa.errors import InputError
 from gqa.planning.chips import parse_topology
 
-FLAGS = "--xla_backend_optimization_level=0"  # compiles faster
 MESH = {"mesh": {"data": 2, "fsdp": 2, "tensor": 2}}
 DECODING = dict(
     size="t5_1_1_mini",
@@ -29,9 +28,7 @@ def plan_of_eight(config_file, run_python, tmp_path_factory):
     """The plan of a tiny T5 on eight devices as JSON, and its table."""
     output = tmp_path_factory.mktemp("plan") / "plan.json"
     config = config_file("t5", MESH)
-    process = run_python(
-        "-m", "gqa.plan", f"--config={config}", "--topology=cpu:8", f"--output={output}", XLA_FLAGS=FLAGS
-    )
+    process = run_python("-m", "gqa.plan", f"--config={config}", "--topology=cpu:8", f"--output={output}")
     assert process.returncode == 0, process.stderr
     return json.loads(output.read_text()), process.stdout
 

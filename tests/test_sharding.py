@@ -7,6 +7,7 @@ import dataclasses
 import json
 import logging
 import math
+import os
 import sys
 
 import jax
@@ -24,7 +25,7 @@ from gqa.training import optimizer as optimizers
 from gqa.training.loop import language_model_loss
 from gqa.training.state import abstract_state, initial_state, jit_train_step, make_train_step, place_batch
 
-FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"  # compiles faster
+FLAGS = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"
 STEPS = 6
 MESHES = {
     "one": dict(),

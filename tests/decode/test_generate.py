@@ -228,14 +228,14 @@ def test_bad_input():
     ("name", "weights", "cache", "shape"),
     [("llama_mini", "int8", None, "96,64"), ("t5_1_1_mini", None, "int8", "8,4,512,16")],
 )
-def test_the_loop_carries_no_floats_of_what_is_quantised(name, weights, cache, shape):
+def test_the_loop_carries_no_floats_of_what_is_quantised(name, weights, cache, shape, optimised):
     """XLA would make floats of what a loop does not change: of all kernels, or of the keys and values of the inputs."""
     make = lambda network: (network if weights is None else quantize(network, weights)).unstacked()  # noqa: E731
     network = jax.eval_shape(make, models.abstract(models.size(name)))
     inputs, rows = jax.ShapeDtypeStruct((8, 512), jnp.int32), jax.ShapeDtypeStruct((8,), jnp.int32)
     state = jax.eval_shape(generate.prefill_program, network, inputs, rows, rows, 4, 0, cache)
     arguments = network, state, np.int32(4), np.int32(1), generate.eos_array([]), None, jax.random.key(0)
-    program = generate.decode_program.lower(*arguments).compile().as_text()
+    program = generate.decode_program.lower(*arguments).compile(optimised).as_text()
     [loop] = [line for line in program.splitlines() if " while(" in line]
     assert re.search(rf"s8\[(1,)?{shape}\]", loop)
     assert not re.search(rf"f32\[(1,)?{shape}\]", loop)

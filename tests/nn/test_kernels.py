@@ -155,7 +155,7 @@ def test_kernel_of_a_backend(backend, case, expected):
 
 
 def test_devices_of_a_mesh_run_a_kernel_each_on_its_own_rows_and_heads():
-    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"
     environment = os.environ | dict(XLA_FLAGS=flags, JAX_PLATFORMS="cpu", PYTHONPATH=os.pathsep.join(sys.path))
     subprocess.run([sys.executable, __file__], env=environment, check=True)
 

@@ -6,6 +6,7 @@ FOLDER TURN …`, a turn being DEVICES:STEPS:SECTION.KEY=VALUE,….
 
 import hashlib
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from gqa.sharding import make_mesh
 from gqa.training import config as run_config
 from gqa.training import loop, metrics
 
-FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"  # compiles faster
+FLAGS = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"
 OVERRIDES = {"train.log_every": 1, "train.eval_every": 100, "optimizer.learning_rate": 0.1}
 SMALL = {"llama": {"model.changes.num_layers": 1}, "t5": {}}
 
