@@ -27,7 +27,10 @@ STYLES = (
     ("P", "--", "0.6", True),
     ("X", ":", "0.2", False),
     ("<", "-", "0.6", False),
+    (">", "-.", "0.1", True),
+    ("h", "--", "0.5", True),
 )
+WIDE = 30  # largest by smallest loss from which on an axis of losses is logarithmic
 # Of many methods, those that lines are drawn of.
 LINES = ("mean", "mean+refit", "procrustes+renorm", "svd", "svd+group+refit")
 
@@ -82,6 +85,8 @@ def methods(results: Results, score: str) -> Figure:
     names = [method for method in dict.fromkeys(method for method, _, _ in cells) if method != TEACHER]
     kv_heads = sorted({K for method, K, _ in cells if method != TEACHER}, reverse=True)
     shares = sorted({alpha for method, _, alpha in cells if method != TEACHER})
+    if len(shares) > 3:  # the others are in fig. 5
+        shares = [alpha for alpha in shares if alpha in (0.0, results.alpha)]
     beside = 0.05 in shares
     figure, axes = _panels(len(shares) + beside, (2.2 + 3.6 * (len(shares) + beside), 1.6 + 0.32 * max(5, len(names))))
     rows = {method: row for row, method in enumerate(names)}
@@ -96,6 +101,7 @@ def methods(results: Results, score: str) -> Figure:
                 axis.errorbar(quality, [rows[method] for method in found], xerr=spread, label=model_name(K), **style)
         _teacher_line(axis.axvline, cells, alpha)
         _titles(axis, f"α = {alpha:.0%}", label(score), "")
+        axis.set_xscale(_scale(cells, score))
         _method_axis(axis, names)
     if beside:
         ranges = paper.FIGURE_4_READ_OFF
@@ -103,7 +109,8 @@ def methods(results: Results, score: str) -> Figure:
         half = [(high - low) / 2 for low, high in ranges.values()]
         style = _style(0) | {"linestyle": "none"}
         axes[-1].errorbar(middle, range(len(ranges)), xerr=half, label="MQA (bars: as far as it can be read)", **style)
-        _titles(axes[-1], "the paper, T5-Large, α = 5%, read off its fig. 4", "average score (higher is better)", "")
+        title = "the paper, T5-Large, α = 5%,\nread off its fig. 4"
+        _titles(axes[-1], title, "average score (higher is better)", "")
         _method_axis(axes[-1], list(ranges))
     _legend(figure)
     return figure
@@ -122,6 +129,7 @@ def quality_against_alpha(results: Results, score: str) -> Figure:
         name = "MHA" if method == TEACHER else f"{model_name(K)}, {method}"
         axis.errorbar([100 * alpha for alpha in alphas], quality, spread, label=name, **_style(number))
     _titles(axis, _seeds(cells), "α: share of the pre-training steps, %", label(score))
+    axis.set_yscale(_scale(cells, score))
     _legend(figure)
     return figure
 
@@ -147,6 +155,7 @@ def quality_against_groups(results: Results, score: str) -> Figure:
                 axis.errorbar(K, quality, spread, label=method, **_style(number))
         _heads_axis(axis, sorted({K for method, K, _ in cells if method in names}))
         _titles(axis, f"α = {alpha:.0%}", "key/value heads", label(score))
+        axis.set_yscale(_scale(cells, score))
     _legend(figure)
     return figure
 
@@ -280,6 +289,11 @@ def _teacher_line(draw, cells: Mapping[tuple[str, int, float], np.ndarray], alph
     if values is not None:
         name = f"MHA, α = {alpha if alpha in found else 0:.0%}"
         draw(mean_and_spread(values)[0], color="0.5", linestyle="-.", label=name)
+
+
+def _scale(cells: Mapping[tuple[str, int, float], np.ndarray], score: str) -> str:
+    values = np.concatenate(list(cells.values()))
+    return "log" if score == "loss" and 0 < WIDE * values.min() < values.max() else "linear"
 
 
 def _seeds(cells: Mapping[tuple[str, int, float], np.ndarray]) -> str:

@@ -97,6 +97,17 @@ def test_methods_and_what_the_paper_reads(sweep):
     assert [axis.get_title() for axis in pictures.methods(without, "loss").axes] == ["α = 0%"]
 
 
+def test_many_shares_and_losses_of_all_sizes():
+    shares = (0.0, 0.01, 0.02, 0.05, 0.1)
+    of_recall = Results(
+        "recall", [Score("t", "mean", 1, alpha, 1, {"loss": 3 * 10 ** (-30 * alpha)}) for alpha in shares]
+    )
+    figure = pictures.methods(of_recall, "loss")
+    assert [axis.get_title() for axis in figure.axes[:-1]] == ["α = 0%", "α = 5%"]
+    assert [axis.get_xscale() for axis in figure.axes] == ["log", "log", "linear"]
+    assert pictures.quality_against_alpha(of_recall, "loss").axes[0].get_yscale() == "log"
+
+
 def test_quality_against_time_with_table_1_beside(sweep):
     times = figures.sample_times({"t5": TIMING})
     ours, papers = pictures.quality_against_time(sweep, times, "loss").axes
