@@ -267,7 +267,7 @@ class Sweep:
 
     def collect(self) -> list[dict[str, Any]]:
         """Writes and prints the results so far; the failed runs."""
-        from experiments.measure import write_json
+        from experiments.measure import whole, write_json
 
         done, failed, waiting = [], [], 0
         for run in self.runs:
@@ -280,12 +280,10 @@ class Sweep:
                 waiting += 1
         columns = list(dict.fromkeys([*AXES, *SCORES, *(name for row in done for name in row if name != "commands")]))
         write_json(self.workdir / "results.json", {"runs": done, "failed": failed, "waiting": waiting})
-        unfinished = self.workdir / "results.tmp"
-        with unfinished.open("w", newline="") as file:
+        with whole(self.workdir / "results.csv") as file:
             table = csv.DictWriter(file, columns, extrasaction="ignore")
             table.writeheader()
             table.writerows(done)
-        os.replace(unfinished, self.workdir / "results.csv")
         for row in done:
             print("  ".join(f"{name}={row[name]:g}" if name == "alpha" else f"{row[name]}" for name in AXES), end="  ")
             print(f"loss {row['loss']:.4f}")

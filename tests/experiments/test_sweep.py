@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -92,6 +93,21 @@ def test_takes_over_known_runs(sweep_file, run_python, tmp_path):
         known.write_text(content)
         refused = run_python(*arguments, f"--known={known}")
         assert refused.returncode == 2 and reason in refused.stderr and refused.stderr.count("\n") == 1
+
+
+def test_processes_that_end_together_write_whole_tables(sweep_file, tmp_path):
+    config = load_config(sweep_file)
+    runs = sweep.Sweep(config, tmp_path).runs
+    for run in runs:
+        folder = tmp_path / run.name
+        folder.mkdir()
+        (folder / "result.json").write_text(json.dumps(run._asdict() | dict(loss=1.5, accuracy=0.5, target_tokens=7)))
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(lambda _: sweep.Sweep(config, tmp_path).collect(), range(40))) == [[]] * 40
+    assert len(json.loads((tmp_path / "results.json").read_text())["runs"]) == len(runs)
+    with (tmp_path / "results.csv").open() as file:
+        assert len(list(csv.DictReader(file))) == len(runs)
+    assert sorted(path.name for path in tmp_path.glob("*results*")) == ["results.csv", "results.json"]
 
 
 def test_fine_tunes_and_scores(sweep_file, tmp_path, monkeypatch):
