@@ -10,7 +10,8 @@ A fact is key, relation, value: one of 8 keys, one of 4 relations, no pair twice
 every row, so that nothing can be learnt by heart. Each word is one piece of the shipped vocabulary: 66 tokens of inputs
 and 25 of targets, end of sequence included, of which 8 are values; guessing them gives an accuracy of 0.70.
 
-The folder gets rows/, the two splits as JSON lines, and records/, what training reads.
+The folder gets rows/, the two splits as JSON lines, and records/, what training reads; interrupted and run again, the
+command goes on.
 """
 
 import argparse
@@ -36,20 +37,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("runs/recall"), metavar="DIR", help="(runs/recall)")
     args = parse_arguments(parser)
-    if (args.output / "rows").exists():
-        raise InputError(f"{args.output / 'rows'} exists; choose a new folder")
+    if (args.output / "records" / "manifest.json").exists():
+        raise InputError(f"{args.output / 'records'} exists; choose a new folder")
     write(args.output, ROWS)
 
 
 def write(folder: Path, counts: Mapping[str, int]) -> None:
-    """Writes `counts[split]` rows of each split, and the records of all."""
+    """Writes `counts[split]` rows of each split, unless they are there, and the records of all."""
     from gqa.data.prepare import PrepareSpec, prepare
 
-    (folder / "rows").mkdir(parents=True)
-    rng = np.random.default_rng(0)
-    for split, count in counts.items():
-        with (folder / "rows" / f"{split}.jsonl").open("w") as file:
-            file.writelines(f"{json.dumps(row)}\n" for row in rows(rng, count))
+    if not (folder / "rows").exists():
+        unfinished = folder / "rows.partial"
+        unfinished.mkdir(parents=True, exist_ok=True)
+        rng = np.random.default_rng(0)
+        for split, count in counts.items():
+            with (unfinished / f"{split}.jsonl").open("w") as file:
+                file.writelines(f"{json.dumps(row)}\n" for row in rows(rng, count))
+        unfinished.rename(folder / "rows")
     data = load_config(CONFIG).data.to_dict()
     prepare(PrepareSpec(**data | {"source": str(folder / "rows")}), folder / "records")
     print(f"wrote {folder}: {', '.join(f'{count:,} rows of {split}' for split, count in counts.items())}")

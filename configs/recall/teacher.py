@@ -3,7 +3,7 @@
     python -m experiments.recall
     python -m gqa.train --config=configs/recall/teacher.py --workdir=runs/recall/teacher
 
-12 minutes on one CPU core. It answers nothing for 200 steps and everything after 500: held-out accuracy 0.999.
+12 minutes on one CPU core. It learns to answer between steps 200 and 500: held-out accuracy 0.999.
 """
 
 from pathlib import Path

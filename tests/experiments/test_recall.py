@@ -1,14 +1,17 @@
 """The task of recall: what is asked is answered by the facts, and a word is a token."""
 
 import itertools
+import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from experiments import recall
 from gqa.data import loader
 from gqa.data.prepare import read_manifest
 from gqa.data.vocabulary import Vocabulary
+from gqa.errors import InputError
 
 ASSETS = Path(__file__).parents[2] / "assets"
 
@@ -44,3 +47,23 @@ def test_writes_what_training_reads(tmp_path, capsys):
     assert batch["inputs"].shape == (8, 66) and batch["targets"].shape == (8, 25)
     assert batch["inputs_segments"].all() and batch["loss_weights"].all()  # every row is full
     assert "40 rows of train, 10 rows of heldout" in capsys.readouterr().out
+
+
+def test_interrupted_it_goes_on_and_what_is_there_is_kept(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(recall, "ROWS", {"train": 40, "heldout": 10})
+    monkeypatch.setattr(sys, "argv", ["recall", f"--output={tmp_path}"])
+    rows = recall.rows
+
+    def interrupted(rng, count):
+        yield from rows(rng, 3)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(recall, "rows", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        recall.main()
+    assert not (tmp_path / "rows").exists()
+    monkeypatch.setattr(recall, "rows", rows)
+    recall.main()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["records", "rows"]
+    with pytest.raises(InputError, match="records exists; choose a new folder"):
+        recall.main()
