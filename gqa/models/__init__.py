@@ -51,7 +51,14 @@ def create(config: ModelConfig, key: jax.Array) -> Model:
 
 def abstract(config: ModelConfig) -> Model:
     """The model with shapes and dtypes in place of arrays: nothing is allocated."""
-    return jax.eval_shape(lambda: create(config, jax.random.key(0)))
+    leaves, structure = _traced(config)
+    return jax.tree.unflatten(structure, leaves)
+
+
+@functools.lru_cache(maxsize=32)
+def _traced(config: ModelConfig) -> tuple[list[jax.ShapeDtypeStruct], jax.tree_util.PyTreeDef]:
+    """What `abstract` is made of; tracing takes a tenth of a second, and a command asks several times."""
+    return jax.tree.flatten(jax.eval_shape(lambda: create(config, jax.random.key(0))))
 
 
 def num_parameters(model: Model) -> int:
