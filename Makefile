@@ -34,7 +34,7 @@ quickstart: .venv/.core  ## convert the shipped model to GQA and MQA, uptrain it
 posttraining: .venv/.core  ## SFT to PPO and to DPO on the shipped Llama, with a report
 	$(RUN) -m experiments.posttraining
 
-miniature: .venv/.core  ## the paper's sweeps on the shipped teacher, and their figures: about 22 hours, resumable
+miniature: .venv/.core  ## the paper's sweeps on the shipped teacher, and their figures: about 24 hours, resumable
 	mkdir -p $(MINIATURE)
 	test -e runs/recall/records/manifest.json || $(RUN) -m experiments.recall
 	test -e runs/recall/teacher/finished.json || $(RUN) -m gqa.train --config=configs/recall/teacher.py --workdir=runs/recall/teacher
@@ -43,8 +43,11 @@ miniature: .venv/.core  ## the paper's sweeps on the shipped teacher, and their 
 	$(SWEEP)/methods.py --workdir=$(MINIATURE)/methods
 	$(SWEEP)/alpha.py --workdir=$(MINIATURE)/alpha --known=$(MINIATURE)/methods/results.json
 	$(SWEEP)/groups.py --workdir=$(MINIATURE)/groups --known=$(MINIATURE)/methods/results.json
+	test -e runs/teacher_small/finished.json || $(RUN) -m gqa.train --config=configs/teacher_t5_small.py --workdir=runs/teacher_small
+	$(SWEEP)/sizes.py --workdir=$(MINIATURE)/sizes --known=$(MINIATURE)/methods/results.json
 	$(SWEEP)/docstring.py --workdir=$(MINIATURE)/docstring
 	$(RUN) -m experiments.timing --config=configs/timing/teacher_t5.py --output=$(MINIATURE)/timing/t5
+	$(RUN) -m experiments.timing --config=configs/timing/teacher_t5_small.py --output=$(MINIATURE)/timing/t5_small
 	$(RUN) -m experiments.figures --runs=$(MINIATURE) --output=$(MINIATURE)/figures
 
 test: .venv/.test  ## run the tests

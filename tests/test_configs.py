@@ -70,20 +70,33 @@ def test_timed_models():
         assert max(config.kv_heads) == architecture.num_heads
 
 
-def test_the_timed_teacher_is_the_swept_one():
-    teacher = load_config(ROOT / "configs" / "timing" / "teacher_t5.py")
-    architecture = models.replace(models.size(teacher.size), **teacher.changes)
-    sweep = load_config(ROOT / "configs" / "sweeps" / "groups.py")
-    found = run_config.parse(
-        load_config(ROOT / sweep.teachers.t5.uptrain, ["--config.model.checkpoint=assets/teacher"])
-    )
-    swept = found.model.architecture()
-    for name in ("vocab_size", "d_model", "num_heads", "head_dim", "d_ff", "num_encoder_layers", "num_decoder_layers"):
-        assert getattr(architecture, name) == getattr(swept, name)
-    assert max(teacher.kv_heads) == sweep.teachers.t5.kv_heads
+def swept_teacher(name: str) -> models.ModelConfig:
+    """The shipped one as its uptraining finds it; the smaller one as it is to be trained."""
+    if name == "t5_small":
+        return run_config.parse(load_config(ROOT / "configs" / "teacher_t5_small.py")).model.architecture()
+    uptrain = ROOT / "configs" / "uptrain_t5_teacher.py"
+    return run_config.parse(load_config(uptrain, ["--config.model.checkpoint=assets/teacher"])).model.architecture()
 
 
-SWEEPS = {"alpha": 69, "docstring": 15, "groups": 34, "methods": 44, "recall": 125, "scratch": 9}
+@pytest.mark.parametrize("name", ["t5", "t5_small"])
+def test_the_timed_teachers_are_the_swept_ones(name):
+    timed = load_config(ROOT / "configs" / "timing" / f"teacher_{name}.py")
+    architecture = models.replace(models.size(timed.size), **timed.changes)
+    swept = swept_teacher(name)
+    for size in ("vocab_size", "d_model", "num_heads", "head_dim", "d_ff", "num_encoder_layers", "num_decoder_layers"):
+        assert getattr(architecture, size) == getattr(swept, size)
+    sweep = load_config(ROOT / "configs" / "sweeps" / "sizes.py")
+    assert max(timed.kv_heads) == sweep.teachers[name].kv_heads == swept.num_heads
+
+
+def test_the_smaller_teacher_is_half_as_wide():
+    small, whole = swept_teacher("t5_small"), swept_teacher("t5")
+    for size in ("d_model", "head_dim", "d_ff"):
+        assert 2 * getattr(small, size) == getattr(whole, size)
+    assert small.num_heads == whole.num_heads
+
+
+SWEEPS = {"alpha": 69, "docstring": 15, "groups": 34, "methods": 44, "recall": 125, "scratch": 9, "sizes": 18}
 
 
 @pytest.mark.parametrize(("name", "runs"), SWEEPS.items())
@@ -91,8 +104,8 @@ def test_sweeps_have_the_runs_that_they_say(name, runs, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     path = ROOT / "configs" / "sweeps" / f"{name}.py"
     config = load_config(path)
-    if name == "recall":  # its teacher is trained by the user
-        config.teachers.recall.checkpoint = "assets/teacher"
+    for teacher in {"recall": ["recall"], "sizes": ["t5_small"]}.get(name, ()):  # trained by the user
+        config.teachers[teacher].checkpoint = "assets/teacher"
     assert len(Sweep(config, tmp_path).runs) == runs
     assert f"{runs} runs" in path.read_text()
 
