@@ -31,7 +31,7 @@ from gqa.checkpoints.hf_config import read_json
 from gqa.errors import InputError
 
 RESULTS = Path(__file__).parent / "results"
-PATTERNS = ("results.json", "timing.json", "conversion_methods/*.json")
+PATTERNS = ("results.json", "timing.json", "throughput.json", "conversion_methods/*.json")
 PATTERNS += ("quickstart/report.json", "posttraining/report.json")
 FORMATS = (".png", ".svg")
 
@@ -176,6 +176,9 @@ def redraw(paths: Sequence[Path]) -> Iterator[Path]:
         if path.name == "timing.json":
             picture = path.with_suffix(".png")
             pictures.save(pictures.time_against_groups(_timing(path)), picture)
+        elif path.name == "throughput.json":
+            picture = path.with_suffix(".png")
+            pictures.save(pictures.throughput(read_json(path)), picture)
         elif path.parent.name == "conversion_methods":
             picture = path.with_suffix(".png")
             conversion_report.draw(read_json(path), picture)

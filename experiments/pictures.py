@@ -192,6 +192,34 @@ def time_against_groups(results: Mapping[str, Any]) -> Figure:
     return figure
 
 
+def throughput(results: Mapping[str, Any]) -> Figure:
+    """Llama 2, fig. 24: new tokens a second against the batch and against a step's time, of `experiments.throughput`.
+
+    A cross stands where the next batch does not fit.
+    """
+    config = results["config"]
+    figure, axes = _panels(2, (11, 4.4), sharey=True)
+    for number, K in enumerate(sorted({row["kv_heads"] for row in results["rows"]}, reverse=True)):
+        of_model = [row for row in results["rows"] if row["kv_heads"] == K]
+        rows = [row for row in of_model if row["tokens_per_second"] is not None]
+        if not rows:
+            continue
+        rates = np.array([row["tokens_per_second"] for row in rows])
+        spread = np.abs(np.array([row["tokens_per_second_range"] for row in rows]).T - rates)
+        for axis, name in zip(axes, ("batch_size", "step_ms"), strict=True):
+            axis.errorbar([row[name] for row in rows], rates, spread, label=f"K = {K}", **_style(number))
+        too_large = [row["batch_size"] for row in of_model if row["tokens_per_second"] is None]
+        axes[0].plot(too_large, [rates[-1]] * len(too_large), "x", color="black", markersize=9)
+    title = f"{config['size']}: context {config['context']}, {results['memory_bytes'] / 1e9:.3g} GB; x: does not fit"
+    _titles(axes[0], title, "batch", "new tokens a second")
+    _titles(axes[1], "a mark a batch", "time of a step, ms", "")
+    for axis in axes:
+        axis.set_xscale("log", base=2)
+        axis.set_yscale("log")
+    _legend(figure)
+    return figure
+
+
 def first_format(results: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The rows of `experiments.timing` in the first of the config's formats, by key/value heads."""
     config = results["config"]

@@ -25,7 +25,17 @@ def num_parameters(architecture: models.ModelConfig) -> int:
 def test_every_folder_is_known():
     """The configs beside these folders, and posttraining's, are tested in tests/training, cleaning's in tests/data."""
     folders = {path.parent.name for path in (ROOT / "configs").rglob("*.py")}
-    assert folders == {"cleaning", "configs", "paper", "plan", "posttraining", "recall", "sweeps", "timing"}
+    assert folders == {
+        "cleaning",
+        "configs",
+        "paper",
+        "plan",
+        "posttraining",
+        "recall",
+        "sweeps",
+        "throughput",
+        "timing",
+    }
 
 
 # Billions of parameters: T5.1.1's public sizes less the keys and values of 48 sites of the decoder.
@@ -68,6 +78,14 @@ def test_timed_models():
             assert set(grouped.kv_heads(sites[0])) == {K}
         # Multi-head attention is among what is timed: all times are read against it.
         assert max(config.kv_heads) == architecture.num_heads
+
+
+def test_models_of_throughput():
+    for path in (ROOT / "configs" / "throughput").glob("*.py"):
+        config = load_config(path)
+        architecture = models.replace(models.size(config.size), **config.changes)
+        assert max(config.kv_heads) == architecture.num_heads and min(config.kv_heads) == 1
+        assert config.context + config.new_tokens <= architecture.max_position
 
 
 def swept_teacher(name: str) -> models.ModelConfig:
