@@ -23,7 +23,7 @@ from gqa.nn.attention import (
     segment_mask,
     sliding_window_mask,
 )
-from gqa.nn.cache import Cache, empty_cache
+from gqa.nn.cache import Cache, empty_cache, row_major
 from gqa.nn.layers import ACTIVATIONS, Dropout, GatedMLP, RMSNorm, dropped, embed, linear, parameter, unembed
 from gqa.nn.position import RopeScaling, rotary_angles, rotary_frequencies, rotate
 from gqa.sharding import constrain
@@ -246,7 +246,7 @@ class Llama(nnx.Module):
         x_BTD, caches = apply_stacks(
             layer_fn, self.decoder, x_BTD, cache.self_attention, scan=config.scan_layers, remat="none"
         )
-        return self.unembed(self.decoder_norm(x_BTD)), DecoderCache(caches, cache.index + T)
+        return self.unembed(self.decoder_norm(x_BTD)), DecoderCache(row_major(caches), cache.index + T)
 
     def unstacked(self) -> "Llama":
         """The same model with one layer per stack: the form for decoding."""

@@ -19,7 +19,7 @@ from gqa.nn.attention import (
     padding_mask,
     segment_mask,
 )
-from gqa.nn.cache import Cache, Int8KVCache, KVCache, empty_cache, filled_cache
+from gqa.nn.cache import Cache, Int8KVCache, KVCache, empty_cache, filled_cache, row_major
 from gqa.nn.layers import ACTIVATIONS, Dropout, GatedMLP, RMSNorm, dropped, embed, linear, parameter, unembed
 from gqa.nn.position import RelativePositionBias
 from gqa.sharding import constrain
@@ -334,7 +334,7 @@ class T5(nnx.Module):
 
         caches = list(zip(cache.self_attention, cache.cross_attention, strict=True))
         x_BTD, self_caches = apply_stacks(layer_fn, self.decoder, x_BTD, caches, scan=config.scan_layers, remat="none")
-        return self._logits(x_BTD, None), cache._replace(self_attention=self_caches, index=cache.index + T)
+        return self._logits(x_BTD, None), cache._replace(self_attention=row_major(self_caches), index=cache.index + T)
 
     def unstacked(self) -> "T5":
         """The same model with one layer per stack: the form for decoding."""

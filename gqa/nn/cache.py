@@ -4,8 +4,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from gqa.errors import InputError
+from gqa.nn.backend import backend
 from gqa.sharding import constrain
 
 
@@ -84,6 +86,21 @@ def filled_cache(key: jax.Array, value: jax.Array, dtype) -> Cache:
     if jnp.dtype(dtype) == jnp.int8:
         return _placed(Int8KVCache.of(key, value))
     return _placed(KVCache(key.astype(dtype), value.astype(dtype)))
+
+
+def row_major(caches):
+    """Caches with one head, on one CPU, laid out in the order of their axes; all others as they are.
+
+    Left to itself, XLA:CPU carries a cache of one head through a loop in another order of axes, and copies all of it
+    twice in every step.
+    """
+    if backend() != "cpu" or jax.sharding.get_abstract_mesh().size > 1:
+        return caches
+
+    def lay_out(leaf):
+        return with_layout_constraint(leaf, Layout(tuple(range(leaf.ndim)))) if leaf.shape[-3] == 1 else leaf
+
+    return jax.tree.map(lay_out, caches)
 
 
 def _placed(cache: Cache) -> Cache:

@@ -199,9 +199,10 @@ def test_calls_with_equal_shapes_compile_once(name, monkeypatch):
     assert not traces
 
 
+@pytest.mark.parametrize("kv_heads", [4, 1])
 @pytest.mark.parametrize("name", NAMES)
-def test_the_cache_is_donated_and_written_in_place(name):
-    network = model(name).unstacked()
+def test_the_cache_is_donated_and_written_in_place(name, kv_heads):
+    network = model(name, decoder_self_kv_heads=kv_heads).unstacked()
     state = generate.prefill(network, sequences(2, 5), None, N)
     lowered = jax.jit(lambda model, state: generate.decode(model, state, N, eos_ids=()), donate_argnames="state").lower(
         network, state
