@@ -1,11 +1,12 @@
 """Tables and a picture of the runs of `experiments.conversion_methods`."""
 
-import os
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from gqa import files
 
 
 def report(results: dict[str, Any], folder: Path, name: str) -> str:
@@ -30,9 +31,7 @@ def report(results: dict[str, Any], folder: Path, name: str) -> str:
             lines += ["", *_table(cells, teacher, sites, alpha)]
     text = "\n".join(lines)
     folder.mkdir(parents=True, exist_ok=True)
-    unfinished = folder / f".{name}.md.partial"
-    unfinished.write_text(text + f"\n\n`{results['command']}`, commit {results['commit']}.\n")
-    os.replace(unfinished, folder / f"{name}.md")
+    files.write_text(folder / f"{name}.md", text + f"\n\n`{results['command']}`, commit {results['commit']}.\n")
     draw(results, folder / f"{name}.png")
     return text
 

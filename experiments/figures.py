@@ -26,7 +26,7 @@ from matplotlib.figure import Figure
 
 from experiments import conversion_report, paper, pictures, report, scores, stability
 from experiments.scores import TEACHER, Results, mean_and_spread, model_name
-from gqa import command_line
+from gqa import command_line, files
 from gqa.checkpoints.hf_config import read_json
 from gqa.errors import InputError
 
@@ -209,9 +209,7 @@ def _save(figure: str, name: str, picture: Figure, output: Path) -> Iterator[tup
 
 def _write(path: Path, text: str) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".tmp")
-    unfinished.write_text(text, encoding="utf-8")
-    unfinished.replace(path)
+    files.write_text(path, text)
     return path
 
 

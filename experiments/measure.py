@@ -1,21 +1,16 @@
 """What the experiments measure of a checkpoint, and on what machine."""
 
-import contextlib
-import json
 import os
 import platform
-import secrets
 import subprocess
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import TextIO
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gqa import models
+from gqa import files, models
 from gqa.decode import generate
 
 
@@ -55,20 +50,7 @@ def commit() -> str:
 def write_json(path: Path, content: dict) -> None:
     """Writes a result as one complete file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with whole(path) as file:
-        file.write(json.dumps(content, indent=2) + "\n")
-
-
-@contextlib.contextmanager
-def whole(path: Path) -> Iterator[TextIO]:
-    """A file that appears as `path` when it is complete; of several writers at once, the last one's stays."""
-    unfinished = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    try:
-        with unfinished.open("w", encoding="utf-8", newline="") as file:
-            yield file
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    files.write_json(path, content, shared=True)
 
 
 def decode_times(

@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from experiments import paper
 from experiments.scores import TEACHER, Results, label, mean_and_spread, model_name
 from experiments.stability import Curve
+from gqa import files
 
 # Mark, line, grey, hollow.
 STYLES = (
@@ -40,9 +41,8 @@ def save(figure: Figure, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with matplotlib.rc_context({"svg.hashsalt": "gqa", "svg.fonttype": "none"}):
         metadata = {"Date": None} if path.suffix == ".svg" else None
-        unfinished = path.with_name(f".{path.stem}.partial{path.suffix}")
-        figure.savefig(unfinished, dpi=150, metadata=metadata)
-        unfinished.replace(path)
+        with files.whole(path) as unfinished:
+            figure.savefig(unfinished, dpi=150, metadata=metadata)
 
 
 def quality_against_time(results: Results, times: Mapping[tuple[str, str], Sequence[float]], score: str) -> Figure:

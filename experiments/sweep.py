@@ -36,7 +36,7 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from gqa import command_line
+from gqa import command_line, files
 from gqa.errors import InputError
 
 AXES = ("teacher", "method", "kv_heads", "alpha", "seed")
@@ -164,7 +164,6 @@ class Sweep:
 
     def know(self, path: Path) -> None:
         """Takes over the finished runs of a results.json. Raises `InputError` for a file that is none."""
-        from experiments.measure import write_json
         from gqa.checkpoints import hf_config
 
         try:
@@ -175,7 +174,7 @@ class Sweep:
             result = self.workdir / run.name / RESULT
             if run.name in known and not result.exists():
                 result.parent.mkdir(exist_ok=True)
-                write_json(result, known[run.name])
+                files.write_json(result, known[run.name], shared=True)
 
     def do(self, runs: Sequence[Run]) -> None:
         """Does what is not done of `runs`; one that another process is at is looked at again in the end."""
@@ -199,15 +198,15 @@ class Sweep:
 
     def _work(self, run: Run, folder: Path, lock: int) -> None:
         (folder / FAILED).unlink(missing_ok=True)
-        from experiments.measure import write_json
-
         start, commands = time.time(), []
         for module, arguments in self._commands(run, folder):
             commands.append(shlex.join(["python", "-m", module, *arguments]))
             code = _call(module, arguments, folder / LOG, lock)
             if code:
                 reason = _last_line(folder / LOG)
-                write_json(folder / FAILED, run._asdict() | {"command": commands[-1], "code": code, "reason": reason})
+                files.write_json(
+                    folder / FAILED, run._asdict() | {"command": commands[-1], "code": code, "reason": reason}
+                )
                 return
         if (history := folder / "uptrained" / METRICS).exists():
             shutil.copy(history, folder)  # for the figure of stability
@@ -216,7 +215,7 @@ class Sweep:
         for task in self._finetune:
             (checkpoint,) = json.loads((folder / f"{task}-scores" / "scores.json").read_text())["checkpoints"].values()
             result |= {f"{task} {name}": score["value"] for name, score in checkpoint["scores"][task].items()}
-        write_json(folder / RESULT, result | {"seconds": time.time() - start, "commands": commands})
+        files.write_json(folder / RESULT, result | {"seconds": time.time() - start, "commands": commands})
         for name in () if self._config.keep_checkpoints else ("converted", "uptrained", *self._finetune):
             shutil.rmtree(folder / name, ignore_errors=True)
 
@@ -267,8 +266,6 @@ class Sweep:
 
     def collect(self) -> list[dict[str, Any]]:
         """Writes and prints the results so far; the failed runs."""
-        from experiments.measure import whole, write_json
-
         done, failed, waiting = [], [], 0
         for run in self.runs:
             folder = self.workdir / run.name
@@ -279,8 +276,13 @@ class Sweep:
             else:
                 waiting += 1
         columns = list(dict.fromkeys([*AXES, *SCORES, *(name for row in done for name in row if name != "commands")]))
-        write_json(self.workdir / "results.json", {"runs": done, "failed": failed, "waiting": waiting})
-        with whole(self.workdir / "results.csv") as file:
+        files.write_json(
+            self.workdir / "results.json", {"runs": done, "failed": failed, "waiting": waiting}, shared=True
+        )
+        with (
+            files.whole(self.workdir / "results.csv", shared=True) as unfinished,
+            unfinished.open("w", encoding="utf-8", newline="") as file,
+        ):
             table = csv.DictWriter(file, columns, extrasaction="ignore")
             table.writeheader()
             table.writerows(done)

@@ -12,13 +12,12 @@ needed; cpu:8: forced host devices; gpu or gpu:h100:8: compiled where the GPUs a
 import argparse
 import contextlib
 import importlib.metadata
-import json
 import os
 import resource
 import sys
 from pathlib import Path
 
-from gqa import command_line
+from gqa import command_line, files
 from gqa.errors import InputError
 
 
@@ -61,9 +60,7 @@ def main() -> None:
     }
     print(text)
     if arguments.output:
-        unfinished = arguments.output.with_suffix(".tmp")
-        unfinished.write_text(json.dumps(plan, indent=2) + "\n")
-        os.replace(unfinished, arguments.output)
+        files.write_json(arguments.output, plan)
 
 
 def _versions() -> dict[str, str]:

@@ -8,7 +8,7 @@ ROOT = Path(__file__).parent.parent
 
 # Each room of gqa imports rooms of the lines above its own, never one beside it.
 ROOMS = [
-    {"errors", "compiler_flags"},
+    {"errors", "compiler_flags", "files"},
     {"command_line"},
     {"sharding", "distributed"},
     {"nn"},

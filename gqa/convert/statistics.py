@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
 from tqdm import tqdm
 
-from gqa import models
+from gqa import files, models
 from gqa.convert.heads import Moments
 from gqa.convert.walk import LoadLayer, Stream, check_finite, num_all_layers, num_layers, sides
 from gqa.errors import InputError
@@ -60,9 +60,8 @@ class Statistics:
         path = Path(path)
         digest = _digest(self._arrays, self._tokens)
         metadata = {"fingerprint": fingerprint, "tokens": json.dumps(self._tokens), "digest": digest}
-        unfinished = path.with_name(f".{path.name}.partial")
-        save_file(self._arrays, unfinished, metadata)
-        os.replace(unfinished, path)
+        with files.whole(path) as unfinished:
+            save_file(self._arrays, unfinished, metadata)
 
     @classmethod
     def load(cls, path: str | os.PathLike, fingerprint: str) -> "Statistics":

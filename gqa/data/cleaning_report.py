@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from gqa import files
 from gqa.data.cleaning import Cleaned, CleaningConfig
 
 _EXAMPLES = 3  # of each filter: the first
@@ -98,8 +99,8 @@ class Report:
     def write(self, output: Path) -> None:
         """Writes `NAME.report.json` and `NAME.report.md` beside NAME.jsonl."""
         content = json.dumps(self.to_json(), indent=2, ensure_ascii=False) + "\n"
-        _replace(output.with_suffix(".report.json"), content)
-        _replace(output.with_suffix(".report.md"), "\n".join(self._markdown()) + "\n")
+        files.write_text(output.with_suffix(".report.json"), content)
+        files.write_text(output.with_suffix(".report.md"), "\n".join(self._markdown()) + "\n")
 
     def _markdown(self) -> list[str]:
         found = self.to_json()
@@ -121,12 +122,3 @@ class Report:
 
 def _quoted(example: Mapping[str, str]) -> list[str]:
     return [f"      {line}" for line in example["text"].replace("\r", "\n").split("\n")]
-
-
-def _replace(path: Path, content: str) -> None:
-    temporary = path.with_name(f".{path.name}.partial")
-    try:
-        temporary.write_text(content, encoding="utf-8", errors="replace")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

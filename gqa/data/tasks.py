@@ -32,6 +32,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from gqa import files
 from gqa.command_line import nearest, parse_arguments, run
 from gqa.data import docstrings, public, tables
 from gqa.data.conversations import Conversations
@@ -245,18 +246,15 @@ def main() -> None:
         raise InputError(f"--output={args.output}: there is no folder {args.output.parent}")
     prefix = named_task(args.task).prefix if args.prefix is None else args.prefix
     found = examples(args.task, args.split, source=args.source, fields=args.fields)
-    temporary, count = args.output.with_name(f".{args.output.name}.partial"), 0
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
+    count = 0
+    with files.whole(args.output) as unfinished:
+        with unfinished.open("w", encoding="utf-8") as file:
             for example in tqdm(itertools.islice(found, args.limit), desc=args.task, unit=" rows", delay=1):
                 row = {"inputs": prefix + example.inputs, "answers": list(example.references)}
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
                 count += 1
         if not count:
             raise InputError(f"the {args.split} split of {args.source or args.task} has no examples")
-        temporary.replace(args.output)
-    finally:
-        temporary.unlink(missing_ok=True)
     print(f"wrote {args.output}: {count} rows")
 
 

@@ -20,13 +20,13 @@ import functools
 import hashlib
 import io
 import itertools
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import sentencepiece
 
+from gqa import files
 from gqa.command_line import parse_arguments, run
 from gqa.errors import InputError
 
@@ -240,9 +240,8 @@ def train(
         )
     except RuntimeError as error:
         raise InputError(f"size={size} does not suit source {source or task!r}: {error}") from error
-    temporary = output.with_name(f".{output.name}.{os.getpid()}")
-    temporary.write_bytes(model.getvalue())
-    temporary.replace(output)
+    with files.whole(output, shared=True) as unfinished:
+        unfinished.write_bytes(model.getvalue())
 
 
 def _training_lines(source: str | None, task: str, fields: Mapping[str, str] | None, indented: bool) -> Iterator[str]:

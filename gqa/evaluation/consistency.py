@@ -23,6 +23,7 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
+from gqa import files
 from gqa.command_line import nearest
 from gqa.data.conversations import lines, of_line
 from gqa.data.templates import Template
@@ -171,9 +172,7 @@ def hold_with(
         for each, dialogue in zip(held, dialogues, strict=True)
     )
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    unfinished = folder / f".{DIALOGUES}.unfinished"
-    unfinished.write_text(text, encoding="utf-8")
-    unfinished.replace(folder / DIALOGUES)
+    files.write_text(folder / DIALOGUES, text)
     return held
 
 

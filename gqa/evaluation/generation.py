@@ -6,13 +6,13 @@ A row is a mapping with `inputs` and either `targets`, the right answer, or `ans
 import dataclasses
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
+from gqa import files
 from gqa.command_line import nearest
 from gqa.decode import batches, buckets, journal
 from gqa.errors import InputError
@@ -136,7 +136,7 @@ def answer(
                     bar.update()
         texts = [checkpoint.text.text(tokens, done[number]) for number, tokens in prompts.items()]
         rows = (dict(row) | {"prediction": text} for row, text in zip(examples, texts, strict=True))
-        _write(folder / PREDICTIONS, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        files.write_text(folder / PREDICTIONS, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     # Without beams a decoder reads each prompt by itself.
     alone = checkpoint.text.is_decoder and settings.num_beams == 1
     batch_size = 1 if alone else min(settings.batch_size, len(prompts))
@@ -151,17 +151,6 @@ def scores(task: Task, texts: Sequence[str], samples: int, seed: int) -> dict[st
         for name, interval in text_metrics.evaluate(metric, targets, texts, samples=samples, seed=seed).items():
             found[name] = interval._asdict()
     return found
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Writes a file whole or not at all."""
-    _write(path, json.dumps(content, indent=2) + "\n")
-
-
-def _write(path: Path, text: str) -> None:
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    unfinished.write_text(text, encoding="utf-8")
-    os.replace(unfinished, path)
 
 
 def _first(tokens: list[int], length: int | None, is_decoder: bool) -> list[int]:

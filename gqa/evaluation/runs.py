@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from gqa import files
 from gqa.checkpoints import training_run
 from gqa.command_line import nearest
 from gqa.decode.batches import Settings
@@ -90,7 +91,7 @@ def generate_and_score(arguments: argparse.Namespace, evaluated: Mapping[str, Pa
         best = max(content["average"], key=content["average"].get)
         content["best"] = str(evaluated[best])
         print(f"\nbest: step {best}, {content['average'][best]:.2f}")
-    generation.write_json(arguments.output / SCORES, content)
+    files.write_json(arguments.output / SCORES, content)
     (arguments.output / TABLE).write_text(text + "\n")
 
 
@@ -143,7 +144,7 @@ def hold_dialogues(arguments: argparse.Namespace, evaluated: Mapping[str, Path])
         "dialogues": len(dialogues),
         "settings": {name: getattr(arguments, name) for name in ("template", "max_new_tokens")},
     }
-    generation.write_json(arguments.output / f"{CONSISTENCY}.json", content)
+    files.write_json(arguments.output / f"{CONSISTENCY}.json", content)
     text = consistency.table(found)
     (arguments.output / f"{CONSISTENCY}.md").write_text(text)
     consistency.draw(found, arguments.output / f"{CONSISTENCY}.png")
@@ -171,7 +172,7 @@ def run_harness(arguments: argparse.Namespace, evaluated: Mapping[str, Path]) ->
                 print(f"{name} {task} {score:30} {value:.4f}")
     if arguments.output is not None:
         _make_folder(arguments.output)
-        generation.write_json(arguments.output / SCORES, {"checkpoints": found})
+        files.write_json(arguments.output / SCORES, {"checkpoints": found})
 
 
 def judge_preferences(arguments: argparse.Namespace, evaluated: Mapping[str, Path]) -> None:
@@ -193,7 +194,7 @@ def judge_preferences(arguments: argparse.Namespace, evaluated: Mapping[str, Pat
         _make_folder(arguments.output)
         preferences.draw(found, arguments.output / "calibration.png")
         (arguments.output / "preferences.md").write_text(text + "\n\n![Calibration](calibration.png)\n")
-        generation.write_json(arguments.output / "preferences.json", {"checkpoints": found})
+        files.write_json(arguments.output / "preferences.json", {"checkpoints": found})
 
 
 def _make_folder(path: Path) -> None:

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
+from gqa import files
 from gqa.data.instructions.pipeline import Answered, Outcome
 from gqa.data.vocabulary import Vocabulary
 from gqa.posttraining.config import InstructionsConfig
-from gqa.posttraining.statistics import replaced
 
 REFUSED, UNREAD = "refused by the judge", "too long for the judge"
 LENGTHS = ("mean", "median", "longest")
@@ -86,9 +86,10 @@ class Report:
     def write(self, output: Path) -> None:
         """Writes the statistics beside `output`: .json, .md and .png."""
         content = json.dumps(self.content, indent=2, ensure_ascii=False) + "\n"
-        replaced(output.with_suffix(".json"), lambda path: path.write_text(content, encoding="utf-8"))
-        replaced(output.with_suffix(".md"), lambda path: path.write_text(self.table(), encoding="utf-8"))
-        replaced(output.with_suffix(".png"), self._draw)
+        files.write_text(output.with_suffix(".json"), content)
+        files.write_text(output.with_suffix(".md"), self.table())
+        with files.whole(output.with_suffix(".png")) as picture:
+            self._draw(picture)
 
     def _draw(self, path: Path) -> None:
         import matplotlib

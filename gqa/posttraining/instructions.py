@@ -11,6 +11,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
+from gqa import files
 from gqa.checkpoints.source import identity
 from gqa.data.instructions.parts import Rejected, Request, read_seeds
 from gqa.data.instructions.pipeline import Answered, Written, generate
@@ -24,7 +25,6 @@ from gqa.posttraining.config import InstructionsConfig
 from gqa.posttraining.instruction_report import Report
 from gqa.posttraining.judge import Judge, log_odds
 from gqa.posttraining.opening import Opened, load_policy, open_model
-from gqa.posttraining.statistics import replaced
 from gqa.training.signals import stopped_at_once
 
 
@@ -62,7 +62,7 @@ def _run(config: InstructionsConfig, output: Path) -> None:
     if not report.accepted:
         raise InputError(f"nothing was accepted: {report.summary()}; {output.with_suffix('.md')} counts them")
     text = "".join(_line(config, answered, score) for answered, score in report.accepted)
-    replaced(output, lambda path: path.write_text(text, encoding="utf-8"))
+    files.write_text(output, text)
     journal_path.unlink()
     print(f"wrote {output}: {len(report.accepted)} conversations")
 

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
+from gqa import files
 from gqa.checkpoints.source import identity
 from gqa.data.conversations import lines, of_line
 from gqa.data.templates import check
@@ -114,7 +115,7 @@ def _run(config: RejectionConfig, output: Path) -> None:
     )
     _write_statistics(by_temperature, config, len(prompts), output)
     text = "".join(json.dumps(line._asdict(), ensure_ascii=False) + "\n" for line in kept)
-    statistics.replaced(output, lambda path: path.write_text(text, encoding="utf-8"))
+    files.write_text(output, text)
     _journal_path(output).unlink()
     keys = {line.key for line in kept}
     without = sum(key_of(prompt.messages) not in keys for prompt in prompts)
@@ -239,6 +240,7 @@ def _write_statistics(by_temperature: statistics.Curves, config: RejectionConfig
         "reward": config.reward,
         "curves": [{"temperature": temperature, **curve} for temperature, curve in by_temperature.items()],
     }
-    statistics.replaced(output.with_suffix(".json"), lambda path: path.write_text(json.dumps(content, indent=2) + "\n"))
-    statistics.replaced(output.with_suffix(".md"), lambda path: path.write_text(statistics.table(by_temperature)))
-    statistics.replaced(output.with_suffix(".png"), lambda path: statistics.draw(by_temperature, path))
+    files.write_json(output.with_suffix(".json"), content)
+    files.write_text(output.with_suffix(".md"), statistics.table(by_temperature))
+    with files.whole(output.with_suffix(".png")) as picture:
+        statistics.draw(by_temperature, picture)

@@ -1,8 +1,7 @@
 """What more samples are worth: the best and the median score of n samples, by temperature (Llama 2 figures 7 and 8)."""
 
 import math
-import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -66,10 +65,3 @@ def draw(by_temperature: Curves, path: Path) -> None:
     both[0].legend(loc="lower right")
     figure.savefig(path, dpi=130, format="png")
     plt.close(figure)
-
-
-def replaced(path: Path, write: Callable[[Path], object]) -> None:
-    """Writes a file whole or not at all."""
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    write(unfinished)
-    os.replace(unfinished, path)

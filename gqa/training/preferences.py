@@ -1,7 +1,6 @@
 """Preferences as objectives of the one loop: DPO against a reference, and the ranking loss of a reward model."""
 
 import dataclasses
-import os
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from gqa import models
+from gqa import files, models
 from gqa.data import loader
 from gqa.data.conversations import RATINGS
 from gqa.data.corpus import SPLITS
@@ -171,9 +170,8 @@ class Reference:
             scored[split] = np.zeros((numbers.max() + 1, 2), np.float32)
             scored[split][numbers] = np.concatenate(log_probs).reshape(-1, 2)
             scored[split][0] = 0.0  # number 0 is no pair
-        unfinished = path.with_name(f".{path.name}.{os.getpid()}.npz")
-        np.savez(unfinished, **scored)
-        os.replace(unfinished, path)
+        with files.whole(path, shared=True) as unfinished:
+            np.savez(unfinished, **scored)
         return scored
 
 

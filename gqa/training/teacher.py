@@ -1,7 +1,6 @@
 """Distillation in the loop: what the teacher says of each batch, live or kept by step, and the loss that uses it."""
 
 import json
-import os
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -10,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gqa import models
+from gqa import files, models
 from gqa.errors import InputError
 from gqa.models.observe import attention_outputs
 from gqa.objectives.distillation import TopK, attention_error, kl_to_teacher, top_k
@@ -121,7 +120,7 @@ class _Cache:
         description = folder / "identity.json"
         text = json.dumps(identity, indent=2, sort_keys=True) + "\n"
         if not description.exists():
-            _replace(description, text.encode())
+            files.write_text(description, text, shared=True)
         elif description.read_text(encoding="utf-8", errors="replace") != text:
             raise InputError(
                 f"distillation.cache={folder} is of another teacher, text, seed, batch_size or top_k; choose another"
@@ -142,12 +141,5 @@ class _Cache:
 
     def write(self, step: int, arrays: Mapping[str, np.ndarray]) -> None:
         path = self._folder / f"{step:08}.npz"
-        unfinished = path.with_name(f".{path.name}.{os.getpid()}.npz")
-        np.savez(unfinished, **arrays)
-        os.replace(unfinished, path)
-
-
-def _replace(path: Path, content: bytes) -> None:
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    unfinished.write_bytes(content)
-    os.replace(unfinished, path)
+        with files.whole(path, shared=True) as unfinished:
+            np.savez(unfinished, **arrays)
