@@ -1,5 +1,5 @@
-"""A Llama-like model of 58 million parameters in 2 GB of a CPU's memory: context 512, 32 new tokens; 9 minutes on
-two cores.
+"""A Llama-like model of 58 million parameters in 2 GB of a CPU's memory: context 512, 32 new tokens; 5 to 9 minutes
+on two cores.
 """
 
 from pathlib import Path
