@@ -178,7 +178,7 @@ def redraw(paths: Sequence[Path]) -> Iterator[Path]:
             pictures.save(pictures.time_against_groups(_timing(path)), picture)
         elif path.name == "throughput.json":
             picture = path.with_suffix(".png")
-            pictures.save(pictures.throughput(read_json(path)), picture)
+            pictures.save(pictures.throughput(_throughput(path)), picture)
         elif path.parent.name == "conversion_methods":
             picture = path.with_suffix(".png")
             conversion_report.draw(read_json(path), picture)
@@ -197,6 +197,13 @@ def _timing(path: Path) -> dict[str, Any]:
     content = read_json(path)
     if not content.get("rows") or "copy_gb_per_second" not in content:
         raise InputError(f"{path} is no result of experiments.timing; expected one, or a folder without it")
+    return content
+
+
+def _throughput(path: Path) -> dict[str, Any]:
+    content = read_json(path)
+    if not content.get("rows") or "memory_bytes" not in content:
+        raise InputError(f"{path} is no result of experiments.throughput; expected one, or a folder without it")
     return content
 
 

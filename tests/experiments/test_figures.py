@@ -260,3 +260,11 @@ def test_bad_input(folder, tmp_path, monkeypatch):
     with pytest.raises(InputError, match="two results are named groups"):
         run_figures(monkeypatch, f"--runs={folder}", f"--runs={tmp_path / 'more'}", f"--output={tmp_path / 'out'}")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_damaged_throughput_is_named(tmp_path, monkeypatch):
+    (tmp_path / "throughput.json").write_text("{}")
+    argv = ["figures.py", f"--runs={tmp_path}", f"--output={tmp_path / 'out'}", "--redraw"]
+    monkeypatch.setattr("sys.argv", argv)
+    with pytest.raises(InputError, match=r"throughput\.json is no result of experiments\.throughput"):
+        figures.main()
