@@ -2,8 +2,8 @@
 
     python -m gqa.train --config=configs/teacher_t5_small.py --workdir=runs/teacher_small
 
-1.7 million parameters, an hour and a half on one CPU core. `configs/sweeps/sizes.py` sets it beside the shipped one, as the
-GQA paper sets T5 Large beside XXL.
+1.7 million parameters, an hour and a half on one CPU core. `configs/sweeps/sizes.py` sets it beside the shipped one, as
+the GQA paper sets T5 Large beside XXL.
 """
 
 from pathlib import Path
