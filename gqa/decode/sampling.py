@@ -40,7 +40,8 @@ def processed_logits(logits_BV: jax.Array, sampling: Sampling) -> jax.Array:
     logits_BV = logits_BV / sampling.temperature
     descending = None
     if sampling.top_k is not None and sampling.top_k < logits_BV.shape[-1]:
-        descending = jax.lax.top_k(logits_BV, sampling.top_k)[0]
+        # Without the barrier XLA merges the slices of what follows into it, and on CPUs sorts the whole vocabulary.
+        descending = jax.lax.optimization_barrier(jax.lax.top_k(logits_BV, sampling.top_k)[0])
         logits_BV = jnp.where(logits_BV < descending[:, -1:], -jnp.inf, logits_BV)
     if sampling.top_p is not None:
         if descending is None:

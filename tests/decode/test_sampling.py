@@ -85,3 +85,10 @@ def test_one_token_left_is_the_most_likely():
 def test_settings_without_a_distribution(settings, message):
     with pytest.raises(InputError, match=f"^{message}"):
         sampling(**settings)
+
+
+@pytest.mark.parametrize("settings", [dict(top_k=50), dict(top_k=50, top_p=0.9)], ids=lambda s: "_".join(s))
+def test_top_k_does_not_sort_the_vocabulary(settings):
+    logits = jax.ShapeDtypeStruct((4, V), jnp.float32)
+    program = jax.jit(processed_logits).lower(logits, sampling(1.0, **settings)).compile().as_text()
+    assert "TopK" in program and " sort(" not in program
