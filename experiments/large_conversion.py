@@ -55,14 +55,15 @@ def main() -> None:
     rng = np.random.default_rng(0)
     tokens = rng.integers(3, config.vocab_size, (2, ROWS, LENGTH), np.int32)
     real = np.ones((ROWS, LENGTH), np.int32)
-    batch = {"inputs": tokens[0], "inputs_segments": real, "decoder_inputs": tokens[1], "targets_segments": real}
+    rows = {"inputs": tokens[0], "inputs_segments": real, "decoder_inputs": tokens[1], "targets_segments": real}
+    batches = [rows]
     start = time.perf_counter()
     shell, load_layer = walk.read_lazily(config, read)
-    moments = statistics.collect(shell, load_layer, [batch], sites)
+    moments = statistics.collect(shell, load_layer, batches, sites)
     calibrated = time.perf_counter()
     kv_heads = dict.fromkeys(sites, arguments.kv_heads)
     new_config, read_new, report = convert.convert_lazily(
-        config, read, kv_heads, arguments.method, jax.random.key(0), batches=[batch], statistics=moments
+        config, read, kv_heads, arguments.method, jax.random.key(0), batches=batches, statistics=moments
     )
     paths = sorted(
         (path for each in parameters(models.abstract(new_config)) for path in each.paths if path.count(".") > 2),

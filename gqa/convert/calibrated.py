@@ -105,10 +105,11 @@ def convert_layers(
     config, new_shell = shell.config, permuted_shell(shell, plan)
     # Rows pass the layers given, whatever the number of heads: so the programs that calibrated are used again.
     new_shell.config = config
-    encoded = None
+    encoded = statistics.encoded(batches) if statistics and not _changes_encoder(config, plan) else None
     with tqdm(total=num_all_layers(config), desc="convert", unit="layer", delay=1) as bar:
         for side, attentions in sides(config).items():
-            stream = Stream(new_shell, side, batches, encoded) if batches else None
+            known = side == "encoder" and encoded is not None
+            stream = Stream(new_shell, side, batches, encoded) if batches and not known else None
             for number in range(num_layers(config, side)):
                 layer = load_layer(side, number)
                 report = []
@@ -131,7 +132,14 @@ def convert_layers(
                     stream.advance(layer)
                 bar.update()
                 yield Converted(side, number, layer, report)
-            encoded = stream.encoded() if stream and side == "encoder" else None
+            if side == "encoder" and stream:
+                encoded = stream.encoded()
+
+
+def _changes_encoder(config: models.ModelConfig, plan: Plan) -> bool:
+    sites = sides(config).get("encoder", ())
+    reordered = any(path.startswith("encoder.") for path in plan.orders)
+    return reordered or any(plan.config.kv_heads(site) != config.kv_heads(site) for site in sites)
 
 
 def _convert(
@@ -140,32 +148,33 @@ def _convert(
     """The layer with the attention `name` converted, and what was kept."""
     before = getattr(layer, name)
     heads = read_heads(before)
+    queries = moments.of_queries(heads)
     found: dict[str, Any] = {}
     if method.base in POOLED:
         new_heads = read_heads(POOLED[method.base](before, None, wanted, key))
     else:
-        new_heads, found = _rebased(heads, moments, wanted, method.base, rotary)
+        new_heads, found = _rebased(heads, moments, queries, wanted, method.base, rotary)
     if method.renorm:
         new_heads = procrustes.restore_norm(new_heads, heads, moments)
-    dead = _dead(heads, moments)
+    dead = _dead(queries, svd.out_energy(heads))
     if dead:
         found["dead_heads"] = dead
     # Its number of heads comes with the kernels.
     attention = write_heads(before, new_heads)
-    converted = with_attention(layer, name, attention)
     if stream:
-        sums = stream.fit_sums(layer, converted, name)
-        found["output_error"] = sums.error(np.asarray(attention.out[...], np.float64))
+        sums = stream.fit_sums(layer, attention, name)
+        found["output_error"] = sums.error(sums.missed)
         if method.refit:
-            out = _refit(sums, new_heads.out)
+            out, missed = _refit(sums, new_heads.out)
             attention = write_heads(before, new_heads._replace(out=out))
             found["output_error_before_refit"] = found["output_error"]
-            found["output_error"] = sums.error(out)
-            converted = with_attention(layer, name, attention)
-    return converted, found
+            found["output_error"] = sums.error(missed)
+    return with_attention(layer, name, attention), found
 
 
-def _rebased(heads: Heads, moments: Moments, wanted: int, base: str, rotary: bool) -> tuple[Heads, dict[str, Any]]:
+def _rebased(
+    heads: Heads, moments: Moments, queries: np.ndarray, wanted: int, base: str, rotary: bool
+) -> tuple[Heads, dict[str, Any]]:
     """The heads of a base that changes their basis, and the energy they keep."""
     if base == "procrustes":
         return procrustes.mean(procrustes.align(heads, moments, wanted, rotary), wanted), {}
@@ -174,7 +183,7 @@ def _rebased(heads: Heads, moments: Moments, wanted: int, base: str, rotary: boo
     found = {"value_energy_kept": _share(values)}
     if base == "svd_values":
         return procrustes.mean(heads, wanted)._replace(value=value, out=out), found
-    keys = svd.key_basis(heads, moments, wanted, rotary)
+    keys = svd.key_basis(heads, moments, queries, wanted, rotary)
     key, query = svd.share_keys(heads, keys)
     return Heads(query, key, value, out), {"key_energy_kept": _share(keys)} | found
 
@@ -184,18 +193,23 @@ def _share(basis: svd.Basis) -> float:
     return float(basis.kept.sum() / total) if total > 0 else 1.0
 
 
-def _dead(heads: Heads, moments: Moments) -> list[int]:
+def _dead(*moments: np.ndarray) -> list[int]:
     """Units whose queries, or whose outputs, have next to no energy: sharing with them costs nothing."""
-    energies = [np.trace(side, axis1=1, axis2=2) for side in (moments.of_queries(heads), svd.out_energy(heads))]
+    energies = [np.trace(side, axis1=1, axis2=2) for side in moments]
     return sorted({int(unit) for energy in energies for unit in np.flatnonzero(energy <= DEAD * energy.max())})
 
 
-def _refit(sums: FitSums, out: np.ndarray) -> np.ndarray:
-    """`argmin ‖Z W - Y‖² + λ ‖W - W_O‖²` around the kernel `out` `[H, d, D]`."""
+def _refit(sums: FitSums, out: np.ndarray) -> tuple[np.ndarray, float]:
+    """`argmin ‖Z W - Y‖² + λ ‖W - W_O‖²` around the kernel `out` `[H, d, D]`, and its `‖Z W - Y‖²`."""
     size = len(sums.zz)
     # As many tokens as dimensions fit anything: with λ of 1e-3 the fit made new text worse up to 6 tokens for each.
     ridge = max(RIDGE, size / max(sums.tokens, 1)) * np.trace(sums.zz) / size
     if ridge <= 0:  # all outputs are zero
-        return out
-    factor = scipy.linalg.cho_factor(sums.zz + ridge * np.eye(size), lower=True)
-    return scipy.linalg.cho_solve(factor, sums.zy + ridge * out.reshape(size, -1)).reshape(out.shape)
+        return out, sums.missed
+    system, kernel = sums.zz.copy(), out.reshape(size, -1)
+    system[np.diag_indices(size)] += ridge
+    factor = scipy.linalg.cho_factor(system, lower=True, overwrite_a=True)
+    fitted = scipy.linalg.cho_solve(factor, sums.zy + ridge * kernel, overwrite_b=True)
+    # ‖Z W‖² = ⟨W, Zᵀ Y + λ (W_O - W)⟩ is what the equations say of the solution.
+    missed = sums.yy - np.vdot(sums.zy, fitted) + ridge * np.vdot(fitted, kernel - fitted)
+    return fitted.reshape(out.shape), float(missed)

@@ -38,12 +38,13 @@ class Heads(NamedTuple):
         return self.out.reshape(self.num_kv_heads, H // self.num_kv_heads, d, D)
 
     def permuted(self, order: np.ndarray) -> "Heads":
-        """The same function with the units in another order; position i holds what was unit `order[i]`."""
+        """The units `order` alone, in that order: of all of them, the same function."""
+        A, _, d = self.query.shape
         return Heads(
-            self.query_units()[:, order].reshape(self.query.shape),
+            self.query_units()[:, order].reshape(A, -1, d),
             self.key[:, order],
             self.value[:, order],
-            self.out_units()[order].reshape(self.out.shape),
+            self.out_units()[order].reshape(-1, d, self.out.shape[-1]),
         )
 
 
@@ -97,18 +98,20 @@ class Moments:
 
     def of_keys(self, heads: Heads, *, centred: bool) -> np.ndarray:
         """`E[kᵀk]` of all units' keys side by side, `[K * d, K * d]`; `centred`: their covariance."""
-        return _moments_of(heads.key, self._centred() if centred else self.key_value)
+        return self._of(heads.key, centred)
 
     def of_values(self, heads: Heads) -> np.ndarray:
         """`E[vᵀv]` of all units' values side by side, `[K * d, K * d]`."""
-        return _moments_of(heads.value, self.key_value)
+        return self._of(heads.value, centred=False)
 
-    def _centred(self) -> np.ndarray:
-        mean = self.key_value[-1]
-        return self.key_value - np.outer(mean, mean)
+    def projected(self, kernel: np.ndarray) -> np.ndarray:
+        """`E[[x, 1]ᵀ[x, 1] W]` of a kernel W of keys or values, `[A, K, d]`."""
+        return np.tensordot(self.key_value, kernel, axes=1)
 
-
-def _moments_of(projection: np.ndarray, moments: np.ndarray) -> np.ndarray:
-    flat = projection.reshape(len(projection), -1)
-    result = flat.T @ (moments @ flat)
-    return (result + result.T) / 2
+    def _of(self, kernel: np.ndarray, centred: bool) -> np.ndarray:
+        flat, projected = (array.reshape(len(kernel), -1) for array in (kernel, self.projected(kernel)))
+        moments = flat.T @ projected
+        if centred:
+            mean = projected[-1]  # the last of [x, 1] is 1
+            moments -= np.outer(mean, mean)
+        return (moments + moments.T) / 2

@@ -29,6 +29,7 @@ class Statistics:
 
     def __init__(self, arrays: Mapping[str, np.ndarray], tokens: Mapping[str, int]):
         self._arrays, self._tokens = dict(arrays), dict(tokens)
+        self._rows, self._encoded = None, None
 
     def moments(self, path: str) -> Moments:
         """Of one attention; raises `InputError` where these statistics were collected for other sites."""
@@ -38,6 +39,10 @@ class Statistics:
         shared = self._arrays.get(ENCODED) if path.endswith("cross_attention") else None
         key_value = query if shared is None else shared.astype(np.float64)
         return Moments(query, key_value, self._tokens[path])
+
+    def encoded(self, batches: Sequence[Mapping] | None) -> list | None:
+        """The encoder's outputs, if these are the very rows that the statistics were collected on just now."""
+        return self._encoded if batches is not None and batches is self._rows else None
 
     @property
     def nbytes(self) -> int:
@@ -121,24 +126,26 @@ def collect(shell: models.Model, load_layer: LoadLayer, batches: Sequence[Mappin
     with tqdm(total=num_all_layers(shell.config), desc="calibrate", unit="layer", delay=1) as bar:
         for side, attentions in present.items():
             stream = Stream(shell, side, batches, encoded)
+            wanted = {site: name for site, name in attentions.items() if site in sites}
+            of_encoded = stream.encoded_sums() if "cross" in wanted else None
             for number in range(num_layers(shell.config, side)):
-                layer = load_layer(side, number)
-                for site, name in attentions.items():
-                    if site in sites:
-                        path = models.site_path(site, number)
-                        query, key_value = stream.moment_sums(layer, name)
-                        for sums in (query, key_value):
-                            check_finite(sums, f"what {path} reads: its activations on the calibration text")
-                        tokens[path] = int(min(query[-1, -1], key_value[-1, -1]))
-                        if not tokens[path]:
-                            raise InputError(f"{path} reads no token of the calibration text; give more text or rows")
-                        arrays[f"{path}.query"] = (query / query[-1, -1]).astype(np.float32)
-                        if site == "cross":
-                            arrays.setdefault(ENCODED, (key_value / key_value[-1, -1]).astype(np.float32))
-                stream.advance(layer)
+                found = stream.observe(load_layer(side, number), tuple(wanted.values()))
+                for site, query in zip(wanted, found, strict=True):
+                    path = models.site_path(site, number)
+                    key_value = of_encoded if site == "cross" else query
+                    for sums in (query, key_value):
+                        check_finite(sums, f"what {path} reads: its activations on the calibration text")
+                    tokens[path] = int(min(query[-1, -1], key_value[-1, -1]))
+                    if not tokens[path]:
+                        raise InputError(f"{path} reads no token of the calibration text; give more text or rows")
+                    arrays[f"{path}.query"] = (query / query[-1, -1]).astype(np.float32)
+                    if site == "cross":
+                        arrays.setdefault(ENCODED, (key_value / key_value[-1, -1]).astype(np.float32))
                 bar.update()
-            encoded = stream.encoded() if side == "encoder" else None
-    return Statistics(arrays, tokens)
+            encoded = stream.encoded() if side == "encoder" else encoded
+    statistics = Statistics(arrays, tokens)
+    statistics._rows, statistics._encoded = batches, encoded
+    return statistics
 
 
 def assumed(shell: models.Model, layer, site: str, name: str) -> Moments:

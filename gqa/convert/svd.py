@@ -8,7 +8,7 @@ for each head and frequency: rotation and scale. The result is an ordinary group
 Derivations: `docs/conversion.md`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -28,19 +28,20 @@ class Basis(NamedTuple):
     total: np.ndarray  # [K new], energy there was
 
 
-def key_basis(heads: Heads, moments: Moments, num_kv_heads: int, rotary: bool) -> Basis:
+def key_basis(heads: Heads, moments: Moments, queries: np.ndarray, num_kv_heads: int, rotary: bool) -> Basis:
     """Of keys: the shared ones lose the least score energy `E[(q·(k - k̂))²]`, if q and k are independent.
 
-    Without RoPE the top eigenvectors of `M Σ_K M` with M² the queries' second moments; with it, see `rotary_basis`.
+    Without RoPE the top eigenvectors of `M Σ_K M` with M² the `queries`' second moments, `moments.of_queries(heads)`;
+    with it, see `rotary_basis`.
     """
     if rotary:
-        return rotary_basis(rotary_energy(heads, moments), complex_moments(heads, moments), num_kv_heads)
-    return shared_basis(moments.of_queries(heads), moments.of_keys(heads, centred=True), num_kv_heads)
+        return rotary_basis(rotary_energy(queries), complex_moments(heads, moments), num_kv_heads)
+    return _shared_basis(heads, queries, lambda group: moments.of_keys(group, centred=True), num_kv_heads)
 
 
 def value_basis(heads: Heads, moments: Moments, num_kv_heads: int) -> Basis:
     """Of values: the shared ones lose the least energy of outputs; top eigenvectors of `M Σ_V M`, M² = W_O W_Oᵀ."""
-    return shared_basis(out_energy(heads), moments.of_values(heads), num_kv_heads)
+    return _shared_basis(heads, out_energy(heads), moments.of_values, num_kv_heads)
 
 
 def share_keys(heads: Heads, basis: Basis) -> tuple[np.ndarray, np.ndarray]:
@@ -93,19 +94,18 @@ def rotary_basis(energy: np.ndarray, z: np.ndarray, num_kv_heads: int) -> Basis:
     return Basis(best * root, best / root, values[..., -1].sum(-1), values.sum((-2, -1)))
 
 
-def rotary_energy(heads: Heads, moments: Moments) -> np.ndarray:
-    """`E|q|²` of each unit's queries at each frequency, both components, `[K, d/2]`."""
-    K, d = heads.num_kv_heads, heads.key.shape[-1]
-    energy = np.diagonal(moments.of_queries(heads), axis1=1, axis2=2).reshape(K, 2, d // 2).sum(1)
+def rotary_energy(queries: np.ndarray) -> np.ndarray:
+    """`E|q|²` at each frequency, both components, `[K, d/2]`, of the queries' second moments by unit `[K, d, d]`."""
+    K, d = queries.shape[:2]
+    energy = np.diagonal(queries, axis1=1, axis2=2).reshape(K, 2, d // 2).sum(1)
     return np.maximum(energy, 0)  # rounding leaves directions that the inputs never take below zero
 
 
 def complex_moments(heads: Heads, moments: Moments) -> np.ndarray:
     """`E[z_g conj(z_h)]` of units g, h for each frequency, `[d/2, K, K]`; `z = k[i] + j k[i + d/2]` (RoPE turns z)."""
-    K, d = heads.num_kv_heads, heads.key.shape[-1]
-    sigma = moments.of_keys(heads, centred=False).reshape(K, 2, d // 2, K, 2, d // 2)
-    parts = np.einsum("gaihbi->abigh", sigma)
-    return parts[0, 0] + parts[1, 1] + 1j * (parts[1, 0] - parts[0, 1])
+    z = as_complex(heads.key).transpose(2, 1, 0)  # [d/2, K, A]
+    found = z @ as_complex(moments.projected(heads.key)).transpose(2, 0, 1).conj()
+    return (found + found.conj().swapaxes(-1, -2)) / 2
 
 
 def as_complex(projection: np.ndarray) -> np.ndarray:
@@ -119,29 +119,29 @@ def as_real(projection: np.ndarray) -> np.ndarray:
     return np.concatenate([projection.real, projection.imag], axis=-1)
 
 
-def shared_basis(weights: np.ndarray, sigma: np.ndarray, num_kv_heads: int) -> Basis:
-    """The d best directions of each group: of `weights` M² `[K, d, d]` and stacked moments `[K * d, K * d]`."""
+def _shared_basis(heads: Heads, weights: np.ndarray, moments: Callable[[Heads], np.ndarray], K_new: int) -> Basis:
+    """The d best directions of each group, of `weights` M² `[K, d, d]` and the stacked `moments` of a group's units."""
     K, d = weights.shape[:2]
-    t = K // num_kv_heads
+    t = K // K_new
     root, inverse = _roots(weights)
-    seen = _seen(root, sigma)
     down, up, kept, total = [], [], [], []
-    for group in range(num_kv_heads):
-        rows, units = slice(group * t * d, (group + 1) * t * d), slice(group * t, (group + 1) * t)
-        energy, best = scipy.linalg.eigh(seen[rows, rows], subset_by_index=(t * d - d, t * d - 1))
+    for units in _group_indices(K, K_new):
+        seen = _seen(root[units], moments(heads.permuted(units)))
+        energy, best = scipy.linalg.eigh(seen, subset_by_index=(t * d - d, t * d - 1))
         best = best[:, ::-1].reshape(t, d, d)
         down.append(root[units] @ best)
         up.append(inverse[units] @ best)
         kept.append(energy.sum())
-        total.append(np.trace(seen[rows, rows]))
+        total.append(np.trace(seen))
     return Basis(np.stack(down), np.stack(up), np.array(kept), np.array(total))
 
 
 def seen_keys(heads: Heads, moments: Moments, rotary: bool) -> np.ndarray:
     """Moments of all units' keys as their queries see them: `[K * d, K * d]`, or with RoPE `[d/2, K, K]` complex."""
+    queries = moments.of_queries(heads)
     if not rotary:
-        return _seen(_roots(moments.of_queries(heads))[0], moments.of_keys(heads, centred=True))
-    root = np.sqrt(rotary_energy(heads, moments).T)
+        return _seen(_roots(queries)[0], moments.of_keys(heads, centred=True))
+    root = np.sqrt(rotary_energy(queries).T)
     return root[:, :, None] * complex_moments(heads, moments) * root[:, None, :]
 
 

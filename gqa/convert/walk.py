@@ -16,6 +16,7 @@ from flax import nnx
 from gqa import models
 from gqa.errors import InputError
 from gqa.models.stacks import split_layers
+from gqa.nn.attention import GroupedQueryAttention
 
 LoadLayer = Callable[[str, int], nnx.Module]  # side, number of the layer -> the layer, not stacked
 
@@ -86,13 +87,12 @@ class FitSums(NamedTuple):
     zz: np.ndarray  # [H * d, H * d]
     zy: np.ndarray  # [H * d, D]
     yy: float
+    missed: float  # ‖z W_O - y‖² with the converted attention's W_O
     tokens: float
 
-    def error(self, out: np.ndarray) -> float:
-        """`‖z out - y‖ / ‖y‖` for a kernel `[H, d, D]`."""
-        kernel = out.reshape(len(self.zz), -1)
-        squared = self.yy - 2 * np.vdot(self.zy, kernel) + np.vdot(kernel, self.zz @ kernel)
-        return float(np.sqrt(max(squared, 0.0) / self.yy)) if self.yy > 0 else 0.0
+    def error(self, missed: float) -> float:
+        """`‖z W - y‖ / ‖y‖` of a kernel that misses y by the square `missed`."""
+        return float(np.sqrt(max(missed, 0.0) / self.yy)) if self.yy > 0 else 0.0
 
 
 class Stream:
@@ -104,18 +104,35 @@ class Stream:
         tokens = "inputs" if side == "encoder" else "decoder_inputs"
         self._x = [_embed(shell, batch[tokens]) for batch in batches]
 
-    def moment_sums(self, layer: nnx.Module, name: str) -> tuple[np.ndarray, np.ndarray]:
-        """Sums of `[x, 1]ᵀ[x, 1]`, `[D + 1, D + 1]`, over what queries and over what keys of attention `name` read."""
-        query, key_value = (sum(part) for part in zip(*self._sums(_moment_sums, layer, name=name), strict=True))
-        return query, key_value
+    def observe(self, layer: nnx.Module, names: tuple[str, ...]) -> list[np.ndarray]:
+        """The activations go through `layer`; the moment sums of what the queries of its attentions `names` read.
 
-    def fit_sums(self, layer: nnx.Module, converted: nnx.Module, name: str) -> FitSums:
-        """Of `layer` and of `converted`, which differ in attention `name`, on the same activations."""
-        return FitSums(*(sum(part) for part in zip(*self._sums(_fit_sums, layer, converted, name=name), strict=True)))
+        Moment sums are the sum of `[x, 1]ᵀ[x, 1]` over real tokens, `[D + 1, D + 1]` float64. In self-attention keys
+        and values read the same; in cross-attention see `encoded_sums`.
+        """
+        sums = [0.0] * len(names)
+        for number, arguments in enumerate(self._arguments((layer,))):
+            self._x[number], found = _observe(*arguments, side=self._side, names=names)
+            sums = [total + np.asarray(part, np.float64) for total, part in zip(sums, found, strict=True)]
+        return sums
+
+    def encoded_sums(self) -> np.ndarray:
+        """Moment sums of what the keys and values of every cross-attention read."""
+        pairs = zip(self._encoded, self._batches, strict=True)
+        return sum(np.asarray(_moment_sums(x, _real(batch, "encoder")), np.float64) for x, batch in pairs)
+
+    def fit_sums(self, layer: nnx.Module, converted: GroupedQueryAttention, name: str) -> FitSums:
+        """Of attention `name` of `layer` and of `converted` in its place, on the same activations."""
+        # Each batch's sums in float32 on the device, all batches' in float64.
+        batches = (
+            [np.asarray(part, np.float64) for part in _fit_sums(*arguments, side=self._side, name=name)]
+            for arguments in self._arguments((layer, converted))
+        )
+        return FitSums(*(sum(part) for part in zip(*batches, strict=True)))
 
     def advance(self, layer: nnx.Module) -> None:
         """The activations go through `layer`."""
-        self._x = [_apply(*arguments, side=self._side) for arguments in self._arguments((layer,))]
+        self.observe(layer, ())
 
     def encoded(self) -> list[jax.Array]:
         """The encoder's outputs, after its last layer."""
@@ -124,11 +141,6 @@ class Stream:
     def _arguments(self, layers: tuple) -> Iterator[tuple]:
         for x, batch, encoded in zip(self._x, self._batches, self._encoded, strict=True):
             yield (self._shell, *layers, x, batch, encoded)
-
-    def _sums(self, function: Callable, *layers, name: str) -> Iterator[list[np.ndarray]]:
-        # Each batch's sums in float32 on the device, all batches' in float64.
-        for arguments in self._arguments(layers):
-            yield [np.asarray(part, np.float64) for part in function(*arguments, side=self._side, name=name)]
 
 
 def check_finite(array: np.ndarray, what: str) -> None:
@@ -148,7 +160,6 @@ class _Recorder:
         return self.attention.project_query(x)
 
     def project_key_value(self, x):
-        self.key_value_inputs = x
         return self.attention.project_key_value(x)
 
     def attend(self, *arguments, **keywords):
@@ -166,13 +177,14 @@ def _layer_fn(shell: models.Model, side: str, batch: Mapping, encoded) -> Callab
     return shell.decoder_layer_fn(T, segments, batch.get("prefix"))
 
 
-def _recorded(shell, layer, x, batch, encoded, side: str, name: str) -> _Recorder:
+def _recorded(shell, layer, x, batch, encoded, side: str, attentions: Mapping) -> tuple[jax.Array, list[_Recorder]]:
+    """What comes out of `layer`, and what its `attentions`, by name, read and made."""
     layer = jax.tree.map(lambda leaf: leaf, layer)
-    recorder = _Recorder(getattr(layer, name))
-    # Past nnx's bookkeeping: the layer is a copy that lives for this trace only.
-    object.__setattr__(layer, name, recorder)
-    _layer_fn(shell, side, batch, encoded)(layer, x, None, 0)
-    return recorder
+    recorders = [_Recorder(attention) for attention in attentions.values()]
+    for name, recorder in zip(attentions, recorders, strict=True):
+        # Past nnx's bookkeeping: the layer is a copy that lives for this trace only.
+        object.__setattr__(layer, name, recorder)
+    return _layer_fn(shell, side, batch, encoded)(layer, x, None, 0)[0], recorders
 
 
 def _real(batch: Mapping, side: str) -> jax.Array:
@@ -190,30 +202,28 @@ def _encoder_norm(shell, x):
     return shell.encoder_norm(x)
 
 
-@partial(jax.jit, static_argnames="side")
-def _apply(shell, layer, x, batch, encoded, side):
-    return _layer_fn(shell, side, batch, encoded)(layer, x, None, 0)[0]
+@jax.jit
+def _moment_sums(inputs, real):
+    flat = inputs.astype(jnp.float32).reshape(len(real), -1)
+    flat = jnp.concatenate([flat, jnp.ones((len(real), 1))], axis=1) * real[:, None]
+    return jnp.matmul(flat.T, flat, precision="highest")
 
 
-@partial(jax.jit, static_argnames=("side", "name"))
-def _moment_sums(shell, layer, x, batch, encoded, side, name):
-    record = _recorded(shell, layer, x, batch, encoded, side, name)
-
-    def sums(inputs, real):
-        flat = inputs.astype(jnp.float32).reshape(len(real), -1)
-        flat = jnp.concatenate([flat, jnp.ones((len(real), 1))], axis=1) * real[:, None]
-        return jnp.matmul(flat.T, flat, precision="highest")
-
-    queries = sums(record.query_inputs, _real(batch, side))
-    if name != "cross_attention":
-        return queries, queries
-    return queries, sums(record.key_value_inputs, _real(batch, "encoder"))
+@partial(jax.jit, static_argnames=("side", "names"))
+def _observe(shell, layer, x, batch, encoded, side, names):
+    attentions = {name: getattr(layer, name) for name in names}
+    x, recorders = _recorded(shell, layer, x, batch, encoded, side, attentions)
+    return x, [_moment_sums(recorder.query_inputs, _real(batch, side)) for recorder in recorders]
 
 
 @partial(jax.jit, static_argnames=("side", "name"))
 def _fit_sums(shell, layer, converted, x, batch, encoded, side, name):
     real = _real(batch, side)[:, None]
-    y = _recorded(shell, layer, x, batch, encoded, side, name).output.reshape(len(real), -1) * real
-    z = _recorded(shell, converted, x, batch, encoded, side, name).heads.reshape(len(real), -1) * real
+    # XLA computes once what both read: before the attention the layers are the same.
+    (teacher,), (student,) = (
+        _recorded(shell, layer, x, batch, encoded, side, {name: attention})[1]
+        for attention in (getattr(layer, name), converted)
+    )
+    y, z, made = (array.reshape(len(real), -1) * real for array in (teacher.output, student.heads, student.output))
     multiply = partial(jnp.matmul, precision="highest")
-    return multiply(z.T, z), multiply(z.T, y), jnp.sum(y * y), jnp.sum(real)
+    return multiply(z.T, z), multiply(z.T, y), jnp.sum(y * y), jnp.sum(jnp.square(made - y)), jnp.sum(real)

@@ -170,6 +170,22 @@ def test_layers_with_one_bias_table_are_grouped_together_though_one_is_not_conve
     assert np.abs(logits(found) - logits(model)).max() <= 1e-3
 
 
+@pytest.mark.parametrize("kv_heads", [{"cross": 2}, {"encoder_self": 2, "cross": 2}])
+def test_an_encoder_that_stays_is_not_passed_again(kv_heads, teacher, rows, monkeypatch):
+    model = teacher("t5")
+    statistics = measured(model, rows)
+    again = [dict(batch) for batch in rows]  # not the rows that were collected on: the encoder reads them
+    expected = converted(model, kv_heads, "svd+refit", batches=again, statistics=statistics)
+    passed = []
+    advance = walk.Stream.advance
+    monkeypatch.setattr(
+        walk.Stream, "advance", lambda self, layer: (passed.append(type(layer).__name__), advance(self, layer))
+    )
+    assert_same(converted(model, kv_heads, "svd+refit", batches=rows, statistics=statistics), expected)
+    assert ("EncoderLayer" in passed) == ("encoder_self" in kv_heads)
+    assert "DecoderLayer" in passed
+
+
 def test_norms_of_keys_allow_shared_values_only(teacher, rows, logits):
     model = teacher("qwen3")
     for method in ("svd", "procrustes+renorm", "svd+group+refit"):

@@ -59,11 +59,13 @@ def test_moments_are_those_of_queries_keys_and_values(attention_case):
     expected = np.einsum("Sgi,Shi->igh", z, z.conj()) / len(z)
     np.testing.assert_allclose(complex_moments(heads, moments), expected, atol=1e-12)
     energy = np.abs(query[..., : d // 2] + 1j * query[..., d // 2 :]) ** 2
-    np.testing.assert_allclose(rotary_energy(heads, moments), energy.mean(0).reshape(K, G, -1).sum(1), atol=1e-12)
+    np.testing.assert_allclose(
+        rotary_energy(moments.of_queries(heads)), energy.mean(0).reshape(K, G, -1).sum(1), atol=1e-12
+    )
 
 
 def test_energy_of_queries_that_inputs_never_reach_is_not_below_zero(attention_case):
     heads, _, _, moments = attention_case(np.random.default_rng(0), K, G, d)
     rounded = type(moments)(moments.query - 1e-7 * np.eye(A), moments.key_value, moments.tokens)
     unreached = Heads(heads.query * np.eye(A)[-1][:, None, None] * 0 + 1e-9, *heads[1:])
-    assert (rotary_energy(unreached, rounded) >= 0).all()
+    assert (rotary_energy(rounded.of_queries(unreached)) >= 0).all()

@@ -13,7 +13,7 @@ SEEDS = st.integers(0, 2**32 - 1)
 
 def shared(heads, moments, num_kv_heads, rotary):
     """What SVD makes of heads, with the bases of keys and values."""
-    keys = svd.key_basis(heads, moments, num_kv_heads, rotary)
+    keys = svd.key_basis(heads, moments, moments.of_queries(heads), num_kv_heads, rotary)
     values = svd.value_basis(heads, moments, num_kv_heads)
     key, query = svd.share_keys(heads, keys)
     value, out = svd.share_values(heads, values)
@@ -109,7 +109,7 @@ def test_values_keep_the_most_energy_of_outputs(attention_case):
 
 def test_one_frequency_keeps_the_best_of_all_pairs_of_turns(attention_case):
     heads, _, _, moments = attention_case(np.random.default_rng(1), 2, 1, 2)
-    energy, z = svd.rotary_energy(heads, moments), svd.complex_moments(heads, moments)
+    energy, z = svd.rotary_energy(moments.of_queries(heads)), svd.complex_moments(heads, moments)
     basis = svd.rotary_basis(energy, z, 1)
     root = np.sqrt(energy[:, 0])
     y = root[:, None] * z[0] * root
