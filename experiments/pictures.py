@@ -74,8 +74,8 @@ def quality_against_time(results: Results, times: Mapping[tuple[str, str], Seque
         _name(axes[1], name, (time, average))
     _titles(axes[1], "the paper, T5 (Table 1)", "time per sample and TPU v4 chip, s", "average of seven tasks")
     for axis in axes:
-        axis.margins(0.2)
-        axis.set_xlim(left=0)
+        axis.margins(y=0.2)
+        axis.set_xlim(0, 1.25 * axis.dataLim.x1)  # room for the name of the last point
     return figure
 
 
