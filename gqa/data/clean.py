@@ -96,9 +96,9 @@ def make_spec(
     fields = dict(fields or {role: role for role in config.roles})
     if set(fields) != set(config.roles):
         raise InputError(f"fields={fields}; expected the columns of {' and '.join(config.roles)}")
-    spec = CleanSpec(
-        source, fields | {f"{KEPT} {column}": column for column in keep}, split, tuple(map(str, evaluation))
-    )
+    # A role's column is in the output as it is, and as it was read it would take the place of the repaired text.
+    kept = {f"{KEPT} {column}": column for column in keep if column not in fields.values()}
+    spec = CleanSpec(source, fields | kept, split, tuple(map(str, evaluation)))
     if not Path(source).exists():
         next(corpus.texts(source), None)  # refuses what is neither a path nor embedded
     if not spec.is_table and config.roles != TEXT:
@@ -241,7 +241,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--fields", type=parse_fields, metavar="ROLE=COLUMN,…", help="columns of tables: text=A, or inputs=A,targets=B"
     )
-    parser.add_argument("--keep", default="", metavar="COLUMN,…", help="further columns of texts, which pass through")
+    parser.add_argument(
+        "--keep", default="", metavar="COLUMN,…", help="further columns of texts, which pass through as they are"
+    )
     parser.add_argument("--split", help="of a folder with files of several: train, heldout or test")
     parser.add_argument(
         "--evaluation", default="", metavar="FILE,…", help="evaluation sets: rows that share n-grams with them go"

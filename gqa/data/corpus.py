@@ -5,7 +5,7 @@
 | `embedded` | the running Python's standard library: about 10 MB, and nothing to download |
 | `embedded_large` | `embedded` and the source of the packages in `EMBEDDED_PACKAGES` that are installed: about 60 MB |
 | a folder | its .txt, .md and .py files |
-| a file | its blocks of about `BLOCK_CHARACTERS` characters, cut between lines |
+| a file | its blocks of about `BLOCK_CHARACTERS` characters, cut between lines, and longer lines between words |
 
 About 5 % of the documents are held out, chosen by a hash of the document's name alone: a file is on the same side in
 `embedded` and in `embedded_large`, and stays there when files come or go.
@@ -31,6 +31,7 @@ EMBEDDED_PACKAGES = tuple(
 )
 TEXT_SUFFIXES = (".txt", ".md", ".py")
 BLOCK_CHARACTERS = 8192
+_WORD_CHARACTERS = 256  # more than words have
 
 # Larger source files are generated tables (MLIR bindings, code pages), of which a model learns nothing.
 _MAX_EMBEDDED_BYTES = 256 * 1024
@@ -221,7 +222,7 @@ def _embedded_files(root: Path) -> Iterator[tuple[str, Path]]:
 def _read_text(path: Path) -> str | None:
     """The file's text with `\\n` between lines, or None where it is not UTF-8."""
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
         return None
 
@@ -229,17 +230,29 @@ def _read_text(path: Path) -> str | None:
 def _blocks(text: str) -> Iterator[str]:
     lines, size = [], 0
     for line in text.splitlines(keepends=True):
-        lines.append(line)
-        size += len(line)
-        if size >= BLOCK_CHARACTERS:
-            yield "".join(lines)
-            lines, size = [], 0
+        for part in _cut(line):
+            lines.append(part)
+            size += len(part)
+            if size >= BLOCK_CHARACTERS:
+                yield "".join(lines)
+                lines, size = [], 0
     if lines:
         yield "".join(lines)
 
 
+def _cut(line: str) -> Iterator[str]:
+    """Parts of `BLOCK_CHARACTERS`, and what is left of the word there, unless it is longer than any word."""
+    start = 0
+    while len(line) - start > BLOCK_CHARACTERS:
+        end = start + BLOCK_CHARACTERS
+        end = line.find(" ", end - 1, end + _WORD_CHARACTERS) + 1 or end
+        yield line[start:end]
+        start = end
+    yield line[start:]
+
+
 def _assign_splits(names: Iterable[str]) -> dict[str, str]:
-    fractions = {name: int(hashlib.sha256(name.encode()).hexdigest()[:8], 16) / 16**8 for name in names}
+    fractions = {name: int(hashlib.sha256(_bytes(name)).hexdigest()[:8], 16) / 16**8 for name in names}
     # A handful of files may have none under 5 %: then the lowest is held out.
     threshold = max(HELDOUT_FRACTION, min(fractions.values(), default=0.0) + 16**-8)
     return {name: "heldout" if fraction < threshold else "train" for name, fraction in fractions.items()}
@@ -248,5 +261,9 @@ def _assign_splits(names: Iterable[str]) -> dict[str, str]:
 def _digest(pairs: Iterable[tuple[str, str]]) -> str:
     total = hashlib.sha256()
     for name, content_hash in pairs:
-        total.update(f"{name}\0{content_hash}\n".encode())
+        total.update(_bytes(f"{name}\0{content_hash}\n"))
     return total.hexdigest()[:16]
+
+
+def _bytes(name: str) -> bytes:
+    return name.encode("utf-8", "surrogateescape")  # a file's name may be any bytes

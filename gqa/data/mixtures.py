@@ -172,6 +172,8 @@ def main() -> None:
     parts = {}
     for part in args.parts.split(","):
         name, equals, rate = part.rpartition("=") if args.temperature is None else (part, "", "")
+        if Path(name) in map(Path, parts):
+            raise InputError(f"--parts names {name!r} twice; expected each folder once")
         try:
             parts[name] = float(rate) if args.temperature is None else None
         except ValueError:

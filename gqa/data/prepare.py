@@ -70,7 +70,7 @@ class PrepareSpec:
     def make_task(self, vocabulary_size: int) -> Task:
         """The objective for rows of these lengths."""
         task = named_task(self.task)
-        inputs_length = self.inputs_length or task.inputs_length
+        inputs_length = task.inputs_length if self.inputs_length is None else self.inputs_length
         if inputs_length is None:
             raise InputError(f"task {self.task} needs an inputs_length, such as 512")
         targets_length = task.targets_length if self.targets_length is None else self.targets_length
@@ -198,6 +198,8 @@ def prepare(spec: PrepareSpec, output: str | Path, write: "Writer | None" = None
     Raises `InputError` for a spec that makes no records and for an `output` that holds something else.
     """
     output = Path(output)
+    if not output.name and not any(output.iterdir()):  # an empty folder gives way to the complete one
+        raise InputError(f"output={str(output)!r} is where the command runs; expected a folder in it, such as records")
     source, vocabulary = spec.open_source(), spec.open_vocabulary()
     inputs = _inputs(spec, source, vocabulary)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
@@ -320,9 +322,9 @@ def _finish(
     for split in SPLITS:
         left_out = ", ".join(f"{count} {reason}" for reason, count in sorted((skipped or {}).get(split, {}).items()))
         if not totals[split].records:
+            few = f"is too short for one example of {inputs.task}" if totals[split].documents else "has nothing in it"
             raise InputError(
-                f"the {split} split of {inputs.source} is too short for one example of {inputs.task}"
-                + (f"; left out: {left_out}" if left_out else "")
+                f"the {split} split of {inputs.source} {few}" + (f"; left out: {left_out}" if left_out else "")
             )
         if left_out:
             tqdm.write(f"{inputs.source}, {split}: left out {left_out}", file=sys.stderr)

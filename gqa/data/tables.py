@@ -2,8 +2,8 @@
 
 `fields` says which column is what: `{"inputs": "article", "targets": "highlights"}` for pairs, `{"text": "body"}` for
 text. A folder whose files begin with `train`, and with `heldout`, `validation`, `valid`, `val` or `dev`, is split so,
-and files that begin with `test` are its test split. Of other files about 5 % of the rows are held out, chosen by a hash
-of the first field, so that what a model is asked is never on both sides.
+and files of a folder that begin with `test` are its test split. Of other files about 5 % of the rows, one at least, are
+held out, chosen by a hash of the inputs or the text, so that what a model is asked is never on both sides.
 
 A row that cannot be read (not JSON, not UTF-8, a column missing or of another type) is passed over and counted as long
 as there is no more than one in `GOOD_ROWS_PER_BAD`; otherwise the first of them is an `InputError` with file and line.
@@ -57,10 +57,16 @@ class Table:
             split: [file for file in files if file.name.lower().startswith(names)]
             for split, names in _SPLITS_BY_NAME.items()
         }
-        self._by_hash = not (named["train"] and named["heldout"])
-        self._files = {"train": files, "heldout": files, "test": []} if self._by_hash else named
+        self._by_hash = not (named["train"] and named["heldout"])  # of what is not the test split
+        if self._by_hash:
+            tests = named["test"] if self.path.is_dir() else []
+            others = [file for file in files if file not in tests]
+            self._files = {"train": others, "heldout": others, "test": tests}
+        else:
+            self._files = named
         self.skipped: dict[str, Counter] = {split: Counter() for split in self._files}
         self._is_part, self.num_read, self.first_bad = False, 0, None
+        self._threshold_of_all: float | None = None  # found when rows are first asked for
 
     def parts(self, split: str) -> list["Table"]:
         """A table of each file of a split, in order.
@@ -68,6 +74,7 @@ class Table:
         Of bad rows it only says, after a pass, how many there are (`skipped`) and what is wrong with the first
         (`first_bad`); `num_read` is how many rows, of whatever split, were read.
         """
+        self._threshold(split)  # found in all files, for the parts to take along
         parts = []
         for path in self._files[split]:
             part = copy.copy(self)
@@ -80,9 +87,10 @@ class Table:
     @property
     def all_files(self) -> list[Path]:
         """Its files; `InputError` where their names split them: then one of the splits is asked for."""
-        if not self._by_hash:
-            raise InputError(f"the files of {self.path} are split by name; name a split: {', '.join(self.splits)}")
-        return self._files["train"]
+        by_name = [split for split in self.splits if not (self._by_hash and split == "heldout")]
+        if len(by_name) > 1:
+            raise InputError(f"the files of {self.path} are split by name; name a split: {', '.join(by_name)}")
+        return self._files[by_name[0]]
 
     def files(self, split: str) -> list[Path]:
         """The files that rows of a split are in."""
@@ -104,11 +112,32 @@ class Table:
     def rows(self, split: str) -> Iterator[dict[str, str]]:
         """The good rows of a split in the order of its files."""
         skipped = self.skipped[split] = Counter()
-        key = next(iter(self.fields))
+        threshold = self._threshold(split)
         located = (row for path in self._files[split] for row in read_located(path, self.fields))
         for _, row in self._readable(located, skipped) if self._is_part else good_rows(located, skipped):
-            if not self._by_hash or (_fraction(row[key]) < HELDOUT_FRACTION) == (split == "heldout"):
+            if threshold is None or (_fraction(row[self._key]) < threshold) == (split == "heldout"):
                 yield row
+
+    @property
+    def _key(self) -> str:
+        """The field that decides a row's split, in whatever order the fields are given."""
+        return "inputs" if "inputs" in self.fields else next(iter(self.fields))
+
+    def _threshold(self, split: str) -> float | None:
+        """The fraction of the key's hash below which a row is held out; `None`: the names of the files decide."""
+        if not self._by_hash or split == "test":
+            return None
+        if self._threshold_of_all is None:
+            located = (row for path in self._files[split] for row in read_located(path, self.fields))
+            fractions = set()
+            for _, row in good_rows(located, Counter()):
+                fractions.add(_fraction(row[self._key]))
+                if min(fractions) < HELDOUT_FRACTION:
+                    break
+            # A few rows may have none under 5 %: then the lowest is held out, as of text, unless all are the same.
+            least = min(fractions) if len(fractions) > 1 else 0.0
+            self._threshold_of_all = max(HELDOUT_FRACTION, least + 16**-8)
+        return self._threshold_of_all
 
     def _readable(self, rows: Iterable[Located], skipped: Counter) -> Iterator[tuple[str, dict[str, str]]]:
         self.num_read, self.first_bad = 0, None
@@ -198,9 +227,9 @@ def _mapped(where: str, row: Mapping, fields: Mapping[str, str]) -> dict[str, st
 
 
 def _json_rows(path: Path, _columns: set[str] | None) -> Iterator[tuple[str, Mapping | BadRow]]:
-    for where, line in _lines(path):
-        if isinstance(line, BadRow):
-            yield where, line
+    for where, line, bad in _lines(path):
+        if bad is not None:
+            yield where, bad
         elif line.strip():
             try:
                 row = json.loads(line)
@@ -213,38 +242,47 @@ def _json_rows(path: Path, _columns: set[str] | None) -> Iterator[tuple[str, Map
 
 
 def _csv_rows(path: Path, columns: set[str] | None) -> Iterator[tuple[str, Mapping | BadRow]]:
-    bad: list[tuple[str, BadRow]] = []
+    bad: list[tuple[str, BadRow]] = []  # lines of the row that is being read
     number = 0
 
-    def good_lines() -> Iterator[str]:
+    def lines() -> Iterator[str]:
         nonlocal number
-        for where, line in _lines(path):
+        for where, line, bad_line in _lines(path):
             number += 1
-            if isinstance(line, BadRow):
-                bad.append((where, line))
-            else:
-                yield line
+            if bad_line is not None:
+                bad.append((where, bad_line))
+            yield line
 
     csv.field_size_limit(2**31 - 1)  # the default refuses documents over 128 KiB
-    reader = csv.reader(good_lines(), delimiter="\t" if path.suffix == ".tsv" else ",", strict=True)
+    reader = csv.reader(lines(), delimiter="\t" if path.suffix == ".tsv" else ",", strict=True)
     try:
         header = next(reader, [])
-        _check_columns(path, header, columns or set())
-        while True:
-            where = f"{path} line {number + 1}"
-            try:
-                row = next(reader)
-            except csv.Error as error:
+    except csv.Error as error:
+        raise InputError(f"{path} line 1 is not {path.suffix[1:].upper()}: {error}") from error
+    if bad:
+        raise bad[0][1]
+    _check_columns(path, header, columns or set())
+    while True:
+        start = number + 1
+        where = f"{path} line {start}"
+        try:
+            row = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            # A stray quotation mark takes in all lines up to the next one: each is a row that is lost.
+            for line in range(start, number + 1):
+                where = f"{path} line {line}"
                 yield where, BadRow(f"{where} is not {path.suffix[1:].upper()}: {error}")
-                continue
-            yield from bad
             bad.clear()
-            if len(row) == len(header):
-                yield where, dict(zip(header, row, strict=True))
-            elif row:
-                yield where, BadRow(f"{where} has {len(row)} columns; expected {len(header)}")
-    except StopIteration:
-        yield from bad
+            continue
+        if bad:
+            yield bad[0]
+            bad.clear()
+        elif len(row) == len(header):
+            yield where, dict(zip(header, row, strict=True))
+        elif row:
+            yield where, BadRow(f"{where} has {len(row)} columns; expected {len(header)}")
 
 
 def _parquet_rows(path: Path, columns: set[str] | None) -> Iterator[tuple[str, Mapping]]:
@@ -271,14 +309,16 @@ def _parquet(path: Path) -> Iterator:
         raise InputError(f"{path} is no whole Parquet file: {str(error).splitlines()[0]}") from error
 
 
-def _lines(path: Path) -> Iterator[tuple[str, str | BadRow]]:
+def _lines(path: Path) -> Iterator[tuple[str, str, BadRow | None]]:
+    """Where each line stands, its text, with surrogates for bytes that are not UTF-8, and what is wrong with it."""
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
-            where = f"{path} line {number}"
+            where, encoding = f"{path} line {number}", "utf-8-sig" if number == 1 else "utf-8"
             try:
-                yield where, line.decode("utf-8-sig" if number == 1 else "utf-8")
+                yield where, line.decode(encoding), None
             except UnicodeDecodeError as error:
-                yield where, BadRow(f"{where} is not UTF-8: byte {error.start} is 0x{line[error.start]:02x}")
+                bad = BadRow(f"{where} is not UTF-8: byte {error.start} is 0x{line[error.start]:02x}")
+                yield where, line.decode(encoding, "surrogateescape"), bad
 
 
 def _check_columns(path: Path, found: Iterable[str], wanted: set[str]) -> None:
@@ -290,4 +330,5 @@ def _check_columns(path: Path, found: Iterable[str], wanted: set[str]) -> None:
 
 
 def _fraction(text: str) -> float:
-    return int(hashlib.sha256(text.encode()).hexdigest()[:8], 16) / 16**8
+    # JSON may spell halves of surrogate pairs.
+    return int(hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[:8], 16) / 16**8

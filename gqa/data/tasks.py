@@ -242,13 +242,17 @@ def main() -> None:
     parser.add_argument("--limit", type=int, metavar="N", help="the first N examples (left out: all)")
     parser.add_argument("--output", required=True, type=Path, metavar="FILE", help="the .jsonl file to write")
     args = parse_arguments(parser)
+    if args.limit is not None and args.limit < 1:
+        raise InputError(f"--limit={args.limit}; expected 1 or more")
+    if args.output.is_dir():
+        raise InputError(f"--output={args.output} is a folder; expected a file to write, such as {args.task}.jsonl")
     if not args.output.absolute().parent.is_dir():
         raise InputError(f"--output={args.output}: there is no folder {args.output.parent}")
     prefix = named_task(args.task).prefix if args.prefix is None else args.prefix
     found = examples(args.task, args.split, source=args.source, fields=args.fields)
     count = 0
     with files.whole(args.output) as unfinished:
-        with unfinished.open("w", encoding="utf-8") as file:
+        with unfinished.open("w", encoding="utf-8", errors="replace") as file:  # of halves of surrogate pairs
             for example in tqdm(itertools.islice(found, args.limit), desc=args.task, unit=" rows", delay=1):
                 row = {"inputs": prefix + example.inputs, "answers": list(example.references)}
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
@@ -263,7 +267,10 @@ def parse_fields(text: str) -> dict[str, str]:
     pairs = [part.split("=", 1) for part in text.split(",")]
     if any(len(pair) != 2 for pair in pairs):
         raise argparse.ArgumentTypeError(f"{text!r}; expected ROLE=COLUMN,ROLE=COLUMN")
-    return dict(pairs)
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        raise argparse.ArgumentTypeError(f"{text!r} names a role twice; expected each once")
+    return fields
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from gqa.data.vocabulary import NUM_SENTINELS, Vocabulary
+from gqa.data.vocabulary import NUM_SENTINELS, Vocabulary, without_surrogates
 from gqa.errors import InputError
 
 FILE, CONFIG = "tokenizer.json", "tokenizer_config.json"
@@ -84,13 +84,20 @@ class TokenizerJson:
 
         `continued`: it follows on other text, so no space is put before it where the tokenizer puts one before a text.
         """
+        text = without_surrogates(text)
         if not continued or not self._adds_space:
             return self._tokenizer.encode(text, add_special_tokens=False).ids
         return self._tokenizer.encode(_ANCHOR + text, add_special_tokens=False).ids[self._num_anchor_ids :]
 
     def encode_all(self, texts: Sequence[str], num_threads: int) -> list[np.ndarray]:
-        """`encode` of each text, int32; on the package's own threads, whatever `num_threads`."""
-        found = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        """`encode` of each text, int32; on the package's own threads, whatever `num_threads`.
+
+        Halves of surrogate pairs are question marks.
+        """
+        try:
+            found = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        except TypeError:  # rare, so no look at every text before
+            found = self._tokenizer.encode_batch_fast(list(map(without_surrogates, texts)), add_special_tokens=False)
         return [np.array(encoding.ids, np.int32) for encoding in found]
 
     def encode_with_sentinels(self, text: str) -> list[int]:

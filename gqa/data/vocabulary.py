@@ -20,6 +20,7 @@ import functools
 import hashlib
 import io
 import itertools
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -35,6 +36,8 @@ TYPES = ("unigram", "bpe", "llama")
 
 # Sampled training text: enough for every piece of a small vocabulary to be seen often, and a minute of training.
 TRAINING_CHARACTERS = 20_000_000
+
+_LINE_BYTES = 4191  # SentencePiece passes over longer ones
 
 _SPACE = "\u2581"  # what SentencePiece writes for a space inside a piece
 _ANCHOR = "\ue000"  # a private character, part of no piece
@@ -133,7 +136,13 @@ class Vocabulary:
         return self.encode_all([_ANCHOR + text], num_threads=1)[0][self._num_anchor_ids :].tolist()
 
     def encode_all(self, texts: Sequence[str], num_threads: int) -> list[np.ndarray]:
-        """`encode` of each text, int32, on `num_threads` threads."""
+        """`encode` of each text, int32, on `num_threads` threads; halves of surrogate pairs are question marks."""
+        try:
+            return self._encode_all(texts, num_threads)
+        except TypeError:  # rare, so no look at every text before
+            return self._encode_all(list(map(without_surrogates, texts)), num_threads)
+
+    def _encode_all(self, texts: Sequence[str], num_threads: int) -> list[np.ndarray]:
         if self._space_mark_ids is None:
             return self._model.EncodeAsNumpy(list(texts), num_threads=num_threads)
         # What follows on a spelled space mark is no text of its own: the model must not put a space before it.
@@ -177,6 +186,11 @@ class Vocabulary:
                 text += [self._model.Decode(run_ids), f"<extra_id_{self.size - 1 - token}>"]
                 run_ids = []
         return "".join([*text, self._model.Decode(run_ids)])
+
+
+def without_surrogates(text: str) -> str:
+    """`text` with question marks for halves of surrogate pairs, which JSON may spell and UTF-8 has none of."""
+    return text.encode("utf-8", "replace").decode()
 
 
 _SENTINEL_NAMES = [(i, f"<extra_id_{i}>") for i in range(NUM_SENTINELS)]
@@ -239,7 +253,15 @@ def train(
             minloglevel=1,
         )
     except RuntimeError as error:
-        raise InputError(f"size={size} does not suit source {source or task!r}: {error}") from error
+        most = re.search(r"Please set it to a value <= (\d+)", str(error))
+        if most is None:
+            raise InputError(f"size={size} does not suit source {source or task!r}: {error}") from error
+        largest = int(most[1]) + size - num_pieces
+        expected = f"{smallest} to {largest}" if largest >= smallest else f"more text, for {smallest} or more"
+        raise InputError(
+            f"size={size} does not suit source {source or task!r}, which has text for {largest} ids; "
+            f"expected {expected}"
+        ) from error
     with files.whole(output, shared=True) as unfinished:
         unfinished.write_bytes(model.getvalue())
 
@@ -248,14 +270,34 @@ def _training_lines(source: str | None, task: str, fields: Mapping[str, str] | N
     """Lines of train documents, up to `TRAINING_CHARACTERS`, with or without their indentation."""
     characters = 0
     for text in _training_texts(source, task, fields):
-        # JSON may spell halves of surrogate pairs.
-        for line in text.encode("utf-8", "replace").decode().split("\n"):
-            # Lines over 4192 bytes are data.
-            if line.strip() and len(line.encode()) < 4192:
+        for line in itertools.chain.from_iterable(map(_cut, without_surrogates(text).split("\n"))):
+            if line.strip():
                 yield line.rstrip() if indented else line.strip()
                 characters += len(line)
         if characters > TRAINING_CHARACTERS:
             return
+
+
+def _cut(line: str) -> Iterator[str]:
+    """Parts of at most `_LINE_BYTES`, cut at blanks, or anywhere in scripts without; longer words in ASCII are data."""
+    content, start = line.encode(), 0
+    while len(content) - start > _LINE_BYTES:
+        end = content.rfind(b" ", start, start + _LINE_BYTES + 1)
+        if end >= 0:
+            yield content[start:end].decode()
+            start = end + 1
+            continue
+        end = start + _LINE_BYTES
+        while content[end] & 0xC0 == 0x80:  # within a character
+            end -= 1
+        if content[start:end].isascii():
+            start = content.find(b" ", end) + 1
+            if not start:
+                return
+        else:
+            yield content[start:end].decode()
+            start = end
+    yield content[start:].decode()
 
 
 def _training_texts(source: str | None, task: str, fields: Mapping[str, str] | None) -> Iterator[str]:

@@ -63,11 +63,11 @@ def run(config, source, output, workers=1, **options):
 
 
 def test_planted_copies_are_dropped_and_reported(planted, tmp_path):
-    report = run(text_config(), planted, tmp_path / "clean.jsonl", keep=["id"])
+    report = run(text_config(), planted, tmp_path / "clean.jsonl", keep=["body", "id"])
     rows = read(tmp_path / "clean.jsonl")
     assert [int(row["id"]) for row in rows] == [i for i in range(90) if i not in (40, 41, 42, 50)]
     assert list(rows[0]) == ["body", "id"] and rows[0]["body"] == document(0)
-    assert "thé common0" in rows[-31]["body"] or any("thé common0" in row["body"] for row in rows)
+    assert any("thé common0" in row["body"] for row in rows)  # `body` is kept repaired
     assert (report.read, report.kept, report.repaired, report.bad) == (90, 86, 1, 0)
     assert report.dropped == {"exact duplicate": 2, "near duplicate": 1, "length": 1}
     found = json.loads((tmp_path / "clean.report.json").read_text())

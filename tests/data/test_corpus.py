@@ -1,3 +1,5 @@
+import os
+
 import pytest
 
 from gqa.data import corpus
@@ -23,7 +25,7 @@ def test_folder_gives_text_files_in_order_without_copies_and_undecodable_ones(tm
             "b.py": b"b = 1\n",
             "a/z.txt": "été\n".encode(),
             "a/y.md": b"# y\n",
-            "copy_of_b.py": b"b = 1\n",
+            "copy_of_b.py": b"\xef\xbb\xbfb = 1\n",  # with a byte order mark
             "blank.txt": b"\n\n",
             "latin1.txt": b"\xe9t\xe9\n",
             "image.png": b"not text",
@@ -61,6 +63,25 @@ def test_file_is_cut_into_blocks_of_lines(tmp_path):
     assert "".join(block.text for block in blocks) == text
     assert all(block.text.endswith("\n") and len(block.text) < 8192 + 10 for block in blocks)
     assert {block.split for block in blocks} == {"train", "heldout"}
+
+
+@pytest.mark.parametrize("blank", [" ", ""])
+def test_long_lines_are_cut_too_between_words_if_there_are_any(blank, tmp_path):
+    path = tmp_path / "book.txt"
+    path.write_text("short\n" + blank.join(map(str, range(6000))) + blank)
+    blocks = [block.text for block in corpus.documents(str(path))]
+    assert "".join(blocks) == path.read_text()
+    assert all(8192 <= len(block) <= 8192 + 10 for block in blocks[:-1])
+    assert all(block.endswith(blank) for block in blocks) and len(blocks) > 2
+
+
+def test_a_file_s_name_may_be_any_bytes(tmp_path):
+    source = write(tmp_path, {f"{i}.txt": b"text %d" % i for i in range(5)})
+    with open(os.path.join(os.fsencode(source), b"\xff.txt"), "wb") as file:
+        file.write(b"text")
+    found = corpus.Corpus(source)
+    assert sorted(map(os.fsencode, found.names("train") + found.names("heldout")))[-1] == b"\xff.txt"
+    assert len(found.digest("train")) == 16
 
 
 def test_digest_follows_content_and_names_of_its_split(tmp_path):

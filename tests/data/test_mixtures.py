@@ -94,6 +94,11 @@ def test_the_command_writes_a_mixture(parts, tmp_path, monkeypatch, capsys):
         run(mixtures.main)
     assert exit.value.code == 0, capsys.readouterr().err
     assert read_manifest(output).parts == {str(parts[0]): 0.25, str(parts[1]): 0.75}
+    monkeypatch.setattr(
+        sys, "argv", ["mixtures.py", f"--parts={parts[0]}=1,{parts[0]}/=3", f"--output={tmp_path / 'twice'}"]
+    )
+    with pytest.raises(InputError, match=r"--parts names '.*/' twice; expected each folder once"):
+        mixtures.main()
     with pytest.raises(InputError, match="exists already"):
         write_mixture({parts[0]: 1}, output)
     with pytest.raises(InputError, match="is a mixture itself"):

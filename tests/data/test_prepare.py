@@ -153,6 +153,13 @@ def test_text_too_short_for_an_example_is_refused(make_spec, tmp_path):
         prepare(make_spec("span_corruption", source=str(tmp_path)), tmp_path / "records")
 
 
+def test_the_working_directory_is_not_replaced(make_spec, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=r"output='\.' is where the command runs; expected a folder in it"):
+        prepare(make_spec("span_corruption"), ".")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_damaged_folders_are_refused(make_spec, tmp_path):
     folder = tmp_path / "records"
     prepare(make_spec("causal_lm"), folder)

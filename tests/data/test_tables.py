@@ -45,6 +45,7 @@ def test_every_form_reads_the_same_rows(name, tmp_path):
         ("a.csv", b"question,answer\nq,a\xfe\n", "line 2 is not UTF-8: byte 3 is 0xfe"),
         ("a.tsv", b'question\tanswer\nq\t"a"b\n', "line 2 is not TSV: '\t' expected after '\"'"),
         ("a.tsv", b'question\tanswer\nq\t"a\n', "line 2 is not TSV: unexpected end of data"),
+        ("a.csv", b'question,answer\nq,a\n"q\nbad \xff\nq",a\nq,a\n', "line 4 is not UTF-8: byte 4 is 0xff"),
     ],
 )
 def test_a_bad_row_says_where_and_what(name, content, message, tmp_path):
@@ -88,6 +89,20 @@ def test_a_file_of_bad_rows_is_refused_before_its_end(tmp_path):
         list(Table(tmp_path / "a.jsonl", FIELDS).rows("train"))
 
 
+def test_all_rows_that_a_stray_quotation_mark_takes_in_are_bad(tmp_path):
+    rows = [f"q {i},a {i}\n" for i in range(40)]
+    rows[20] = '"q 20,a 20\n'
+    rows[29] = 'q 29,"a" 29\n'
+    (tmp_path / "a.csv").write_text("question,answer\n" + "".join(rows))
+    found = list(read_rows(tmp_path / "a.csv", FIELDS))
+    bad = [str(row).split(": ")[0] for row in found if isinstance(row, BadRow)]
+    assert bad == [f"{tmp_path / 'a.csv'} line {line} is not CSV" for line in range(22, 32)]
+    assert len(found) == 40
+    (tmp_path / "a.csv").write_text('"question" x,answer\nq,a\n')
+    with pytest.raises(InputError, match=r"a\.csv line 1 is not CSV: ',' expected"):
+        list(read_rows(tmp_path / "a.csv", FIELDS))
+
+
 def test_files_named_after_splits_are_those_splits(tmp_path):
     for i, name in enumerate(["train-0.jsonl", "train-1.jsonl", "dev.jsonl", "test.jsonl"]):
         (tmp_path / name).write_text(good(i))
@@ -107,6 +122,39 @@ def test_a_file_is_split_by_what_is_asked(tmp_path):
     assert not set(train) & set(heldout)
     assert 60 < len(heldout) < 140
     assert table.digest("train") != table.digest("heldout") == Table(path, FIELDS).digest("heldout")
+
+
+def test_files_named_test_are_never_trained_on(tmp_path):
+    for name, rows in {"train.jsonl": range(100), "more.jsonl": range(100, 200), "test.jsonl": range(200, 240)}.items():
+        (tmp_path / name).write_text("".join(map(good, rows)))
+    table = Table(tmp_path, FIELDS)
+    assert table.splits == ["train", "heldout", "test"]
+    found = {split: [int(row["inputs"][2:]) for row in table.rows(split)] for split in table.splits}
+    assert sorted(found["train"] + found["heldout"]) == list(range(200)) and found["heldout"]
+    assert found["test"] == list(range(200, 240))
+    with pytest.raises(InputError, match=r"are split by name; name a split: train, test$"):
+        table.all_files  # noqa: B018
+    for name in ("train.jsonl", "more.jsonl"):
+        (tmp_path / name).unlink()
+    assert Table(tmp_path, FIELDS).splits == ["test"]
+    assert Table(tmp_path, FIELDS).all_files == [tmp_path / "test.jsonl"]
+    alone = Table(tmp_path / "test.jsonl", FIELDS)  # a file is split by what is asked, whatever its name
+    assert alone.splits == ["train", "heldout"] and alone.all_files == [tmp_path / "test.jsonl"]
+
+
+@pytest.mark.parametrize("num_rows", [10, 300])
+def test_the_split_is_that_of_the_inputs_and_holds_one_out(num_rows, tmp_path):
+    """In whatever order the fields are, in parts as in the whole, halves of surrogate pairs and all."""
+    for half in range(2):
+        rows = map(good, range(half, num_rows, 2))
+        (tmp_path / f"{half}.jsonl").write_text("".join(rows) + '{"question": "\\ud800", "answer": "a"}\n')
+    table, turned = Table(tmp_path, FIELDS), Table(tmp_path, dict(reversed(FIELDS.items())))
+    found = {split: list(table.rows(split)) for split in table.splits}
+    assert sum(map(len, found.values())) == num_rows + 2
+    assert len(found["heldout"]) == 1 if num_rows == 10 else 5 < len(found["heldout"]) < 30
+    for split in table.splits:
+        assert list(turned.rows(split)) == found[split] and turned.digest(split) == table.digest(split)
+        assert [row for part in Table(tmp_path, FIELDS).parts(split) for row in part.rows(split)] == found[split]
 
 
 def test_a_path_without_tables_is_refused(tmp_path):

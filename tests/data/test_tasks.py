@@ -117,7 +117,34 @@ def test_docstrings_are_prepared_from_source(tmp_path, tiny_vocabulary):
     assert (batch["inputs"].shape, batch["targets"].shape) == ((2, 512), (2, 64))
 
 
+def test_a_split_without_rows_is_named(tmp_path, tiny_vocabulary):
+    (tmp_path / "test.jsonl").write_text('{"text": "def f(x):"}\n')
+    spec = PrepareSpec("causal_lm", str(tmp_path), str(tiny_vocabulary), 16, None, {"text": "text"})
+    with pytest.raises(InputError, match=r"the train split of .* has nothing in it$"):
+        prepare(spec, tmp_path / "records")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--limit=0", "--output=rows.jsonl"], "--limit=0; expected 1 or more"),
+        (["--output=pairs"], "--output=pairs is a folder; expected a file to write, such as supervised.jsonl"),
+        (["--output=rows.jsonl", "--fields=inputs=q,inputs=a"], "'inputs=q,inputs=a' names a role twice"),
+    ],
+)
+def test_impossible_rows_for_evaluation_are_refused(arguments, message, pairs, monkeypatch, capsys):
+    monkeypatch.chdir(pairs.parent)
+    arguments = ["--task=supervised", "--source=pairs", "--fields=inputs=q,targets=a", *arguments]
+    monkeypatch.setattr(sys, "argv", ["tasks.py", *arguments])
+    with pytest.raises(SystemExit) as exit:
+        run(tasks.main)
+    assert exit.value.code == 2 and message in capsys.readouterr().err
+    assert [path.name for path in pairs.parent.iterdir()] == ["pairs"]
+
+
 def test_rows_for_evaluation_have_the_prefix_and_all_answers(pairs, tmp_path, monkeypatch, capsys):
+    (pairs / "dev.csv").unlink()
+    (pairs / "dev.jsonl").write_text('{"q": "x", "a": "y"}\n{"q": "z\\ud800", "a": "z"}\n')
     output = tmp_path / "rows.jsonl"
     arguments = ["--task=supervised", f"--source={pairs}", "--fields=inputs=q,targets=a", "--prefix=> "]
     monkeypatch.setattr(sys, "argv", ["tasks.py", *arguments, f"--output={output}"])
@@ -126,7 +153,7 @@ def test_rows_for_evaluation_have_the_prefix_and_all_answers(pairs, tmp_path, mo
     assert exit.value.code == 0, capsys.readouterr().err
     assert [json.loads(line) for line in output.read_text().splitlines()] == [
         {"inputs": "> x", "answers": ["y"]},
-        {"inputs": "> z", "answers": ["z"]},
+        {"inputs": "> z?", "answers": ["z"]},
     ]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["pairs", "rows.jsonl"]
 
@@ -141,6 +168,7 @@ def test_rows_for_evaluation_have_the_prefix_and_all_answers(pairs, tmp_path, mo
         ({"fields": {"inputs": "q", "targets": "b"}}, r"train.csv has no column 'b' among q, a; nearest: q"),
         ({"targets_length": None}, "targets_length=None holds no target of supervised"),
         ({"inputs_length": None}, "task supervised needs an inputs_length"),
+        ({"inputs_length": 0, "task": "cnn_dailymail"}, "inputs_length=0 is too short; expected 8 or more"),
         ({"task": "causal_lm", "fields": None}, "prefix='' has no meaning for task causal_lm"),
     ],
 )

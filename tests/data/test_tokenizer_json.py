@@ -110,8 +110,10 @@ def test_a_text_that_spells_a_special_token_is_text(write_bpe):
     assert 1 in TokenizerJson(path).encode(text)
     vocabulary = open_vocabulary(path, foreign=True)
     assert 1 not in vocabulary.encode(text) and vocabulary.decode(vocabulary.encode(text)) == text
-    rows = vocabulary.encode_all(["def f", text, ""], num_threads=2)
-    assert [row.tolist() for row in rows] == [vocabulary.encode(part) for part in ("def f", text, "")]
+    texts = ["def f", text, "", "half \ud800"]  # of a surrogate pair, which is a question mark
+    rows = vocabulary.encode_all(texts, num_threads=2)
+    assert [row.tolist() for row in rows] == list(map(vocabulary.encode, texts))
+    assert rows[-1].tolist() == vocabulary.encode("half ?")
     assert vocabulary.special_ids == {"<|begin_of_text|>": 0, "<|end_of_text|>": 1}
 
 

@@ -91,6 +91,11 @@ def test_decode_leaves_out_padding_and_eos():
         VOCABULARY.decode([4096])
 
 
+def test_halves_of_surrogate_pairs_are_question_marks():
+    found = VOCABULARY.encode_all(["a \ud800", "\udfff\u2581b"], num_threads=1)
+    assert list(map(VOCABULARY.decode, found)) == ["a ?", "?\u2581b"]
+
+
 def test_threads_do_not_change_the_ids():
     texts = ["import os\n", "", "x \u2581", "y = 2"]
     assert [ids.tolist() for ids in VOCABULARY.encode_all(texts, num_threads=3)] == list(map(VOCABULARY.encode, texts))
@@ -154,7 +159,7 @@ def test_training_reads_tables(tmp_path):
 
 
 def test_every_so_many_rows_of_a_large_table(tmp_path, monkeypatch):
-    rows = [{"text": f"{'abc'[i // 400]}bcdefgh ijklm"} for i in range(1200)]
+    rows = [{"text": f"{'abc'[i // 400]}bcdefgh ijklm {i}"} for i in range(1200)]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     lines = []
     monkeypatch.setattr(vocabulary_module, "TRAINING_CHARACTERS", 4000)
@@ -165,12 +170,34 @@ def test_every_so_many_rows_of_a_large_table(tmp_path, monkeypatch):
     assert {line[0] for line in lines} == set("abc") and 100 < len(lines) < 300
 
 
+@pytest.mark.parametrize(
+    "text", ["".join(f"word{i} " for i in range(3000)).strip(), "日本語の文" * 2000, "x" * 9000 + " é"]
+)
+def test_lines_that_are_too_long_for_sentencepiece_are_cut(text, tmp_path, monkeypatch):
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": f"{text} {i}"}) + "\n" for i in range(30)))
+    lines = []
+    monkeypatch.setattr(
+        sentencepiece.SentencePieceTrainer, "Train", lambda sentence_iterator, **_: lines.extend(sentence_iterator)
+    )
+    train(str(tmp_path / "rows.jsonl"), 700, "bpe", tmp_path / "x.model")
+    assert all(len(line.encode()) < 4192 for line in lines)
+    separator = "" if text[0] == "日" else " "
+    rows = separator.join(lines)
+    number_of_rows = rows.count(text.removeprefix("x" * 9000).strip())
+    assert 25 < number_of_rows < 30 and "xx" not in rows
+
+
 def test_impossible_sizes_are_refused(corpus_folder, tmp_path):
     with pytest.raises(InputError, match="size=300 is too small"):
         train(str(corpus_folder), 300, "unigram", tmp_path / "x.model")
-    with pytest.raises(InputError, match="size=90000 does not suit source"):
-        train(str(corpus_folder), 90000, "unigram", tmp_path / "x.model")
+    (tmp_path / "rich.py").write_text(Path(argparse.__file__).read_text(encoding="utf-8"), encoding="utf-8")
+    with pytest.raises(InputError, match=r"size=90000 does not suit source .*; expected 477 to (\d+)$") as caught:
+        train(str(tmp_path / "rich.py"), 90000, "bpe", tmp_path / "x.model")
+    (tmp_path / "poor.jsonl").write_text("".join(f'{{"text": "word {i}"}}\n' for i in range(40)))
+    with pytest.raises(InputError, match=r"which has text for \d+ ids; expected more text, for 477 or more$"):
+        train(str(tmp_path / "poor.jsonl"), 90000, "bpe", tmp_path / "x.model")
     assert not list(tmp_path.glob("*.model"))
+    train(str(tmp_path / "rich.py"), int(caught.value.args[0].split()[-1]), "bpe", tmp_path / "x.model")
 
 
 def test_broken_files_are_refused(tmp_path):
