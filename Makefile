@@ -8,8 +8,8 @@ PYTHON ?= python3
 # Relative, and only ever run as `python -m …`: scripts in .venv/bin break under a path with spaces.
 RUN := .venv/bin/python
 INSTALL := $(RUN) -m pip install --quiet --disable-pip-version-check --editable
-# Two processes, a file of tests each: a core each, whose programs JAX compiles on one thread.
-WORKERS := --numprocesses=2 --dist=loadfile
+# Two processes, a file of tests each, in tests/conftest.py's order: a core each, whose programs JAX compiles on one thread.
+WORKERS := --numprocesses=2 --dist=loadfile --no-loadscope-reorder
 QUICKSTART := runs/quickstart
 MINIATURE := runs/miniature
 SWEEP := $(RUN) -m experiments.sweep --config=configs/sweeps

@@ -48,6 +48,19 @@ ARCHITECTURES = {
     "llama": dict(d_model=32, num_heads=8, head_dim=4, d_ff=64, num_layers=2, decoder_self_kv_heads=2),
 }
 
+# Files of a minute or more, the longest first.
+SLOW = """
+    reliability/test_kill training/test_posttraining decode/test_speculative test_sharding training/test_loop
+    experiments/test_timing posttraining/test_ppo reliability/test_device_counts reliability/test_processes
+    adapters/test_lora experiments/test_conversion_methods test_plan experiments/test_sweep test_train
+""".split()
+
+
+def pytest_collection_modifyitems(items):
+    """Long files first: else two workers end with one waiting for the other's last file."""
+    order = {ROOT / "tests" / f"{name}.py": number for number, name in enumerate(SLOW)}
+    items.sort(key=lambda item: order.get(item.path, len(SLOW)))
+
 
 @pytest.fixture(scope="session")
 def optimised() -> dict:
