@@ -45,7 +45,7 @@ class LoRAConfig:
     def __post_init__(self):
         if self.rank < 1:
             raise InputError(f"adapter.rank={self.rank}; expected at least 1, such as 8")
-        if self.alpha <= 0:
+        if not 0 < self.alpha < math.inf:
             raise InputError(f"adapter.alpha={self.alpha}; expected a number above 0, such as {2 * self.rank}")
         if not 0 <= self.dropout_rate < 1:
             raise InputError(f"adapter.dropout_rate={self.dropout_rate}; expected [0, 1), such as 0.05")

@@ -71,7 +71,7 @@ class TextFilters:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             values = value if isinstance(value, tuple) else (value,)
-            if any(isinstance(v, int | float) and v < 0 for v in values):
+            if any(isinstance(v, int | float) and not v >= 0 for v in values):  # NaN neither
                 raise InputError(f"cleaning: {field.name}={value}; expected 0 or more")
 
 
@@ -83,6 +83,12 @@ class PairFilters:
     max_compression: float | None
     min_similarity: float | None  # Jaccard similarity of their sets of words
     max_similarity: float | None
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if value is not None and not value >= 0:
+                raise InputError(f"cleaning: {field.name}={value}; expected 0 or more")
 
 
 @dataclass(frozen=True)

@@ -55,16 +55,18 @@ def messages_of(row: Mapping) -> list[dict]:
     A line of `preferences` is a conversation with the chosen response: what a reference is tuned on (DPO §4).
     """
     if "messages" in row:
+        if not isinstance(row["messages"], list):
+            raise InputError(f"messages is a {type(row['messages']).__name__}; expected a list of {{role, content}}")
         return row["messages"]
-    if "prompt" in row and "chosen" in row:
-        return pair_of({"rejected": "", **row})[0]
+    if _is_preference(row):
+        return [*_read_preference({"rejected": "", **row})[0], {"role": "assistant", "content": row["chosen"]}]
     for name in ("instruction", "output"):
         if name not in row:
             found = ", ".join(map(str, row)) or "nothing"
             raise InputError(f"there is no {name!r} among {found}; expected messages, or instruction and output")
-    messages = [{"role": "system", "content": row["system"]}] if row.get("system") else []
+    messages = [{"role": "system", "content": row["system"]}] if row.get("system") not in (None, "") else []
     user = {"role": "user", "content": row["instruction"]}
-    if row.get("input"):
+    if row.get("input") not in (None, ""):
         user["input"] = row["input"]
     return [*messages, user, {"role": "assistant", "content": row["output"]}]
 
@@ -72,8 +74,24 @@ def messages_of(row: Mapping) -> list[dict]:
 def pair_of(row: Mapping) -> tuple[list[dict], list[dict], int]:
     """The messages with the chosen and with the rejected response of a line of `preferences`, and its rating.
 
-    Raises `InputError` for missing fields and ratings outside of the scale, `Unusable` for equal responses.
+    Raises `InputError` for missing fields, ratings outside of the scale and prompts that are no messages, `Unusable`
+    for equal responses.
     """
+    messages, rating = _read_preference(row)
+    if row["chosen"].strip() == row["rejected"].strip():
+        raise Unusable("chosen equal to rejected", "chosen and rejected are the same response")
+    check(messages)
+    chosen, rejected = ([*messages, {"role": "assistant", "content": row[name]}] for name in ("chosen", "rejected"))
+    return chosen, rejected, rating
+
+
+def _is_preference(row: Mapping) -> bool:
+    """Whether a line of `sft` is one of `preferences`, with or without its rejected response."""
+    return "prompt" in row and "chosen" in row
+
+
+def _read_preference(row: Mapping) -> tuple[list[dict], int]:
+    """The messages of the prompt of a line of `preferences`, and its rating's place on the scale; 0: it has none."""
     for name in ("prompt", "chosen", "rejected"):
         if name not in row:
             found = ", ".join(map(str, row)) or "nothing"
@@ -89,10 +107,7 @@ def pair_of(row: Mapping) -> tuple[list[dict], list[dict], int]:
     for name in ("chosen", "rejected"):
         if not isinstance(row[name], str):
             raise InputError(f"{name} is a {type(row[name]).__name__}; expected a text")
-    if row["chosen"].strip() == row["rejected"].strip():
-        raise Unusable("chosen equal to rejected", "chosen and rejected are the same response")
-    chosen, rejected = ([*messages, {"role": "assistant", "content": row[name]}] for name in ("chosen", "rejected"))
-    return chosen, rejected, 0 if rating is None else RATINGS.index(rating) + 1
+    return messages, 0 if rating is None else RATINGS.index(rating) + 1
 
 
 def prompt_of(row: Mapping) -> list[dict]:
@@ -148,7 +163,10 @@ def flagged(example: Example) -> np.ndarray:
 
 
 class Conversations:
-    """The lines of a JSONL file in two splits by a hash of what the user asks, so that no prompt is in both."""
+    """The lines of a JSONL file in two splits by a hash of what the user asks, so that no prompt is in both.
+
+    Both tasks split a file of preferences alike: what DPO holds out, SFT on the same file has held out before.
+    """
 
     def __init__(self, source: str, task: str):
         """Raises `InputError` for a file that is missing or has lines of another form, or none of one split."""
@@ -158,7 +176,8 @@ class Conversations:
         fractions = {}
         for number, row in lines(source):
             with of_line(source, number):
-                prompt = row.get("prompt") if task == "preferences" else messages_of(row)[:-1]
+                is_preference = task == "preferences" or _is_preference(row)
+                prompt = row.get("prompt") if is_preference else messages_of(row)[:-1]
             fractions[number] = fraction_of(prompt), row
         least = min((fraction for fraction, _ in fractions.values()), default=0.0)
         threshold = max(HELDOUT_FRACTION, least + 16**-8)  # a few lines may have none under 5 %: then the lowest
@@ -178,10 +197,10 @@ class Conversations:
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def texts(self, split: str) -> Iterator[str]:
-        """What the messages of a split say; of a preference the rejected response too."""
+        """What the messages of a split's usable lines say; of a preference the rejected response too."""
         for number, row in self._rows[split]:
-            with of_line(self.source, number):
-                messages = messages_of(row)
+            with contextlib.suppress(Unusable), of_line(self.source, number):
+                messages = pair_of(row)[0] if self.task == "preferences" else messages_of(row)
                 check(messages)
                 yield from (message["content"] for message in messages)
                 if self.task == "preferences":

@@ -202,7 +202,8 @@ class Template:
 def check(messages: Sequence[Message]) -> None:
     """Raises `InputError`, with the message's number, unless users and assistant take turns, system at most first.
 
-    Every message has a text; only the last may be a user's without a response.
+    Every message has a text, and an "input" of text and a "train" that is true or false where it has these; only the
+    last may be a user's without a response.
     """
     if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
         raise InputError("there are no messages; expected a list of {role, content}")
@@ -218,6 +219,10 @@ def check(messages: Sequence[Message]) -> None:
             )
         if not isinstance(content, str):
             raise InputError(f"message {number} has a {type(content).__name__} as content; expected text")
+        if not isinstance(message.get("input"), str | None):
+            raise InputError(f"message {number} has a {type(message['input']).__name__} as input; expected text")
+        if not isinstance(message.get("train", True), bool):
+            raise InputError(f"message {number} has train {message['train']!r}; expected true or false")
         if role == "system":
             if number > 1:
                 raise InputError(f"message {number} is a system message; expected it first or not at all")
@@ -235,16 +240,21 @@ def marked(example: Example, vocabulary: Vocabulary | TokenizerJson) -> str:
     """The text of an example, trained tokens between ⟦ and ⟧, special ones by their name in ‹›."""
     names = {number: f"‹{name}›" for name, number in vocabulary.special_ids.items()}
     text, run_ids, shown, was_trained = "", [], "", False
-    for token, trained in zip(example.tokens.tolist(), example.trained.tolist(), strict=True):
+    flagged = zip(example.tokens.tolist(), example.trained.tolist(), strict=True)
+    groups = itertools.groupby(flagged, lambda pair: (pair[1], pair[0] not in names and pair[0] < vocabulary.size))
+    for (trained, is_text), group in groups:
         if trained != was_trained:
             text += "⟦" if trained else "⟧"
         was_trained = trained
-        if token in names or token >= vocabulary.size:
-            text += names.get(token, f"‹{token}›")
+        ids = [token for token, _ in group]
+        if not is_text:
+            text += "".join(names.get(token, f"‹{token}›") for token in ids)
             run_ids, shown = [], ""
             continue
-        run_ids.append(token)
-        decoded = vocabulary.decode(run_ids)  # of the whole run: alone, a piece would lose its space
+        run_ids += ids
+        # Not token by token: one of several bytes of a character is none. And from where the run starts: alone, a
+        # piece would lose its space.
+        decoded = vocabulary.decode(run_ids)
         text += decoded[len(shown) :]
         shown = decoded
     return text + ("⟧" if was_trained else "")

@@ -35,26 +35,37 @@ def kl_to_teacher(logits_BTV: jax.Array, teacher: TopK, weights_BT: jax.Array) -
     return jnp.sum(kl_BT * weights_BT.astype(jnp.float32))
 
 
+def attention_sizes(outputs_BLTD: jax.Array, weights_BT: jax.Array) -> jax.Array:
+    """Mean over the batch's positions of each layer's `‖output‖²`, float32 `[B, L]`: the same numbers in every row.
+
+    So a part of the rows still has the whole batch's.
+    """
+    weights_BT = weights_BT.astype(jnp.float32)
+    size_BLT = jnp.sum(jnp.square(outputs_BLTD.astype(jnp.float32)), -1) * weights_BT[:, None]
+    mean_size_L = size_BLT.sum((0, 2)) / jnp.maximum(weights_BT.sum(), 1.0)
+    return jnp.broadcast_to(jnp.maximum(mean_size_L, 1e-12), size_BLT.shape[:2])
+
+
 def attention_error(
-    student: Mapping[str, list[jax.Array]], teacher: Mapping[str, jax.Array], weights_BT: jax.Array
+    student: Mapping[str, list[jax.Array]],
+    teacher: Mapping[str, jax.Array],
+    sizes: Mapping[str, jax.Array],
+    weights_BT: jax.Array,
 ) -> jax.Array:
     """Sum over tokens and mean over sites and layers of `weight * ‖student - teacher‖² / mean ‖teacher‖²`.
 
     Args:
       student: by site of the decoder, each layer's attention output `[B, T, D]`.
       teacher: the same, layers stacked `[B, L, T, D]`.
+      sizes: `attention_sizes` of the teacher's, of the whole batch where these rows are a micro-batch.
       weights_BT: of the positions.
     """
     weights_BT = weights_BT.astype(jnp.float32)
     errors = []
     for site, target_BLTD in teacher.items():
-        target_BLTD = target_BLTD.astype(jnp.float32)
-        difference_BLTD = jnp.stack(student[site], axis=1).astype(jnp.float32) - target_BLTD
-        squared, size = (
-            jnp.sum(jnp.square(array), -1) * weights_BT[:, None] for array in (difference_BLTD, target_BLTD)
-        )
-        mean_size_L = size.sum((0, 2)) / jnp.maximum(weights_BT.sum(), 1.0)
-        errors.append(jnp.mean(squared.sum((0, 2)) / jnp.maximum(mean_size_L, 1e-12)))
+        difference_BLTD = jnp.stack(student[site], axis=1).astype(jnp.float32) - target_BLTD.astype(jnp.float32)
+        squared_BLT = jnp.sum(jnp.square(difference_BLTD), -1) * weights_BT[:, None]
+        errors.append(jnp.mean(jnp.sum(squared_BLT.sum(2) / sizes[site], axis=0)))
     return sum(errors) / len(errors)
 
 

@@ -1,6 +1,7 @@
 """What rejection sampling, PPO and the generation of instructions may say, checked before anything is loaded."""
 
 import dataclasses
+import math
 
 from gqa.command_line import one_of
 from gqa.data.instructions.evol import Evol
@@ -90,12 +91,12 @@ class PPOConfig:
         if self.method == "grpo" and self.samples_per_prompt < 2:
             raise InputError("ppo.samples_per_prompt=1 with grpo; expected 2 or more, such as 8: they are the baseline")
         for name in ("clip", "value_clip", "kl_limit"):
-            if getattr(self, name) <= 0:
+            if not getattr(self, name) > 0:  # NaN is not, infinity is no limit
                 raise InputError(f"ppo.{name}={getattr(self, name)}; expected a number above 0")
         for name in ("discount", "decay"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"ppo.{name}={getattr(self, name)}; expected a number in [0, 1]")
-        if self.beta < 0:
+        if not 0 <= self.beta < math.inf:
             raise InputError(f"ppo.beta={self.beta}; expected at least 0 (Llama 2: 0.01)")
 
 

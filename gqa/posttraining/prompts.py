@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -9,7 +10,7 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from gqa.data.conversations import fraction_of, lines, of_line, prompt_of
-from gqa.data.templates import Template
+from gqa.data.templates import Template, Unusable
 from gqa.errors import InputError
 
 
@@ -24,21 +25,26 @@ class Prompt(NamedTuple):
 
 
 def read_prompts(path: str | Path, template: Template, max_tokens: int) -> list[Prompt]:
-    """The prompts of a file, each once; those of more than `max_tokens` are left out, with a line on stderr.
+    """The prompts of a file, each once; those of more than `max_tokens` and conversations with an empty response before
+    the last user's message are left out, with a line on stderr.
 
-    A preference's prompt is held out here where `gqa.data.conversations` holds it out from a reward model.
+    A preference's prompt is held out here where `gqa.data.conversations` holds it out from SFT and a reward model.
 
     Raises `InputError`, with the line's number, for an empty prompt and for a line that is none, and where no prompt is
     left.
     """
     prompts: dict[str, Prompt] = {}
-    too_long, repeated = [], 0
+    too_long, repeated, skipped = [], 0, Counter()
     for number, row in lines(path):
-        with of_line(path, number):
-            messages = prompt_of(row)
-            if not isinstance(row.get("safety", False), bool):
-                raise InputError(f"safety is {row['safety']!r}; expected true or false")
-            tokens = template.prompt(messages)
+        try:
+            with of_line(path, number):
+                messages = prompt_of(row)
+                if not isinstance(row.get("safety", False), bool):
+                    raise InputError(f"safety is {row['safety']!r}; expected true or false")
+                tokens = template.prompt(messages)
+        except Unusable as unusable:
+            skipped[unusable.reason] += 1
+            continue
         if len(tokens) > max_tokens:
             too_long.append(f"line {number} has {len(tokens)}")
             continue
@@ -47,8 +53,14 @@ def read_prompts(path: str | Path, template: Template, max_tokens: int) -> list[
         fraction = fraction_of(row.get("prompt", messages))
         prompts.setdefault(key, Prompt(number, messages, tokens, row.get("safety", False), fraction))
     longer = f"{path}: {len(too_long)} prompts have more than inputs_length={max_tokens} tokens, the first:"
+    left_out = ", ".join(f"{count} {reason}" for reason, count in sorted(skipped.items()))
     if not prompts:
-        raise InputError(f"{longer} {too_long[0]}; none is left" if too_long else f"{path} is empty; expected prompts")
+        if too_long:
+            raise InputError(f"{longer} {too_long[0]}; none is left")
+        found = f"has no usable prompts ({left_out})" if left_out else "is empty"
+        raise InputError(f"{path} {found}; expected prompts")
+    if left_out:
+        tqdm.write(f"{path}: left out {left_out}", file=sys.stderr)
     if too_long:
         tqdm.write(f"{longer} {too_long[0]}; they are left out", file=sys.stderr)
     if repeated:

@@ -115,7 +115,7 @@ class TrainConfig:
                 raise InputError(f"train.{name}={getattr(self, name)}; expected at least 1")
         if self.steps is not None and self.steps < 1:
             raise InputError(f"train.steps={self.steps}; expected at least 1")
-        if self.z_loss < 0:
+        if not 0 <= self.z_loss < math.inf:
             raise InputError(f"train.z_loss={self.z_loss}; expected at least 0 (T5: 1e-4)")
         if self.batch_size % self.accumulation:
             nearest = min(divisors(self.batch_size), key=lambda n: abs(n - self.accumulation))
@@ -165,7 +165,7 @@ class DistillationConfig:
 
     def __post_init__(self):
         for name in ("text_weight", "kl_weight", "attention_weight"):
-            if getattr(self, name) < 0:
+            if not 0 <= getattr(self, name) < math.inf:
                 raise InputError(f"distillation.{name}={getattr(self, name)}; expected at least 0")
         if self.kl_weight == self.attention_weight == 0:
             raise InputError("distillation.kl_weight and attention_weight are 0; expected one above 0, or None")

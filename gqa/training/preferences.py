@@ -1,6 +1,7 @@
 """Preferences as objectives of the one loop: DPO against a reference, and the ranking loss of a reward model."""
 
 import dataclasses
+import math
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -38,7 +39,7 @@ class DPOConfig:
     reference: str  # cached: scored once, kept beside the records; live: a second model stays in memory
 
     def __post_init__(self):
-        if self.beta <= 0:
+        if not 0 < self.beta < math.inf:
             raise InputError(f"dpo.beta={self.beta}; expected a number above 0, such as 0.1")
         for name, value, choices in (("loss", self.loss, LOSSES), ("reference", self.reference, REFERENCES)):
             if value not in choices:
@@ -56,7 +57,7 @@ class RewardConfig:
     margins: tuple[float, ...]  # by rating, from the least distinct (Llama 2 table 27); all 0: no margin
 
     def __post_init__(self):
-        if len(self.margins) != len(RATINGS) or any(margin < 0 for margin in self.margins):
+        if len(self.margins) != len(RATINGS) or not all(0 <= margin < math.inf for margin in self.margins):
             raise InputError(
                 f"reward.margins={self.margins}; expected {len(RATINGS)} numbers of at least 0, "
                 f"for {', '.join(RATINGS)}"

@@ -12,12 +12,13 @@ import numpy as np
 from gqa import files, models
 from gqa.errors import InputError
 from gqa.models.observe import attention_outputs
-from gqa.objectives.distillation import TopK, attention_error, kl_to_teacher, top_k
+from gqa.objectives.distillation import TopK, attention_error, attention_sizes, kl_to_teacher, top_k
 from gqa.objectives.language_model import Sums, cross_entropy
 from gqa.training.config import DistillationConfig, RunConfig
 from gqa.training.state import digest
 
-IDS, LOG_PROBS, ATTENTION = "teacher_ids", "teacher_log_probs", "teacher_attention_"
+IDS, LOG_PROBS = "teacher_ids", "teacher_log_probs"
+ATTENTION, SIZES = "teacher_attention_", "teacher_sizes_"  # and a site
 
 
 def distillation_loss(
@@ -30,7 +31,10 @@ def distillation_loss(
 
     def loss_fn(model, batch, key, step):
         dropout_key = key if dropout else None
-        teacher_attention = {name.removeprefix(ATTENTION): batch[name] for name in batch if name.startswith(ATTENTION)}
+        teacher_attention, sizes = (
+            {name.removeprefix(prefix): batch[name] for name in batch if name.startswith(prefix)}
+            for prefix in (ATTENTION, SIZES)
+        )
         if teacher_attention:
             logits_BTV, outputs = attention_outputs(model, batch, dropout_key)
         else:
@@ -41,7 +45,7 @@ def distillation_loss(
         if config.kl_weight:
             added += config.kl_weight * kl_to_teacher(logits_BTV, TopK(batch[IDS], batch[LOG_PROBS]), weights)
         if teacher_attention:
-            added += config.attention_weight * attention_error(outputs, teacher_attention, weights)
+            added += config.attention_weight * attention_error(outputs, teacher_attention, sizes, weights)
         return sums._replace(added_sum=added)
 
     return loss_fn
@@ -103,7 +107,9 @@ class Teacher:
         said = {}
         if self._config.attention_weight > 0:
             logits_BTV, outputs = attention_outputs(model, batch)
-            said |= {ATTENTION + site: jnp.stack(outputs[site], axis=1) for site in self._sites}
+            for site in self._sites:
+                said[ATTENTION + site] = jnp.stack(outputs[site], axis=1)
+                said[SIZES + site] = attention_sizes(said[ATTENTION + site], batch["loss_weights"])
         else:
             logits_BTV = models.apply(model, batch)
         if self._config.kl_weight > 0:

@@ -194,6 +194,7 @@ def test_layers_and_back(model, adapters):
     [
         ({"rank": 0}, "adapter.rank=0; expected at least 1"),
         ({"alpha": 0.0}, "adapter.alpha=0.0; expected"),
+        ({"alpha": float("nan")}, "adapter.alpha=nan; expected"),
         ({"dropout_rate": 1.0}, "adapter.dropout_rate=1.0; expected"),
         ({"kernels": ()}, "adapter.kernels is empty"),
         ({"base": "fp4"}, "adapter.base='fp4'; expected None or one of int8, int4, nf4"),

@@ -245,6 +245,7 @@ def test_contamination_is_what_shares_words_in_a_row_with_an_evaluation_set(tmp_
     ("changes", "message"),
     [
         ({"min_words": -1}, "cleaning: min_words=-1; expected 0 or more"),
+        ({"max_ellipsis_lines": float("nan")}, "cleaning: max_ellipsis_lines=nan; expected 0 or more"),
         ({"min_wrods": 1}, "config.text: unknown 'min_wrods'; .* nearest: min_words"),
         ({"min_words": "many"}, "config.text.min_words='many' is a str; expected int or None"),
     ],

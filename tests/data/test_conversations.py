@@ -64,6 +64,8 @@ def test_every_usable_line_is_in_a_row_once(chat_vocabulary, tmp_path, task):
     if task == "sft":
         content += [row(100, output=""), row(101, instruction="x" * 100)]
         skipped = {"empty response": 1, "prompt too long": 1}
+        # Of a preference the chosen response alone: one that is equal to the rejected or has none beside it is as good.
+        content[:2] = [pair(0, chosen="number 0", rejected="number 0"), {"prompt": "say 1", "chosen": "number 1"}]
     else:
         content += [pair(100, rejected="100 is good"), pair(101, chosen=" "), pair(102, prompt="x" * 100)]
         skipped = {"chosen equal to rejected": 1, "empty response": 1, "prompt too long": 1}
@@ -129,12 +131,41 @@ def test_no_prompt_is_in_both_splits(tmp_path):
     assert not prompts[0] & prompts[1] and len(prompts[0] | prompts[1]) == 40
 
 
+def test_both_tasks_hold_out_the_same_preferences(tmp_path):
+    content = [pair(number) for number in range(100)]
+    content += [pair(number, prompt=[{"role": "user", "content": f"say {number}"}]) for number in range(100, 200)]
+    source = rows(tmp_path / "rows.jsonl", content)
+    heldout = {task: Conversations(source, task).names("heldout") for task in ("sft", "preferences")}
+    assert heldout["sft"] == heldout["preferences"]
+    # And those of conversations are what they always were.
+    assert Conversations(rows(tmp_path / "rows.jsonl", map(row, range(40))), "sft").names("heldout") == ["18", "37"]
+
+
+@pytest.mark.parametrize("task", ["sft", "preferences"])
+def test_a_vocabulary_reads_the_usable_lines(tmp_path, task):
+    content = [pair(1), pair(2), pair(3, chosen="", rejected="x"), pair(4, chosen="x", rejected="x")]
+    conversations = Conversations(rows(tmp_path / "rows.jsonl", content), task)
+    found = sorted(text for split in ("train", "heldout") for text in conversations.texts(split))
+    expected = ["1 is good", "2 is good", "say 1", "say 2"]
+    expected += ["say 4", "x"] if task == "sft" else ["1 is bad", "2 is bad"]
+    assert found == sorted(expected)
+
+
 @pytest.mark.parametrize(
     ("task", "line", "message"),
     [
         ("sft", row(3, output=7), "line 3: message 2 has a int as content"),
         ("sft", {"messages": [{"role": "bot", "content": "x"}] * 2}, "line 3: message 1 has role 'bot'"),
         ("sft", {"text": "x"}, "line 3: there is no 'instruction' among text; expected messages, or"),
+        ("sft", {"messages": None}, "line 3: messages is a NoneType; expected a list of {role, content}"),
+        ("sft", {"messages": {"role": "user"}}, "line 3: messages is a dict; expected a list"),
+        ("sft", row(3, input=5), "line 3: message 1 has a int as input; expected text"),
+        ("sft", row(3, input=0), "line 3: message 1 has a int as input; expected text"),
+        (
+            "sft",
+            {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y", "train": "no"}]},
+            "line 3: message 2 has train 'no'; expected true or false",
+        ),
         ("preferences", {"prompt": "x", "chosen": "y"}, "line 3: there is no 'rejected' among prompt, chosen"),
         (
             "preferences",
@@ -143,6 +174,7 @@ def test_no_prompt_is_in_both_splits(tmp_path):
         ),
         ("preferences", pair(3, chosen=["x"]), "line 3: chosen is a list; expected a text"),
         ("preferences", pair(3, prompt=7), "line 3: prompt is a int; expected a text or messages"),
+        ("preferences", pair(3, prompt=["x"]), "line 3: message 1 has no role and content"),
     ],
 )
 def test_lines_that_are_refused(chat_vocabulary, tmp_path, task, line, message):

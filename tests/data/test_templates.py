@@ -254,6 +254,14 @@ def test_show(chat_vocabulary, tmp_path, monkeypatch, capsys):
     assert code == 2 and shown.err == f"error: {file} is empty; expected conversations, a JSON object a line\n"
 
 
+def test_characters_of_several_tokens_are_shown():
+    vocabulary = Vocabulary(VOCABULARY, foreign=True)
+    example = Template("llama2", vocabulary).example(
+        [{**ONE[0], "content": "naïve 中文"}, {**ONE[1], "content": "中 é"}]
+    )
+    assert "naïve 中文 [/INST]⟦ 中 é" in marked(example, vocabulary)
+
+
 def test_trained_tokens_are_never_the_first(chat_vocabulary):
     for name in templates.TEMPLATES[:-1]:
         example = Template(name, chat_vocabulary).example(ONE)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import scipy.special
 
-from gqa.objectives.distillation import attention_error, kl_to_teacher, top_k
+from gqa.objectives.distillation import attention_error, attention_sizes, kl_to_teacher, top_k
 
 RNG = np.random.default_rng(0)
 STUDENT, TEACHER = RNG.normal(size=(2, 3, 4, 7)) * 2
@@ -53,5 +53,20 @@ def test_attention_outputs_are_compared_where_tokens_count():
     teacher = {"decoder_self": np.array([[[[1.0], [1.0]], [[2.0], [2.0]]], [[[1.0], [9.0]], [[2.0], [9.0]]]])}
     student = [np.array([[[1.0], [3.0]], [[1.0], [0.0]]]), np.array([[[2.0], [2.0]], [[2.0], [0.0]]])]
     weights = np.array([[1.0, 1.0], [1.0, 0.0]])
+    sizes = {site: attention_sizes(outputs, weights) for site, outputs in teacher.items()}
     # Layer 0: squared errors 0, 4, 0 over a mean square of 1; layer 1 none.
-    assert float(attention_error({"decoder_self": student}, teacher, weights)) == pytest.approx(2.0)
+    assert float(attention_error({"decoder_self": student}, teacher, sizes, weights)) == pytest.approx(2.0)
+
+
+def test_attention_errors_of_micro_batches_add_up_to_the_whole_batchs():
+    student, teacher = RNG.normal(size=(2, 4, 2, 3, 5)) * np.array([1, 2, 3, 4]).reshape(4, 1, 1, 1)
+    weights = RNG.integers(0, 2, size=(4, 3))
+    sizes = attention_sizes(teacher, weights)
+
+    def error(rows):
+        layers = {"decoder_self": [student[rows, layer] for layer in range(2)]}
+        return float(
+            attention_error(layers, {"decoder_self": teacher[rows]}, {"decoder_self": sizes[rows]}, weights[rows])
+        )
+
+    assert error(slice(0, 4, 2)) + error(slice(1, 4, 2)) == pytest.approx(error(slice(None)))

@@ -199,6 +199,8 @@ def test_beta_by_hand():
         ({"ppo.minibatch": 5}, "ppo.minibatch=5 does not divide ppo.rollouts=32; nearest: 4, 8"),
         ({"ppo.decay": 1.5}, r"ppo.decay=1.5; expected a number in \[0, 1\]"),
         ({"ppo.beta": -1.0}, "ppo.beta=-1.0; expected at least 0"),
+        ({"ppo.beta": float("nan")}, "ppo.beta=nan; expected at least 0"),
+        ({"ppo.kl_limit": float("nan")}, "ppo.kl_limit=nan; expected a number above 0"),
         ({"train.heldout": 30}, "train.heldout=30 of 40 prompts; expected at most half: 20"),
         ({"train.patience": 0}, "train.patience=0; expected 1 or more, or None"),
         ({"temperature": 0.0}, "temperature=0.0 is not above 0"),

@@ -65,6 +65,14 @@ def test_long_prompts_are_left_out_and_named(read, capsys):
         read([{"prompt": "x" * 50}])
 
 
+def test_conversations_with_an_empty_response_are_left_out_and_counted(read, capsys):
+    empty = {"messages": [user("add 1"), {"role": "assistant", "content": " "}, user("add 2")]}
+    assert [prompt.line for prompt in read([empty, {"prompt": "x"}])] == [2]
+    assert "prompts.jsonl: left out 1 empty response" in capsys.readouterr().err
+    with pytest.raises(InputError, match=r"has no usable prompts \(1 empty response\); expected prompts"):
+        read([empty])
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [
@@ -81,13 +89,14 @@ def test_lines_that_are_refused(read, row, message):
 
 
 def test_no_prompt_is_on_both_sides(read, tmp_path):
-    """And those of preferences are the ones that a reward model does not see."""
+    """And those of preferences are the ones that SFT and a reward model do not see."""
     rows = [{"prompt": f"add {number}", "chosen": "y", "rejected": "n"} for number in range(200)]
     prompts = read(rows)
     train, heldout = held_out(prompts, 20)
     assert len(heldout) == 20 and len(train) == 180
     assert not {prompt.line for prompt in train} & {prompt.line for prompt in heldout}
-    unseen = Conversations(str(tmp_path / "prompts.jsonl"), "preferences").names("heldout")
-    assert {int(line) for line in unseen} <= {prompt.line for prompt in heldout}
+    for task in ("preferences", "sft"):
+        unseen = Conversations(str(tmp_path / "prompts.jsonl"), task).names("heldout")
+        assert {int(line) for line in unseen} <= {prompt.line for prompt in heldout}
     with pytest.raises(InputError, match=r"train\.heldout=101 of 200 prompts; expected at most half: 100"):
         held_out(prompts, 101)

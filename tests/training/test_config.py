@@ -6,6 +6,7 @@ import pytest
 
 from gqa import models
 from gqa.command_line import load_config
+from gqa.data.conversations import RATINGS
 from gqa.data.prepare import read_manifest
 from gqa.errors import InputError
 from gqa.training import config as run_config
@@ -13,6 +14,8 @@ from gqa.training import config as run_config
 ROOT = Path(__file__).parents[2]
 # Those in folders below belong to other commands.
 CONFIGS = sorted((ROOT / "configs").glob("*.py"))
+DPO = dict(beta=0.1, loss="sigmoid", label_smoothing=0.0, length_normalised=False, reference="cached")
+DISTILLATION = dict(teacher="folder", text_weight=1.0, kl_weight=1.0, attention_weight=0.0, top_k=None, cache=None)
 
 
 def error_of(function, *arguments) -> str:
@@ -65,6 +68,7 @@ def test_configs_are_found():
         ({"train.keep_minutes": -3}, "train.keep_minutes=-3.0; expected more than 0, such as 60, or None"),
         ({"train.peak_tflops": float("inf")}, "train.peak_tflops=inf; expected more than 0, such as 989, or None"),
         ({"train.z_loss": -1}, "train.z_loss=-1.0; expected at least 0 (T5: 1e-4)"),
+        ({"train.z_loss": float("nan")}, "train.z_loss=nan; expected at least 0 (T5: 1e-4)"),
         ({"train.accumulation": 3}, "train.accumulation=3 does not divide train.batch_size=8; nearest: 2"),
         ({"train.accumulation": 16}, "train.accumulation=16 does not divide train.batch_size=8; nearest: 8"),
         (
@@ -94,6 +98,16 @@ def test_configs_are_found():
             "uptrain.original_steps=0; expected at least 1 (T5.1.1: 1000000)",
         ),
         ({"uptrain": {"alpha": 0.5}}, "config.uptrain.original_steps is missing"),
+        ({"dpo": DPO | {"beta": float("nan")}}, "dpo.beta=nan; expected a number above 0, such as 0.1"),
+        ({"dpo": DPO | {"beta": float("inf")}}, "dpo.beta=inf; expected a number above 0, such as 0.1"),
+        (
+            {"reward": {"margins": (0.0, 1.0, 2.0, float("nan"))}},
+            f"reward.margins=(0.0, 1.0, 2.0, nan); expected 4 numbers of at least 0, for {', '.join(RATINGS)}",
+        ),
+        (
+            {"distillation": DISTILLATION | {"kl_weight": float("nan")}},
+            "distillation.kl_weight=nan; expected at least 0",
+        ),
         (
             {"optimizer.name": "adam"},
             "optimizer.name='adam'; expected one of adafactor, adamw; nearest: adamw",

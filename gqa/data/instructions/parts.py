@@ -1,14 +1,18 @@
 """What the prompt programs share: seeds, requests, candidates; tags; near-copies."""
 
 import re
+import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 from typing import NamedTuple, Protocol
 
+from tqdm import tqdm
+
 from gqa.data.conversations import lines, messages_of, of_line
-from gqa.data.templates import Turn, check
+from gqa.data.templates import Turn, Unusable, check
 from gqa.errors import InputError
 
 
@@ -112,14 +116,23 @@ def read_seeds(path: str | Path) -> list[Seed]:
     """The seeds of a JSONL file: of every line its first user's message and, where there is one, the answer to it.
 
     A line is a conversation, a preference, `{"instruction", "input", "output"}` or `{"prompt": text or messages}`, with
-    `"submixture"` or not. Raises `InputError`, with the line's number, for another, and for a file without lines.
+    `"submixture"` or not. Lines with an empty response are left out, with a line on stderr.
+
+    Raises `InputError`, with the line's number, for another, and for a file without usable lines.
     """
-    seeds = []
+    seeds, skipped = [], Counter()
     for number, row in lines(path):
-        with of_line(path, number):
-            seeds.append(_seed(number, row))
+        try:
+            with of_line(path, number):
+                seeds.append(_seed(number, row))
+        except Unusable as unusable:
+            skipped[unusable.reason] += 1
+    left_out = ", ".join(f"{count} {reason}" for reason, count in sorted(skipped.items()))
     if not seeds:
-        raise InputError(f"{path} is empty; expected seeds, a JSON object a line")
+        found = f"has no usable seeds ({left_out})" if left_out else "is empty"
+        raise InputError(f"{path} {found}; expected seeds, a JSON object a line")
+    if left_out:
+        tqdm.write(f"{path}: left out {left_out}", file=sys.stderr)
     return seeds
 
 

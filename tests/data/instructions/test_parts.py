@@ -105,3 +105,10 @@ def test_seeds_that_are_refused(read, row, message):
 def test_no_seeds(read):
     with pytest.raises(InputError, match="is empty; expected seeds"):
         read()
+    with pytest.raises(InputError, match=r"has no usable seeds \(1 empty response\); expected seeds"):
+        read({"instruction": "Add.", "output": " "})
+
+
+def test_seeds_with_an_empty_response_are_left_out_and_counted(read, capsys):
+    assert read({"instruction": "Add.", "output": " "}, {"prompt": "Why?"}) == [Seed(2, "Why?", None, None)]
+    assert capsys.readouterr().err.endswith("seeds.jsonl: left out 1 empty response\n")
