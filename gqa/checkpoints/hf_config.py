@@ -220,8 +220,8 @@ def _read_llama(fields: Fields, choices: Mapping[str, Any]) -> LlamaConfig:
     num_layers = fields.take("num_hidden_layers", int, at_most=MAX_LAYERS)
     # null is as many as query heads whatever the model_type, left out is not.
     num_kv_heads = num_heads if "num_key_value_heads" in fields.raw else theirs.num_kv_heads or num_heads
-    # transformers 5 puts everything in rope_parameters; before, theta stood alone beside rope_scaling.
-    rope = Fields(fields.take("rope_parameters", dict, None) or fields.take("rope_scaling", dict, {}), fields.path)
+    # transformers 5 puts everything in rope_parameters; before, theta stood alone beside rope_scaling, which wins.
+    rope = Fields(fields.take("rope_scaling", dict, None) or fields.take("rope_parameters", dict, {}), fields.path)
     return LlamaConfig(
         vocab_size=fields.take("vocab_size", int),
         d_model=d_model,
@@ -327,7 +327,8 @@ def _llama_model_type(config: LlamaConfig) -> str:
         raise InputError("qkv_bias and qk_norm are true: no model_type of transformers has both; expected one of them")
     if config.qkv_bias or config.qk_norm:
         return "qwen2" if config.qkv_bias else "qwen3"
-    return "llama" if config.sliding_window is None else "mistral"
+    # transformers' Llama, unlike its Mistral, refuses widths that the heads do not divide.
+    return "llama" if config.sliding_window is None and config.d_model % config.num_heads == 0 else "mistral"
 
 
 def _key_of(choices: Mapping[str, str], value: str) -> str:

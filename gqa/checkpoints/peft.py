@@ -36,6 +36,13 @@ _UNSUPPORTED = {
     "alpha_pattern": ({}, None),
     "lora_bias": (False, None),
     "trainable_token_indices": ([], None),
+    # Starts at which the base's own kernels change.
+    "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal", None),
+    **dict.fromkeys(
+        "alora_invocation_tokens arrow_config corda_config kasa_config layer_replication lora_ga_config "
+        "monteclora_config use_bdlora use_qalora".split(),
+        (None, False, [], {}),
+    ),
 }
 
 

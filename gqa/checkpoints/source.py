@@ -23,7 +23,7 @@ class Contents(NamedTuple):
 
 # Everything that tokenizers of these families are saved as, and how to generate.
 COMPANIONS = ("*.model", "tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt")
-COMPANIONS += ("chat_template.jinja", "generation_config.json")
+COMPANIONS += ("chat_template.jinja", "generation_config.json", "reward_head.safetensors")
 
 
 def companions(directory: Path) -> list[Path]:

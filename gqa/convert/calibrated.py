@@ -26,6 +26,7 @@ POOLED: dict[str, Callable] = {"mean": pooling.mean, "first": pooling.first, "ra
 BASES = {"procrustes": True, "svd": True, "svd_values": False}
 STEPS = ("group", "renorm", "refit")
 DEAD = 1e-12  # of the largest energy of a unit
+RESOLVED = 1e-6  # of the outputs' energy: what sums in float32 tell from nothing
 RIDGE = 1e-3  # of the refit, relative to the mean square of a head output; more where there are few tokens
 
 
@@ -148,16 +149,14 @@ def _convert(
     """The layer with the attention `name` converted, and what was kept."""
     before = getattr(layer, name)
     heads = read_heads(before)
-    queries = moments.of_queries(heads)
     found: dict[str, Any] = {}
     if method.base in POOLED:
         new_heads = read_heads(POOLED[method.base](before, None, wanted, key))
     else:
-        new_heads, found = _rebased(heads, moments, queries, wanted, method.base, rotary)
+        new_heads, found = _rebased(heads, moments, wanted, method.base, rotary)
     if method.renorm:
         new_heads = procrustes.restore_norm(new_heads, heads, moments)
-    dead = _dead(queries, svd.out_energy(heads))
-    if dead:
+    if dead := _dead(heads):
         found["dead_heads"] = dead
     # Its number of heads comes with the kernels.
     attention = write_heads(before, new_heads)
@@ -172,9 +171,7 @@ def _convert(
     return with_attention(layer, name, attention), found
 
 
-def _rebased(
-    heads: Heads, moments: Moments, queries: np.ndarray, wanted: int, base: str, rotary: bool
-) -> tuple[Heads, dict[str, Any]]:
+def _rebased(heads: Heads, moments: Moments, wanted: int, base: str, rotary: bool) -> tuple[Heads, dict[str, Any]]:
     """The heads of a base that changes their basis, and the energy they keep."""
     if base == "procrustes":
         return procrustes.mean(procrustes.align(heads, moments, wanted, rotary), wanted), {}
@@ -183,7 +180,7 @@ def _rebased(
     found = {"value_energy_kept": _share(values)}
     if base == "svd_values":
         return procrustes.mean(heads, wanted)._replace(value=value, out=out), found
-    keys = svd.key_basis(heads, moments, queries, wanted, rotary)
+    keys = svd.key_basis(heads, moments, wanted, rotary)
     key, query = svd.share_keys(heads, keys)
     return Heads(query, key, value, out), {"key_energy_kept": _share(keys)} | found
 
@@ -193,10 +190,14 @@ def _share(basis: svd.Basis) -> float:
     return float(basis.kept.sum() / total) if total > 0 else 1.0
 
 
-def _dead(*moments: np.ndarray) -> list[int]:
-    """Units whose queries, or whose outputs, have next to no energy: sharing with them costs nothing."""
-    energies = [np.trace(side, axis1=1, axis2=2) for side in moments]
-    return sorted({int(unit) for energy in energies for unit in np.flatnonzero(energy <= DEAD * energy.max())})
+def _dead(heads: Heads) -> list[int]:
+    """Units whose values or outputs are next to nothing, whatever they read: `‖W_V W_O‖²` summed over query heads.
+
+    A unit without queries or keys is none of them: it reads the mean of its values.
+    """
+    values = heads.value.transpose(1, 2, 0) @ heads.value.transpose(1, 0, 2)  # [K, d, d]
+    energy = np.sum(values * svd.out_energy(heads), axis=(1, 2))
+    return np.flatnonzero(energy <= DEAD * energy.max()).tolist()
 
 
 def _refit(sums: FitSums, out: np.ndarray) -> tuple[np.ndarray, float]:
@@ -211,5 +212,7 @@ def _refit(sums: FitSums, out: np.ndarray) -> tuple[np.ndarray, float]:
     factor = scipy.linalg.cho_factor(system, lower=True, overwrite_a=True)
     fitted = scipy.linalg.cho_solve(factor, sums.zy + ridge * kernel, overwrite_b=True)
     # ‖Z W‖² = ⟨W, Zᵀ Y + λ (W_O - W)⟩ is what the equations say of the solution.
-    missed = sums.yy - np.vdot(sums.zy, fitted) + ridge * np.vdot(fitted, kernel - fitted)
-    return fitted.reshape(out.shape), float(missed)
+    missed = float(sums.yy - np.vdot(sums.zy, fitted) + ridge * np.vdot(fitted, kernel - fitted))
+    if missed < RESOLVED * sums.yy:
+        missed = min(missed, sums.missed)
+    return fitted.reshape(out.shape), missed

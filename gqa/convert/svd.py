@@ -28,12 +28,12 @@ class Basis(NamedTuple):
     total: np.ndarray  # [K new], energy there was
 
 
-def key_basis(heads: Heads, moments: Moments, queries: np.ndarray, num_kv_heads: int, rotary: bool) -> Basis:
+def key_basis(heads: Heads, moments: Moments, num_kv_heads: int, rotary: bool) -> Basis:
     """Of keys: the shared ones lose the least score energy `E[(q·(k - k̂))²]`, if q and k are independent.
 
-    Without RoPE the top eigenvectors of `M Σ_K M` with M² the `queries`' second moments, `moments.of_queries(heads)`;
-    with it, see `rotary_basis`.
+    Without RoPE the top eigenvectors of `M Σ_K M` with M² the queries' second moments; with it, see `rotary_basis`.
     """
+    queries = moments.of_queries(heads)
     if rotary:
         return rotary_basis(rotary_energy(queries), complex_moments(heads, moments), num_kv_heads)
     return _shared_basis(heads, queries, lambda group: moments.of_keys(group, centred=True), num_kv_heads)

@@ -102,6 +102,20 @@ def test_mistral_without_a_window_is_written_as_llama():
     config = read("mistral", sliding_window=None)
     raw, reread = written(config)
     assert raw["model_type"] == "llama" and reread == config
+    odd = models.replace(config, num_heads=6, decoder_self_kv_heads=6, head_dim=10)  # transformers' Llama refuses it
+    raw, reread = written(odd)
+    assert raw["model_type"] == "mistral" and reread == odd
+
+
+def test_rope_scaling_wins_over_rope_parameters():
+    llama_3 = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0)
+    both = dict(
+        rope_parameters=dict(rope_type="default", rope_theta=10.0),
+        rope_scaling=llama_3 | dict(original_max_position_embeddings=64),
+    )
+    config = read("llama", **both)
+    assert (config.rope_scaling.factor, config.rope_theta) == (8.0, 10000.0)
+    assert read("llama", **both | {"rope_scaling": None}).rope_theta == 10.0
 
 
 def test_a_table_of_relative_biases_per_layer():

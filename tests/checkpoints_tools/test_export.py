@@ -20,7 +20,13 @@ def folder(tmp_path_factory, random_model):
 
     def make(size: str, dtype: str = "float32", **changes):
         folder = tmp_path_factory.mktemp("checkpoints")
-        for name in ("spiece.model", "tokenizer.json", "generation_config.json", "provenance.json"):
+        for name in (
+            "spiece.model",
+            "tokenizer.json",
+            "generation_config.json",
+            "reward_head.safetensors",
+            "provenance.json",
+        ):
             (folder / name).write_text(json.dumps({"name": name}))
         model = random_model(models.replace(models.size(size), **changes))
         ids = {"pad_token_id": 3, "eos_token_id": 7}
@@ -56,7 +62,7 @@ def test_stock_t5(t5, tmp_path, call, capsys):
         np.testing.assert_array_equal(found[name].read(), expected, err_msg=name)
     assert found.keys() == source.keys()
 
-    for name in ("spiece.model", "tokenizer.json", "generation_config.json"):
+    for name in ("spiece.model", "tokenizer.json", "generation_config.json", "reward_head.safetensors"):
         assert (output / name).read_bytes() == (t5 / name).read_bytes()
     sums = dict(reversed(line.split("  ")) for line in (output / "SHA256SUMS").read_text().splitlines())
     files = {path.name for path in output.iterdir()}

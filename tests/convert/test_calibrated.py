@@ -92,6 +92,9 @@ def test_copies_in_other_bases_are_shared_without_loss(case, copies, rows, logit
     ):
         assert np.abs(logits(found) - expected).max() <= 1e-3
     assert np.abs(logits(converted(model, 2, "mean")) - expected).max() > 1e-1
+    kv_heads = dict.fromkeys(sites(model), 2)
+    _, report = convert_calibrated(model, kv_heads, "svd+refit", KEY, batches=rows, statistics=statistics)
+    assert max(entry["output_error"] for entry in report) <= 1e-4
     model = copies(case, 4)
     assert np.abs(logits(converted(model, 1, "svd+group")) - logits(model)).max() <= 1e-3
 
@@ -298,11 +301,12 @@ def test_pooled_heads_are_those_of_pooling(method, teacher):
 
 def test_dead_heads_are_named_by_their_number_before(teacher, with_heads):
     def kill(heads, site, number):
-        query, out = heads.query.copy(), heads.out.copy()
+        query, value, out = heads.query.copy(), heads.value.copy(), heads.out.copy()
         if number == 1:
-            query[:, 0] = 0
+            value[:, 0] = 0
+            query[:, 1] = 0  # still reads the mean of its values
             out[3] = 0
-        return heads._replace(query=query, out=out)
+        return heads._replace(query=query, value=value, out=out)
 
     model = with_heads(teacher("llama"), kill)
     for method in ("svd", "svd+group", "mean+renorm"):

@@ -13,7 +13,7 @@ SEEDS = st.integers(0, 2**32 - 1)
 
 def shared(heads, moments, num_kv_heads, rotary):
     """What SVD makes of heads, with the bases of keys and values."""
-    keys = svd.key_basis(heads, moments, moments.of_queries(heads), num_kv_heads, rotary)
+    keys = svd.key_basis(heads, moments, num_kv_heads, rotary)
     values = svd.value_basis(heads, moments, num_kv_heads)
     key, query = svd.share_keys(heads, keys)
     value, out = svd.share_values(heads, values)

@@ -97,6 +97,8 @@ def test_adapters_that_are_refused(model, adapters, tmp_path):
     for change, message in (
         ({"peft_type": "IA3"}, "has peft_type 'IA3'; expected LORA"),
         ({"use_dora": True}, "has use_dora=True; expected False"),
+        ({"init_lora_weights": "pissa"}, "has init_lora_weights='pissa'; expected True"),
+        ({"layer_replication": [[0, 2], [1, 2]]}, "has layer_replication=.*; expected None"),
         ({"r": "8"}, "has r='8'"),
     ):
         (folder / "adapter_config.json").write_text(json.dumps(raw | change))
