@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import math
 from typing import Any
 
 import jax
@@ -60,7 +59,7 @@ def head_notes(architecture: models.ModelConfig, tensor: int) -> list[str]:
                 nearest = max(n for n in divisors(K) if n <= tensor)
                 notes.append(
                     f"{site}: K={K} is not divisible by tensor={tensor}: every device holds all {K} key/value "
-                    f"head(s), {tensor / math.gcd(K, tensor):.0f} times what a cut would leave; nearest tensor that "
+                    f"head(s), {tensor} times what a cut would leave; nearest tensor that "
                     f"divides: {nearest}"
                 )
     return notes
