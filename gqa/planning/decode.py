@@ -10,8 +10,10 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
 
 from gqa import models, sharding
+from gqa.command_line import one_of
 from gqa.errors import InputError
 from gqa.models.heads import divisors
+from gqa.nn.cache import check_cache_dtype
 from gqa.planning import hlo, roofline
 from gqa.planning.chips import Topology
 from gqa.planning.programs import (
@@ -26,6 +28,7 @@ from gqa.planning.programs import (
 )
 from gqa.planning.train import Plan, head_notes, with_total
 from gqa.sharding import MeshConfig
+from gqa.training.config import DTYPES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +58,8 @@ class DecodeConfig:
         for name in ("batch_size_per_device", "inputs_length", "new_tokens"):
             if getattr(config, name) < 1:
                 raise InputError(f"config.{name}={getattr(config, name)}; expected at least 1")
+        one_of("config.dtype", config.dtype, DTYPES)
+        check_cache_dtype(config.cache_dtype)
         if not config.kv_heads:
             raise InputError("config.kv_heads is empty; expected numbers such as (64, 8, 1)")
         return config
@@ -139,7 +144,7 @@ def _row(config, architecture, topology, price, mesh: Mesh | AbstractMesh, wante
     elif estimate:
         most = largest(0)
     row = {
-        "fits_wanted": (attempts[0]["fits"] if attempts else rows == wanted) is not False,
+        "fits_wanted": attempts[0]["fits"] if attempts else rows == wanted,
         "batch": rows,
         "largest_batch": most if len(attempts) < 2 else rows,
         "attempts": attempts,
