@@ -149,6 +149,13 @@ def test_decoding_smaller_caches_hold_more_rows():
     assert times == sorted(times, reverse=True)
 
 
+def test_decoding_on_cpus_has_no_limit():
+    raw = DECODING | dict(changes=dict(num_encoder_layers=1, num_decoder_layers=1), kv_heads=(1,))
+    found, text = plan.make_plan(raw, parse_topology("cpu:1"), search=False, price=None)
+    assert found["source"] == "compiled" and found["rows"][0]["fits_wanted"] is None
+    assert "| 1 | limit not known |  | 2 |" in text
+
+
 @pytest.fixture
 def error_of(config_file, monkeypatch, capsys):
     """A function (overrides of a T5's config, arguments) -> the error line."""
@@ -172,6 +179,8 @@ def error_of(config_file, monkeypatch, capsys):
     [
         ({}, ["--topology=v4:5x5x5"], "--topology=v4:5x5x5: v4 has no slice 5x5x5; nearest: v4:4x4x8 (128 chips)"),
         ({}, ["--topology=gpu", "--price=-1"], "--price=-1.0; expected USD per chip-hour, at least 0"),
+        ({}, ["--topology=gpu", "--price=nan"], "--price=nan; expected USD per chip-hour, at least 0"),
+        ({}, ["--topology=gpu", "--output=tests"], "--output=tests is a folder; nearest: tests/plan.json"),
         ({}, ["--topology=gpu", "--output=no/plan.json"], "--output=no/plan.json: there is no folder no"),
         (
             {"mesh.fsdp": 3},
@@ -211,6 +220,8 @@ def test_without_libtpu_one_line_says_how_to_get_it(error_of, monkeypatch):
         ({"kv_heads": (3,)}, "decoder_self_kv_heads=3 does not divide num_heads=4; nearest: 2, 4"),
         ({"batch": 3}, "config.batch is unknown in a decoding config"),
         ({"new_tokens": 0}, "config.new_tokens=0; expected at least 1"),
+        ({"dtype": "bf16"}, "config.dtype: unknown 'bf16'; expected one of float32, bfloat16; nearest: bfloat16"),
+        ({"cache_dtype": "int4"}, "cache type 'int4' is unknown; expected int8, or none for the model's own"),
         (
             {"mesh": dict(data=8, fsdp=1, tensor=1)},
             "mesh data=8 x fsdp=1 x tensor=1 needs 8 device(s), found 2; set one size to -1",
