@@ -90,10 +90,12 @@ def make_plan(raw: dict, topology, *, search: bool, price: float | None) -> tupl
     if "train" not in raw:
         config = decode.DecodeConfig.of(raw)
         if search:
-            plan, _ = decode.search(config, topology, price, estimate=not found)
+            plan, ranked = decode.search(config, topology, price, estimate=not found)
+            plan["candidates"] = ranked[:8]
+            texts = [report.decoding(plan, topology), "", f"Recommended: {searching.mesh_overrides(plan)}"]
         else:
             plan = decode.plan(config, topology, price, estimate=not found)
-        texts = [report.decoding(plan, topology)]
+            texts = [report.decoding(plan, topology)]
     else:
         config = run_config.parse(raw)
         architecture = config.model.architecture()
