@@ -3,7 +3,6 @@
 The schedule of QLoRA for its largest models (Dettmers et al. 2023): a constant 1e-4, gradients clipped at 0.3. As in
 `finetune_llama_2_70b.py` all tokens are targets, so the cost is SFT's. What it takes:
 
-    python -m gqa.plan --config=configs/finetune_llama_2_70b_qlora.py --topology=v5p:1x1x1
     python -m gqa.plan --config=configs/finetune_llama_2_70b_qlora.py --topology=gpu:h100:1
 
 To run it, put text in `text/`, the checkpoint in `llama-2-70b/` and add `--config.model.checkpoint=llama-2-70b`.

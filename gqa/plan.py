@@ -12,6 +12,7 @@ needed; cpu:8: forced host devices; gpu or gpu:h100:8: compiled where the GPUs a
 import argparse
 import contextlib
 import importlib.metadata
+import math
 import os
 import resource
 import sys
@@ -35,10 +36,12 @@ def main() -> None:
     from gqa.planning import chips
 
     topology = chips.parse_topology(arguments.topology)
-    if arguments.price is not None and arguments.price < 0:
+    if arguments.price is not None and not 0 <= arguments.price < math.inf:
         raise InputError(f"--price={arguments.price}; expected USD per chip-hour, at least 0")
     if arguments.output and not arguments.output.parent.is_dir():
         raise InputError(f"--output={arguments.output}: there is no folder {arguments.output.parent}")
+    if arguments.output and arguments.output.is_dir():
+        raise InputError(f"--output={arguments.output} is a folder; nearest: {arguments.output / 'plan.json'}")
     # Before JAX is imported, which reads them once. Warnings of the partitioner are of no use to who reads a plan.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     if topology.chip.platform != "gpu":
@@ -87,10 +90,12 @@ def make_plan(raw: dict, topology, *, search: bool, price: float | None) -> tupl
     if "train" not in raw:
         config = decode.DecodeConfig.of(raw)
         if search:
-            plan, _ = decode.search(config, topology, price, estimate=not found)
+            plan, ranked = decode.search(config, topology, price, estimate=not found)
+            plan["candidates"] = ranked[:8]
+            texts = [report.decoding(plan, topology), "", f"Recommended: {searching.mesh_overrides(plan)}"]
         else:
             plan = decode.plan(config, topology, price, estimate=not found)
-        texts = [report.decoding(plan, topology)]
+            texts = [report.decoding(plan, topology)]
     else:
         config = run_config.parse(raw)
         architecture = config.model.architecture()

@@ -7,6 +7,7 @@ import pytest
 
 from gqa import command_line, plan
 from gqa.errors import InputError
+from gqa.planning import decode
 from gqa.planning.chips import parse_topology
 
 MESH = {"mesh": {"data": 2, "fsdp": 2, "tensor": 2}}
@@ -74,6 +75,21 @@ def test_an_estimate_says_that_it_is_one(tiny_config):
     )
 
 
+def test_an_estimate_cuts_along_the_sequence(tiny_config):
+    raw = tiny_config("llama", {"data.inputs_length": 64})
+    by_data, by_sequence = (
+        plan.make_plan(raw | {"mesh": mesh}, parse_topology("gpu:h100:8"), search=False, price=None)[0]
+        for mesh in (raw["mesh"] | {"data": 8}, raw["mesh"] | {"data": 1, "sequence": 8})
+    )
+    assert by_data["work"] == by_sequence["work"]
+    # But that each device holds all keys and values: 2 layers, 8 rows of 64, K=2, d=4, float32.
+    ones = 2 * 64 * 2 * 2 * 4 * 4
+    found = [each["memory"]["parts"]["activations"] for each in (by_data, by_sequence)]
+    assert found[1] - found[0] == pytest.approx(1.1 * 7 * ones, abs=2)
+    gathered = [each for each in by_sequence["collectives"] if each["kind"] == "all-gather"]
+    assert gathered == [{"kind": "all-gather", "group": 8, "count": 4, "sent": 2 * 8 * ones * 7 // 8}]
+
+
 def test_a_plan_that_does_not_fit_says_what_would(tiny_config):
     raw = tiny_config("llama", {"model.size": "llama_2_13b", "model.changes": {}, "mesh.data": 8})
     found, text = plan.make_plan(raw, parse_topology("gpu:h100:8"), search=False, price=None)
@@ -109,13 +125,14 @@ def test_adapters_are_planned_as_they_are_trained(tiny_config):
     assert work["model_flops_per_device"] < whole["work"]["model_flops_per_device"]
 
 
-def test_preferences_are_not_planned():
+@pytest.mark.parametrize("search", [False, True])
+def test_preferences_are_not_planned(search):
     config = command_line.load_config(
         "configs/posttraining/reward.py",
         ["--config.data.source=pairs.jsonl", "--config.model.checkpoint=assets/teacher_llama"],
     )
     with pytest.raises(InputError, match=r"^config\.reward: a plan covers training on text alone; expected None$"):
-        plan.make_plan(config.to_dict(), parse_topology("cpu:1"), search=False, price=None)
+        plan.make_plan(config.to_dict(), parse_topology("cpu:1"), search=search, price=None)
 
 
 def test_a_search_recommends_what_fits(tiny_config):
@@ -149,6 +166,28 @@ def test_decoding_smaller_caches_hold_more_rows():
     assert times == sorted(times, reverse=True)
 
 
+def test_a_search_keeps_to_the_heads_that_fit():
+    raw = DECODING | dict(size="t5_1_1_xxl", kv_heads=(64, 1), inputs_length=8_000_000, batch_size_per_device=1)
+    raw |= dict(changes=dict(num_encoder_layers=1, num_decoder_layers=1))
+    found, text = plan.make_plan(raw, parse_topology("gpu:h100:1"), search=True, price=None)
+    assert [row["batch"] for row in found["rows"]] == [0, 1] and len(found["candidates"]) == 1
+    assert "Recommended: --config.mesh.data=1 --config.mesh.fsdp=1 --config.mesh.tensor=1" in text
+
+
+def test_decoding_on_cpus_has_no_limit():
+    raw = DECODING | dict(changes=dict(num_encoder_layers=1, num_decoder_layers=1), kv_heads=(1,))
+    found, text = plan.make_plan(raw, parse_topology("cpu:1"), search=False, price=None)
+    assert found["source"] == "compiled" and found["rows"][0]["fits_wanted"] is None
+    assert "| 1 | limit not known |  | 2 |" in text
+    # An estimate has the FLOPs that the loop was traced with.
+    (estimated,) = decode.plan(decode.DecodeConfig.of(raw), parse_topology("cpu:1"), None, estimate=True)["rows"]
+    flops, read = (estimated["work"][name] for name in ("flops_per_device_and_step", "bytes_per_device_and_step"))
+    assert flops == pytest.approx(found["rows"][0]["work"]["flops_per_device_and_step"], rel=0.01)
+    # It reads neither the encoder nor what looks tokens up.
+    parts = estimated["memory"]["parts"]
+    assert parts["cache"] < read < parts["cache"] + 0.6 * parts["parameters"]
+
+
 @pytest.fixture
 def error_of(config_file, monkeypatch, capsys):
     """A function (overrides of a T5's config, arguments) -> the error line."""
@@ -172,6 +211,8 @@ def error_of(config_file, monkeypatch, capsys):
     [
         ({}, ["--topology=v4:5x5x5"], "--topology=v4:5x5x5: v4 has no slice 5x5x5; nearest: v4:4x4x8 (128 chips)"),
         ({}, ["--topology=gpu", "--price=-1"], "--price=-1.0; expected USD per chip-hour, at least 0"),
+        ({}, ["--topology=gpu", "--price=nan"], "--price=nan; expected USD per chip-hour, at least 0"),
+        ({}, ["--topology=gpu", "--output=tests"], "--output=tests is a folder; nearest: tests/plan.json"),
         ({}, ["--topology=gpu", "--output=no/plan.json"], "--output=no/plan.json: there is no folder no"),
         (
             {"mesh.fsdp": 3},
@@ -182,6 +223,11 @@ def error_of(config_file, monkeypatch, capsys):
             {"train.batch_size": 12},
             ["--topology=gpu:h100:8"],
             "train.batch_size=12 in 1 micro-batch(es) is not divisible by data*fsdp=8 devices; nearest: 16",
+        ),
+        (
+            {"train.batch_size": 7},
+            ["--topology=gpu:h100:32", "--search"],
+            "--search: train.batch_size=7 is divisible by no mesh of gpu:h100:32; nearest: 8",
         ),
         (
             {"mesh.tensor": 16},
@@ -211,6 +257,8 @@ def test_without_libtpu_one_line_says_how_to_get_it(error_of, monkeypatch):
         ({"kv_heads": (3,)}, "decoder_self_kv_heads=3 does not divide num_heads=4; nearest: 2, 4"),
         ({"batch": 3}, "config.batch is unknown in a decoding config"),
         ({"new_tokens": 0}, "config.new_tokens=0; expected at least 1"),
+        ({"dtype": "bf16"}, "config.dtype: unknown 'bf16'; expected one of float32, bfloat16; nearest: bfloat16"),
+        ({"cache_dtype": "int4"}, "cache type 'int4' is unknown; expected int8, or none for the model's own"),
         (
             {"mesh": dict(data=8, fsdp=1, tensor=1)},
             "mesh data=8 x fsdp=1 x tensor=1 needs 8 device(s), found 2; set one size to -1",

@@ -5,6 +5,7 @@ import itertools
 import math
 import re
 
+from gqa.command_line import nearest
 from gqa.errors import InputError
 
 GIB = 2**30
@@ -107,7 +108,10 @@ def parse_topology(text: str) -> Topology:
         kind = kind or DEFAULT_GPU
         kinds = [chip.name for chip in CHIPS.values() if chip.platform == "gpu"]
         if kind not in kinds:
-            raise InputError(f"--topology={text}: no GPU {kind!r} in the table; expected one of {', '.join(kinds)}")
+            raise InputError(
+                f"--topology={text}: no GPU {kind!r} in the table; expected one of {', '.join(kinds)}; "
+                f"nearest: {nearest(kind.lower(), kinds)}"
+            )
         return Topology(CHIPS[kind], (_count(text, count or "1", f"gpu:{kind}"),))
     if name == "cpu":
         return Topology(CHIPS["cpu"], (_count(text, rest, "cpu"),))
@@ -142,6 +146,8 @@ def _example(chip: Chip) -> str:
 
 
 def _count(text: str, number: str, prefix: str) -> int:
+    if re.fullmatch("[1-9][0-9]{4,}", number):
+        raise InputError(f"--topology={text}: {number} devices; expected at most 9999; nearest: {prefix}:9999")
     if not re.fullmatch("[1-9][0-9]{0,3}", number):
         raise InputError(f"--topology={text}: {number!r} is no number of devices; nearest: {prefix}:8")
     return int(number)

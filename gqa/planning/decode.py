@@ -10,8 +10,10 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
 
 from gqa import models, sharding
+from gqa.command_line import one_of
 from gqa.errors import InputError
 from gqa.models.heads import divisors
+from gqa.nn.cache import check_cache_dtype
 from gqa.planning import hlo, roofline
 from gqa.planning.chips import Topology
 from gqa.planning.programs import (
@@ -26,6 +28,7 @@ from gqa.planning.programs import (
 )
 from gqa.planning.train import Plan, head_notes, with_total
 from gqa.sharding import MeshConfig
+from gqa.training.config import DTYPES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +58,8 @@ class DecodeConfig:
         for name in ("batch_size_per_device", "inputs_length", "new_tokens"):
             if getattr(config, name) < 1:
                 raise InputError(f"config.{name}={getattr(config, name)}; expected at least 1")
+        one_of("config.dtype", config.dtype, DTYPES)
+        check_cache_dtype(config.cache_dtype)
         if not config.kv_heads:
             raise InputError("config.kv_heads is empty; expected numbers such as (64, 8, 1)")
         return config
@@ -139,7 +144,7 @@ def _row(config, architecture, topology, price, mesh: Mesh | AbstractMesh, wante
     elif estimate:
         most = largest(0)
     row = {
-        "fits_wanted": (attempts[0]["fits"] if attempts else rows == wanted) is not False,
+        "fits_wanted": attempts[0]["fits"] if attempts else rows == wanted,
         "batch": rows,
         "largest_batch": most if len(attempts) < 2 else rows,
         "attempts": attempts,
@@ -164,9 +169,24 @@ def _row(config, architecture, topology, price, mesh: Mesh | AbstractMesh, wante
         flops = dot_flops(program.traced.jaxpr.jaxpr) / topology.num_devices
         traffic, collectives = hlo.memory_traffic(compiled.program), hlo.collectives(compiled.program)
     else:
-        flops, traffic, collectives = 2 * models.num_parameters(model.decoder) * rows / topology.num_devices, fixed, []
-        traffic += cache
+        flops, traffic, collectives = *_step_of_shapes(config, architecture, model, rows), []
+        flops, traffic = flops / topology.num_devices, traffic + cache
     return row | _times(config, architecture, topology, price, rows, flops, traffic, collectives)
+
+
+def _step_of_shapes(config: DecodeConfig, architecture, model: models.Model, rows: int) -> tuple[int, int]:
+    """A step's FLOPs on all devices, and the bytes of parameters that it reads on each: of decoder and logits.
+
+    Keys and values of cross-attention are in the cache, so that their kernels are not read.
+    """
+    logits = model.embedding if architecture.tied_logits else model.logits
+    unread = []
+    if "cross" in models.FAMILIES[models.family_of(architecture)].sites:
+        unread = [(attention.key, attention.value) for attention in models.site_attention(model, "cross")]
+    kernels = models.num_parameters((model.decoder, logits)) - models.num_parameters(unread)
+    of_layer = architecture.num_heads * architecture.head_dim * (config.inputs_length + config.new_tokens)
+    flops = 2 * rows * (kernels + 2 * len(model.decoder) * of_layer)  # scores, and the sum of values
+    return flops, bytes_per_device((model.decoder, logits)) - bytes_per_device(unread)
 
 
 def _sizes(config: DecodeConfig, architecture, mesh, rows: int):
@@ -223,23 +243,21 @@ def _reading_flops(config: DecodeConfig, architecture: models.ModelConfig, rows:
 
 
 def search(config: DecodeConfig, topology: Topology, price: float | None, estimate: bool) -> tuple[Plan, list[Plan]]:
-    """The mesh whose slowest K takes the least time a sample by estimate, planned; and all estimates, best first."""
-    heads, n = models.size(config.size).num_heads, topology.num_devices
-    plans = []
-    for tensor in divisors(n):
-        if heads % tensor == 0:
-            changed = dataclasses.replace(config, mesh=MeshConfig(n // tensor, 1, tensor))
-            try:
-                plans.append(plan(changed, topology, price, estimate=True))
-            except InputError:  # rows do not divide
-                continue
-    plans.sort(key=_slowest)
-    if not plans or not plans[0]["rows"][0]["batch"]:
+    """The mesh that holds most K and takes least time a sample by estimate, planned; and all estimates, best first.
+
+    Raises `InputError` where no mesh holds a row with any K.
+    """
+    heads, n = config.architecture(config.kv_heads[0]).num_heads, topology.num_devices
+    meshes = [MeshConfig(n // tensor, 1, tensor) for tensor in divisors(math.gcd(n, heads))]
+    changed = [dataclasses.replace(config, mesh=mesh) for mesh in meshes]
+    plans = sorted((plan(each, topology, price, estimate=True) for each in changed), key=_rank)
+    if not any(row["batch"] for row in plans[0]["rows"]):
         raise InputError(f"--search: no mesh of {topology} holds {config.size}; take more chips")
     best = dataclasses.replace(config, mesh=MeshConfig(**plans[0]["mesh"]))
     return plan(best, topology, price, estimate), plans
 
 
-def _slowest(plan: Plan) -> float:
-    samples = [row.get("seconds", {}).get("sample_chip") for row in plan["rows"]]
-    return float("inf") if None in samples else sum(samples)
+def _rank(plan: Plan) -> tuple[int, float]:
+    """First by the numbers of heads that do not fit at all, then by the time of a sample with the others."""
+    fitting = [row for row in plan["rows"] if row["batch"]]
+    return len(plan["rows"]) - len(fitting), sum(row["seconds"]["sample_chip"] or 0 for row in fitting)

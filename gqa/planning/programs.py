@@ -258,9 +258,14 @@ def cache_bytes(state: generate.State) -> int:
     return bytes_per_device([leaf for leaf in jax.tree.leaves(state) if leaf.ndim == 5])
 
 
+# cuDNN's attention is one primitive without an inner program. Backward it computes the scores again.
+_CUDNN_PRODUCTS = {"dot_product_attention_fwd_wrapper": 2, "dot_product_attention_bwd_wrapper": 5}
+
+
 def dot_flops(jaxpr, while_trips: int = 1) -> int:
     """FLOPs of all matrix products of a traced program on all devices together, scans counted by their length.
 
+    Pallas kernels count all points of their grids, also those they may skip; attention of cuDNN counts its products.
     What the backward pass computes again is in it. A `while` runs its body `while_trips` times.
     """
     total = 0
@@ -271,7 +276,12 @@ def dot_flops(jaxpr, while_trips: int = 1) -> int:
             left, result = equation.invars[0].aval, equation.outvars[0].aval
             total += 2 * math.prod(result.shape) * math.prod(left.shape[axis] for axis in contracted)
             continue
-        runs = {"scan": parameters.get("length", 1), "while": while_trips}.get(equation.primitive.name, 1)
+        if equation.primitive.name in _CUDNN_PRODUCTS:
+            query_BTHd, key_BSKd = (variable.aval for variable in equation.invars[:2])
+            products = _CUDNN_PRODUCTS[equation.primitive.name]
+            total += 2 * products * math.prod(query_BTHd.shape) * key_BSKd.shape[1]
+            continue
+        runs = _runs(equation, while_trips)
         if equation.primitive.name == "cond":
             total += max(dot_flops(branch.jaxpr, while_trips) for branch in parameters["branches"])
             continue
@@ -280,3 +290,18 @@ def dot_flops(jaxpr, while_trips: int = 1) -> int:
             if hasattr(inner, "eqns"):
                 total += runs * dot_flops(inner, while_trips)
     return total
+
+
+def _runs(equation, while_trips: int) -> int:
+    """How often an equation's inner program runs, on all devices together."""
+    parameters = equation.params
+    match equation.primitive.name:
+        case "scan":
+            return parameters["length"]
+        case "while":
+            return while_trips
+        case "pallas_call":
+            return math.prod(parameters["grid_mapping"].grid)
+        case "shard_map":  # its body is of one device
+            return parameters["mesh"].size
+    return 1

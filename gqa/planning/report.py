@@ -7,6 +7,7 @@ from gqa.planning.train import Plan
 from gqa.sharding import describe_mesh
 
 OTHERS = ("batch", "temporaries", "padding", "program")  # of decoding, as one column
+FITS = {True: "fits", False: "does not fit", None: "limit not known"}
 
 
 def chip_line(topology: Topology) -> str:
@@ -68,13 +69,12 @@ def _usd(usd: float | None, price: float | None) -> str:
 
 
 def _memory(memory: Plan) -> list[str]:
-    fits = {True: "fits", False: "does not fit", None: "limit not known"}[memory["fits"]]
     limit = "" if memory["limit"] is None else f" of {gib(memory['limit'])}"
     return [
         "| memory per device | |",
         "|---|--:|",
         *(f"| {name} | {gib(size)} |" for name, size in memory["parts"].items()),
-        f"| **total: {fits}** | **{gib(memory['total'])}{limit}** |",
+        f"| **total: {FITS[memory['fits']]}** | **{gib(memory['total'])}{limit}** |",
     ]
 
 
@@ -102,17 +102,18 @@ def decoding(plan: Plan, topology: Topology) -> str:
     ]
     for row in plan["rows"]:
         parts, seconds = row["memory"]["parts"], row.get("seconds", {})
-        largest = row["largest_batch"]
+        known, largest = row["fits_wanted"] is not None, row["largest_batch"]
+        fits = "**does not fit**" if row["fits_wanted"] is False else FITS[row["fits_wanted"]]
         lines.append(
-            f"| {row['kv_heads']} | {'fits' if row['fits_wanted'] else '**does not fit**'} "
-            f"| {largest} ({largest / devices:g}) | {row['batch']} | {gib(parts['parameters'])} "
+            f"| {row['kv_heads']} | {fits} | {f'{largest} ({largest / devices:g})' if known else ''} "
+            f"| {row['batch']} | {gib(parts['parameters'])} "
             f"| {gib(parts.get('cache', 0))} | {gib(sum(parts.get(name, 0) for name in OTHERS))} "
             f"| {gib(row['memory']['total'])} | {_ms(seconds.get('step'))} | {seconds.get('binds') or ''} "
             f"| {_number(seconds.get('sample_chip'))} |"
         )
     lines.append("")
     for row in plan["rows"]:
-        if not row["fits_wanted"]:
+        if row["fits_wanted"] is False:
             needs = row["attempts"][0]["bytes"] if row["attempts"] else None
             what = f"needs {gib(needs)} a device" if needs else "does not fit"
             lines.append(

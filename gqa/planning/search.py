@@ -9,6 +9,7 @@ from gqa.models.heads import divisors
 from gqa.models.stacks import REMAT_POLICIES
 from gqa.planning import train
 from gqa.planning.chips import Topology
+from gqa.planning.programs import batch_shapes
 from gqa.sharding import MeshConfig, describe_mesh
 from gqa.training.config import RunConfig
 
@@ -20,14 +21,16 @@ CONFIRMED = 3  # candidates that are compiled at most
 def candidates(
     config: RunConfig, architecture: models.ModelConfig, topology: Topology, price: float | None
 ) -> list[train.Plan]:
-    """Estimated plans of all variants of a run, those that fit first, then by time of a step (or by memory)."""
+    """Estimated plans of all variants of a run, those that fit first, then by time of a step (or by memory).
+
+    Raises `InputError` for runs that no mesh makes right.
+    """
+    train.check_covered(config)
+    batch_shapes(config, architecture)
     plans = []
     for mesh, accumulation, remat in _variants(config, architecture, topology):
         changed, model = train.variant(config, architecture, mesh=mesh, accumulation=accumulation, remat=remat)
-        try:
-            plans.append(train.estimate(changed, model, topology, price))
-        except InputError:  # does not divide
-            continue
+        plans.append(train.estimate(changed, model, topology, price))
     return sorted(plans, key=lambda plan: (not _probably_fits(plan), _rank(plan)))
 
 
@@ -44,9 +47,7 @@ def _probably_fits(plan: train.Plan) -> bool:
 
 def _variants(config, architecture, topology) -> Iterator[tuple[MeshConfig, int, str]]:
     n, rows = topology.num_devices, config.train.batch_size
-    for tensor in divisors(math.gcd(n, architecture.num_heads)):
-        if tensor > LARGEST_TENSOR:
-            continue
+    for tensor in _tensor_sizes(architecture, topology):
         for fsdp in divisors(n // tensor):
             ways = n // tensor
             if rows % ways:
@@ -57,6 +58,10 @@ def _variants(config, architecture, topology) -> Iterator[tuple[MeshConfig, int,
                         yield MeshConfig(ways // fsdp, fsdp, tensor), accumulation, remat
 
 
+def _tensor_sizes(architecture: models.ModelConfig, topology: Topology) -> list[int]:
+    return [n for n in divisors(math.gcd(topology.num_devices, architecture.num_heads)) if n <= LARGEST_TENSOR]
+
+
 def search(
     config: RunConfig, architecture: models.ModelConfig, topology: Topology, price: float | None
 ) -> tuple[train.Plan, list[train.Plan]]:
@@ -65,10 +70,16 @@ def search(
     Raises `InputError` where nothing fits, with what comes nearest.
     """
     ranked = candidates(config, architecture, topology, price)
+    if not ranked:
+        rows, ways = config.train.batch_size, [topology.num_devices // n for n in _tensor_sizes(architecture, topology)]
+        nearest = min((max(n, round(rows / n) * n) for n in ways), key=lambda batch: abs(batch - rows))
+        raise InputError(f"--search: train.batch_size={rows} is divisible by no mesh of {topology}; nearest: {nearest}")
     promising = [plan for plan in ranked if _probably_fits(plan)]
     if not promising:
-        nearest = f"; {describe(ranked[0])} comes nearest" if ranked else ""
-        raise InputError(f"--search: no mesh, micro-batch and remat policy fits {topology}{nearest}; take more chips")
+        raise InputError(
+            f"--search: no mesh, micro-batch and remat policy fits {topology}; {describe(ranked[0])} comes nearest; "
+            "take more chips"
+        )
     if topology.chip.platform == "gpu":
         return promising[0], ranked
     for plan in promising[:CONFIRMED]:
@@ -99,9 +110,13 @@ def of_plan(config: RunConfig, architecture: models.ModelConfig, plan: train.Pla
 
 def describe(plan: train.Plan) -> str:
     """A variant as overrides of its config: `--config.mesh.data=4 …`, and its memory."""
-    mesh = " ".join(f"--config.mesh.{part}" for part in describe_mesh(plan["mesh"].values()).split(" x "))
     total = plan["memory"]["total"] / 2**30
     return (
-        f"{mesh} --config.train.accumulation={plan['accumulation']} --config.model.remat={plan['remat']} "
-        f"({plan['source']} {total:.1f} GiB a device)"
+        f"{mesh_overrides(plan)} --config.train.accumulation={plan['accumulation']} "
+        f"--config.model.remat={plan['remat']} ({plan['source']} {total:.1f} GiB a device)"
     )
+
+
+def mesh_overrides(plan: train.Plan) -> str:
+    """A plan's mesh as overrides of its config: `--config.mesh.data=4 …`."""
+    return " ".join(f"--config.mesh.{part}" for part in describe_mesh(plan["mesh"].values()).split(" x "))

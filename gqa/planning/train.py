@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import math
 from typing import Any
 
 import jax
@@ -35,6 +34,14 @@ Plan = dict[str, Any]
 
 def check(config: RunConfig, architecture: models.ModelConfig, topology: Topology) -> list[str]:
     """Raises `InputError` where mesh, batch and heads do not fit the topology; returns what the user should know."""
+    check_covered(config)
+    config.check_devices(topology.num_devices)
+    *_, tensor = config.mesh.sizes(topology.num_devices)
+    return head_notes(architecture, tensor)
+
+
+def check_covered(config: RunConfig) -> None:
+    """Raises `InputError` for runs that have no plan."""
     if config.distillation is not None:
         raise InputError("config.distillation: a plan covers the student alone; expected None")
     for name in ("dpo", "reward"):
@@ -42,9 +49,6 @@ def check(config: RunConfig, architecture: models.ModelConfig, topology: Topolog
             raise InputError(f"config.{name}: a plan covers training on text alone; expected None")
     if config.uptrain is not None and config.uptrain.merge is not None:
         raise InputError("config.uptrain.merge: a plan covers a converted checkpoint; expected None")
-    config.check_devices(topology.num_devices)
-    *_, tensor = config.mesh.sizes(topology.num_devices)
-    return head_notes(architecture, tensor)
 
 
 def head_notes(architecture: models.ModelConfig, tensor: int) -> list[str]:
@@ -60,7 +64,7 @@ def head_notes(architecture: models.ModelConfig, tensor: int) -> list[str]:
                 nearest = max(n for n in divisors(K) if n <= tensor)
                 notes.append(
                     f"{site}: K={K} is not divisible by tensor={tensor}: every device holds all {K} key/value "
-                    f"head(s), {tensor / math.gcd(K, tensor):.0f} times what a cut would leave; nearest tensor that "
+                    f"head(s), {tensor} times what a cut would leave; nearest tensor that "
                     f"divides: {nearest}"
                 )
     return notes
@@ -205,22 +209,28 @@ def _abstract_state(architecture, optimizer_config, schedule_offset: int, adapte
 
 def _estimated(config, architecture, topology, price, mesh, state, frozen, batch, notes) -> Plan:
     data, fsdp, tensor = mesh.shape["slice"] * mesh.shape["data"], mesh.shape["fsdp"], mesh.shape["tensor"]
+    sequence = mesh.shape["sequence"]
     itemsize = jnp.dtype(architecture.dtype).itemsize
     D, H, d, F = architecture.d_model, architecture.num_heads, architecture.head_dim, architecture.d_ff
     rows = config.train.batch_size // config.train.accumulation // (data * fsdp)
-    kept = working = traffic = reduced = 0
+    kept = working = traffic = reduced = gathered_keys = 0
+    passes = 6 if architecture.remat == "full" else 4
     for site in _sites(architecture, batch):
-        t = rows * site.length
-        scores = 4 * rows * H // tensor * site.scores
+        cut = sequence if site.length % sequence == 0 else 1  # of queries; keys and values are gathered
+        t = rows * site.length // cut
+        scores = 4 * rows * H // tensor * site.scores // cut
         kv = -(-site.kv_heads // tensor) * d if site.kv_heads % tensor == 0 else site.kv_heads * d
-        dots = t * (2 * D + site.attentions * (H * d // tensor + 2 * kv + D) + 2 * F // tensor) * itemsize
+        dots = t * (2 * D + site.attentions * (H * d // tensor + 2 * kv * cut + D) + 2 * F // tensor) * itemsize
         per_layer = {"full": t * D * itemsize, "dots": dots, "none": dots + scores * 2 + 4 * t * F // tensor * itemsize}
         kept += site.layers * per_layer[architecture.remat]
         working = max(working, 4 * scores + 3 * t * F // tensor * itemsize + 6 * t * D * itemsize)
         traffic += site.layers * (20 * scores + (40 * t * D + 20 * t * F // tensor) * itemsize)
-        passes = 6 if architecture.remat == "full" else 4
+        if cut > 1:  # gathered for the forward pass and again with remat; backward the gradients are scattered
+            gathered_keys += site.layers * passes // 2 * rows * site.scores // site.length * 2 * kv * itemsize
         reduced += site.layers * (site.attentions + 1) / 2 * passes * t * D * itemsize
-    logits = 3 * 4 * rows * batch["targets"].shape[1] * architecture.vocab_size // tensor
+    targets = batch["targets"].shape[1]
+    logits = 3 * 4 * rows * targets * architecture.vocab_size // tensor
+    logits //= sequence if targets % sequence == 0 else 1
     model_bytes = bytes_per_device(state.model)
     model = _abstract_model(_without_remat(architecture))
     weights = models.num_parameters(model) * itemsize // tensor
@@ -235,8 +245,11 @@ def _estimated(config, architecture, topology, price, mesh, state, frozen, batch
         collectives.append(Collective("all-gather", fsdp, N * 2 * layers, 2 * N * weights * (fsdp - 1) // fsdp))
         of_gradients = weights if config.adapter is None else model_bytes
         collectives.append(Collective("reduce-scatter", fsdp, N * layers, N * of_gradients * (fsdp - 1) // fsdp))
-    if data > 1:
-        collectives.append(Collective("all-reduce", data, N * layers, N * 2 * model_bytes * (data - 1) // data))
+    if (copies := data * sequence) > 1:
+        collectives.append(Collective("all-reduce", copies, N * layers, N * 2 * model_bytes * (copies - 1) // copies))
+    if gathered_keys:
+        sent = N * gathered_keys * (sequence - 1) // sequence
+        collectives.append(Collective("all-gather", sequence, N * passes // 2 * layers, sent))
     if tensor > 1:
         sent = int(N * 2 * reduced * (tensor - 1) / tensor)
         collectives.append(Collective("all-reduce", tensor, N * 4 * layers, sent))

@@ -40,7 +40,9 @@ def test_topologies(text, chip, shape, devices):
         ("cpu:0", "'0' is no number of devices; nearest: cpu:8"),
         ("cpu", "'' is no number of devices; nearest: cpu:8"),
         ("gpu:h100:x", "'x' is no number of devices; nearest: gpu:h100:8"),
-        ("gpu:b1", "no GPU 'b1' in the table; expected one of a100, h100, h200"),
+        ("gpu:b1", "no GPU 'b1' in the table; expected one of a100, h100, h200; nearest: h100"),
+        ("gpu:H200:8", "no GPU 'H200' in the table; expected one of a100, h100, h200; nearest: h200"),
+        ("gpu:h100:16384", "16384 devices; expected at most 9999; nearest: gpu:h100:9999"),
         (
             "v7:2x2",
             "no chip 'v7'; expected v4:SHAPE, v5e:SHAPE, v5p:SHAPE, v6e:SHAPE, cpu:N, gpu or gpu:NAME:N, such as "
