@@ -60,6 +60,7 @@ def from_checkpoint(folder) -> dict:
     [
         ("--config.train.stpes=5", "unknown key config.train.stpes; nearest: config.train.steps"),
         ("--profile=3", "--profile=3; expected START:STEPS, such as 10:3 for steps 10, 11 and 12"),
+        ("--profile=20:2", "--profile=20:2 is not of the run's steps; expected some of 1..20"),
         ("--config.train.steps=many", "config.train.steps=many has the wrong type; expected int such as 20"),
         ("--config.model.scan_layers=2", "config.model.scan_layers=2 has the wrong type; expected bool such as True"),
         ("--wrokdir=x", "unknown option --wrokdir; nearest: --workdir"),
