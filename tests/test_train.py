@@ -165,6 +165,13 @@ def test_folders_that_no_run_can_have(error_of, checkpoint, tmp_path):
         )
 
 
+def test_a_mirror_that_cannot_be(error_of, tmp_path):
+    file = tmp_path / "file"
+    file.write_text("mine")
+    found = error_of("t5", None, f"--config.train.mirror={file}/mirror")
+    assert found == f"train.mirror {file}/mirror cannot be made (Not a directory); choose another folder"
+
+
 def test_folders_of_other_runs(error_of, tiny_run, tmp_path):
     workdir = tmp_path / "run"
     run_folder.claim(workdir, tiny_run("t5"))

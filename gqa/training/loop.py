@@ -153,6 +153,8 @@ def train(
         def open_folders() -> None:
             for what, folder in folders.items():  # before a lock is left in a folder that is not ours
                 run_folder.check(folder, config, what)
+            if mirror:  # likewise
+                run_folder.make(mirror, "train.mirror")
             stack.enter_context(run_folder.locked(workdir))
             for what, folder in folders.items():
                 run_folder.claim(folder, config, what)
