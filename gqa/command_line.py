@@ -33,7 +33,7 @@ from gqa.errors import InputError
 
 try:
     import ml_collections
-    from ml_collections.config_dict import RequiredValueError
+    from ml_collections.config_dict import RequiredValueError, placeholder
 except ImportError:  # what needs no configuration, such as experiments.gpu_timing, runs without
     ml_collections = None
 
@@ -54,6 +54,37 @@ _USER_ERRNOS = frozenset(
         errno.ENAMETOOLONG,
     }
 )
+
+# Keys that a section of a run has though its file leaves them out, by section: the default, or the type of what may
+# stand instead of None. Spelt out, as the dataclasses that they belong to import JAX; tests/test_configs.py compares.
+_OPTIMIZER = {
+    "clip_norm": float,
+    "warmup_steps": int,
+    "decay_steps": int,
+    "final_ratio": float,
+    "decay_rate": float,
+    "clipping_threshold": float,
+    "multiply_by_parameter_scale": bool,
+    "beta1": float,
+    "beta2": float,
+    "epsilon": float,
+    "weight_decay": float,
+}
+OPTIONAL: dict[str, dict[str, Any]] = {
+    "data": {"prefix": str, "template": str},
+    "optimizer": _OPTIMIZER,
+    "value_optimizer": _OPTIMIZER,
+    "train": {
+        "keep_minutes": float,
+        "mirror": str,
+        "skip_above": float,
+        "roll_back_after": int,
+        "peak_tflops": float,
+    },
+    "mesh": {"slice": 1, "sequence": 1},
+    "mixture": {"temperature": float, "maximum": int},
+    "adapter": {"base": str},
+}
 
 
 def run(main: Callable[[], int | None]) -> None:
@@ -90,8 +121,8 @@ def add_config_argument(parser: argparse.ArgumentParser, required: bool = True) 
         "configuration",
         "A run is a Python file with a get_config() function. Any value in it is replaced with "
         "--config.SECTION.KEY=VALUE, for example --config.train.steps=1000 (numbers as 10 or 1e-3, booleans as true "
-        "or false, tuples as 1,2,4, and None where the file says None). Unknown keys and values of another type are "
-        "refused.",
+        "or false, tuples as 1,2,4, and None where the file says None), and so is what a section may leave out, such "
+        "as mesh.slice. Unknown keys and values of another type are refused.",
     )
     group.add_argument(
         "--config", required=required, metavar="FILE", help="configuration file, e.g. configs/quickstart.py"
@@ -111,7 +142,7 @@ def parse(
     if args.config is None and overrides:
         raise InputError(f"{overrides[0]} changes a configuration; expected --config=FILE beside it")
     config = None if args.config is None else load_config(args.config, overrides)
-    keys = [] if config is None else _keys(config)
+    keys = [] if config is None else _known(config)
     _refuse_unknown(unknown, [*_options(parser), *(f"--config.{key}" for key in keys)])
     return args, config
 
@@ -135,9 +166,11 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> ml_collectio
     """The locked `get_config()` of the Python file at `path`, with each `--config.a.b=value` of `overrides` applied.
 
     A value takes the type of the one that it replaces (an int is a valid float); where the file says None, None
-    stays valid, and `placeholder(int)` also fixes the type of what may replace it. Of two overrides of one key the
-    last holds. Raises `InputError` for a missing or broken file, an unknown key (naming the nearest), a value of
-    another type and a `required_placeholder` left empty.
+    stays valid, and `placeholder(int)` also fixes the type of what may replace it. A key of `OPTIONAL` need not be in
+    the file if its section is. Of two overrides of one key the last holds.
+
+    Raises `InputError` for a missing or broken file, an unknown key (naming the nearest), a value of another type and
+    a `required_placeholder` left empty.
     """
     if ml_collections is None:
         raise InputError(
@@ -312,18 +345,37 @@ def _keys(config: ml_collections.ConfigDict) -> Iterator[str]:
             yield key
 
 
+def _known(config: ml_collections.ConfigDict) -> list[str]:
+    """Dotted names of every value that `config` has or may have."""
+    sections = [name for name in OPTIONAL if _is_section(config, name)]
+    return list(dict.fromkeys([*_keys(config), *(f"{name}.{key}" for name in sections for key in OPTIONAL[name])]))
+
+
+def _is_section(config: ml_collections.ConfigDict, name: str) -> bool:
+    return name in config and issubclass(_kind(config, name), ml_collections.ConfigDict)
+
+
+def _add_optional(config: ml_collections.ConfigDict, key: str) -> None:
+    """Gives a key of `OPTIONAL` that the file left out its default."""
+    section, _, name = key.partition(".")
+    if name in OPTIONAL.get(section, {}) and _is_section(config, section) and name not in config[section]:
+        default = OPTIONAL[section][name]
+        with config[section].unlocked():
+            config[section][name] = placeholder(default) if isinstance(default, type) else default
+
+
 def _section(config: ml_collections.ConfigDict, key: str) -> tuple[ml_collections.ConfigDict, str]:
     """The section that holds the dotted `key`, and the key's last name in it."""
     *sections, name = key.split(".")
     node = config
     for section in sections:
-        if section not in node or not issubclass(_kind(node, section), ml_collections.ConfigDict):
+        if not _is_section(node, section):
             break
         node = node[section]
     else:
         if name in node:
             return node, name
-    raise InputError(f"unknown key config.{key}; nearest: config.{nearest(key, _keys(config))}")
+    raise InputError(f"unknown key config.{key}; nearest: config.{nearest(key, _known(config))}")
 
 
 def _value(config: ml_collections.ConfigDict, name: str) -> Any:
@@ -335,6 +387,7 @@ def _value(config: ml_collections.ConfigDict, name: str) -> Any:
 
 
 def _override(config: ml_collections.ConfigDict, key: str, text: str) -> None:
+    _add_optional(config, key)
     section, name = _section(config, key)
     kind, default = _kind(section, name), _value(section, name)
     if issubclass(kind, ml_collections.ConfigDict):

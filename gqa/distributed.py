@@ -23,6 +23,8 @@ _WAIT_MS = 7 * 24 * 3600 * 1000  # for what one process does while the others wa
 # How XLA's collectives (Gloo, NCCL) and JAX's coordination say that a process is gone.
 _LOST = re.compile(r"gloo|nccl|coordination|connection|unavailable|heartbeat|peer", re.IGNORECASE)
 _calls = itertools.count()
+# The first word of what processes say to each other when they meet, the longest line of it, and the wait for one.
+_NAME, _LINE, _GREETING_SECONDS = "gqa", 1000, 2
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -105,14 +107,15 @@ def _join(arguments: argparse.Namespace, expected_backend: str) -> bool:
     if explicit:
         host, port = _check(given)
         settings = dict(coordinator_address=given["coordinator"], **{name: given[name] for name in list(given)[1:]})
-        # JAX aborts the process where either fails: found out before.
+    print(f"waiting up to {arguments.start_timeout} s for all processes to start", file=sys.stderr)
+    if explicit:
+        # JAX aborts a process that does not find the others: they meet before.
         if given["process_id"] == 0:
-            _check_free(port)
+            _gather(port, given["num_processes"], arguments.start_timeout)
         else:
-            _wait_for(host, port, arguments.start_timeout)
+            _greet(host, port, given["process_id"], given["num_processes"], arguments.start_timeout)
     import jax
 
-    print(f"waiting up to {arguments.start_timeout} s for all processes to start", file=sys.stderr)
     try:
         jax.distributed.initialize(
             **settings,
@@ -157,31 +160,78 @@ def _check(given: Mapping) -> tuple[str, int]:
     return host.strip("[]"), int(port)
 
 
-def _check_free(port: int) -> None:
-    with socket.socket() as listener:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            listener.bind(("", port))
-            listener.listen()
-        except OSError as error:
-            raise InputError(
-                f"--coordinator: port {port} is not free here ({error.strerror}); choose another"
-            ) from error
+def _gather(port: int, count: int, seconds: float) -> None:
+    """In process 0: waits for a greeting of each other process, then tells all of them to go on.
+
+    JAX listens on the same port afterwards.
+    """
+    both = socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if both else socket.AF_INET
+    try:
+        listener = socket.create_server(("", port), family=family, dualstack_ipv6=both, backlog=count)
+    except OSError as error:
+        raise InputError(f"--coordinator: port {port} is not free here ({error.strerror}); choose another") from error
+    deadline = time.monotonic() + seconds
+    came: dict[int, socket.socket] = {}
+    with contextlib.ExitStack() as connections:
+        with listener:
+            while len(came) < count - 1 and time.monotonic() < deadline:
+                listener.settimeout(max(deadline - time.monotonic(), 0.1))
+                with contextlib.suppress(OSError):  # nobody came, or somebody who left at once
+                    connection = connections.enter_context(listener.accept()[0])
+                    connection.settimeout(_GREETING_SECONDS)
+                    number = _greeted(connection.makefile("rb").readline(_LINE), count)
+                    if number is None:
+                        connection.close()
+                    else:
+                        came[number] = connection
+                came = {number: connection for number, connection in came.items() if _is_there(connection)}
+        missing = ", ".join(str(number) for number in range(1, count) if number not in came)
+        problem = f"--num_processes={count}: process {missing} did not come within {seconds} s" if missing else ""
+        for connection in came.values():
+            with contextlib.suppress(OSError):  # it fits what the system buffers
+                connection.sendall(f"{_NAME} {problem}\n".encode())
+    if problem:
+        raise InputError(f"{problem}; start the same command in each, with --process_id=0..{count - 1}")
 
 
-def _wait_for(host: str, port: int, seconds: float) -> None:
+def _greeted(line: bytes, count: int) -> int | None:
+    """The number of the process that a greeting is of; None for what is no greeting of this run."""
+    found = re.fullmatch(rf"{_NAME} (\d+) of {count}\n", line.decode(errors="replace"))
+    return int(found[1]) if found and 0 < int(found[1]) < count else None
+
+
+def _is_there(connection: socket.socket) -> bool:
+    connection.setblocking(False)
+    try:
+        return connection.recv(1, socket.MSG_PEEK) != b""
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+
+
+def _greet(host: str, port: int, number: int, count: int, seconds: float) -> None:
+    """In another process: greets process 0, again and again, until it says that all are there."""
     deadline = time.monotonic() + seconds
     while True:
         try:
-            socket.create_connection((host, port), timeout=max(deadline - time.monotonic(), 0.1)).close()
-            return
+            with socket.create_connection((host, port), timeout=max(deadline - time.monotonic(), 0.1)) as connection:
+                connection.sendall(f"{_NAME} {number} of {count}\n".encode())
+                answer = connection.makefile("rb").readline(_LINE).decode(errors="replace")
+            if answer.startswith(_NAME):
+                break
+            found = "something else listens there" if answer else "it hung up"
         except OSError as error:
-            if time.monotonic() + 0.2 > deadline:
-                raise InputError(
-                    f"--coordinator={host}:{port} does not answer within {seconds} s ({error}); is process 0 running "
-                    "there, and is the port open?"
-                ) from error
-            time.sleep(0.2)
+            found = error
+        if time.monotonic() + 0.2 > deadline:
+            raise InputError(
+                f"--coordinator={host}:{port} does not answer within {seconds} s ({found}); is process 0 of "
+                f"--num_processes={count} running there, and is the port open?"
+            )
+        time.sleep(0.2)
+    if problem := answer.removeprefix(_NAME).strip():
+        raise InputError(problem)
 
 
 def is_primary() -> bool:

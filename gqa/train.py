@@ -47,6 +47,8 @@ def _train(arguments: argparse.Namespace, raw_config: ConfigDict) -> None:
     trace = None if arguments.profile is None else Trace.parse(arguments.profile)
     config = run_config.parse(raw_config)
     config.check_start()
+    if trace is not None:
+        trace.check(config.steps)
     architecture = config.model.architecture()
     config.check_devices(jax.device_count())
     mesh = sharding.make_mesh(config.mesh)

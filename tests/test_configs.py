@@ -1,20 +1,31 @@
 """Every file under configs/ is what its command can run; architectures are built of shapes, without an array."""
 
+import dataclasses
+import typing
 from functools import lru_cache
 from pathlib import Path
 
 import pytest
+from ml_collections import ConfigDict
 
 from experiments.sweep import Sweep
 from gqa import models
 from gqa.command_line import load_config
+from gqa.errors import InputError
 from gqa.planning.decode import DecodeConfig
 from gqa.planning.programs import batch_shapes
+from gqa.posttraining.config import PPORunConfig
 from gqa.training import config as run_config
 
 ROOT = Path(__file__).parent.parent
 PAPER = sorted((ROOT / "configs" / "paper").glob("*.py"))
 TIMING = sorted((ROOT / "configs" / "timing").glob("*.py"))
+
+
+def error_of(function, *arguments) -> str:
+    with pytest.raises(InputError) as caught:
+        function(*arguments)
+    return str(caught.value)
 
 
 @lru_cache
@@ -65,6 +76,49 @@ def test_full_size_runs(path):
         long = run_config.parse(load_config(path, ["--config.data.task=arxiv"]))
         planned = batch_shapes(long, architecture)  # of the task's own lengths
         assert (planned["inputs"].shape, planned["targets"].shape) == ((128, 2048), (128, 512))
+
+
+def optional_keys(kind: type, config: ConfigDict) -> dict[str, tuple]:
+    """Dotted keys that a file with the sections of `config` may leave out -> their types; mappings and sections not."""
+    found = {}
+    for field in dataclasses.fields(kind):
+        types = typing.get_args(hint := typing.get_type_hints(kind)[field.name]) or (hint,)
+        section = next((each for each in types if dataclasses.is_dataclass(each)), None)
+        if section is not None and isinstance(config.get(field.name), ConfigDict):
+            inner = optional_keys(section, config[field.name])
+            found |= {f"{field.name}.{name}": value for name, value in inner.items()}
+        elif field.default is not dataclasses.MISSING and {int, float, bool, str} & set(types):
+            found[field.name] = types
+    return found
+
+
+RUNS = [*(ROOT / "configs").glob("*.py"), *PAPER, *(ROOT / "configs" / "recall").glob("*.py")]
+RUNS += [ROOT / "configs" / "posttraining" / f"{name}.py" for name in ("sft", "sft_qlora", "dpo", "reward", "ppo")]
+
+
+@pytest.mark.parametrize("path", RUNS, ids=lambda path: path.stem)
+def test_what_a_run_leaves_out_can_be_named(path):
+    kind = PPORunConfig if path.stem == "ppo" else run_config.RunConfig
+    required = ["--config.prompts=a"] if kind is PPORunConfig else ["--config.data.source=a"]
+    values = {int: ("3", 3), float: ("0.5", 0.5), bool: ("true", True), str: ("a", "a")}
+    keys = optional_keys(kind, load_config(path, required))
+    assert {"mesh.slice", "mesh.sequence", "optimizer.clip_norm"} <= keys.keys()
+    types = {key: next(each for each in values if each in options) for key, options in keys.items()}
+    config = load_config(path, [*required, *(f"--config.{key}={values[types[key]][0]}" for key in keys)])
+    for key in keys:
+        section, name = key.split(".")
+        assert config[section][name] == values[types[key]][1]
+    wrong = error_of(load_config, path, ["--config.mesh.slcie=2"])
+    assert wrong == "unknown key config.mesh.slcie; nearest: config.mesh.slice"
+
+
+def test_what_is_left_out_has_its_default():
+    path, overrides = ROOT / "configs" / "finetune_t5.py", ["--config.model.checkpoint=a", "--config.data.vocabulary=a"]
+    default = run_config.parse(load_config(path, overrides))
+    given = run_config.parse(load_config(path, [*overrides, "--config.mesh.slice=1", "--config.train.mirror=None"]))
+    assert given == default
+    found = error_of(load_config, path, ["--config.mesh.slice=x"])
+    assert found == "config.mesh.slice=x has the wrong type; expected int such as 1"
 
 
 def test_timed_models():

@@ -60,6 +60,7 @@ def from_checkpoint(folder) -> dict:
     [
         ("--config.train.stpes=5", "unknown key config.train.stpes; nearest: config.train.steps"),
         ("--profile=3", "--profile=3; expected START:STEPS, such as 10:3 for steps 10, 11 and 12"),
+        ("--profile=20:2", "--profile=20:2 is not of the run's steps; expected some of 1..20"),
         ("--config.train.steps=many", "config.train.steps=many has the wrong type; expected int such as 20"),
         ("--config.model.scan_layers=2", "config.model.scan_layers=2 has the wrong type; expected bool such as True"),
         ("--wrokdir=x", "unknown option --wrokdir; nearest: --workdir"),
@@ -162,6 +163,13 @@ def test_folders_that_no_run_can_have(error_of, checkpoint, tmp_path):
         assert (
             error_of("t5", workdir=workdir) == f"workdir {workdir} is not empty and holds no run; choose a new folder"
         )
+
+
+def test_a_mirror_that_cannot_be(error_of, tmp_path):
+    file = tmp_path / "file"
+    file.write_text("mine")
+    found = error_of("t5", None, f"--config.train.mirror={file}/mirror")
+    assert found == f"train.mirror {file}/mirror cannot be made (Not a directory); choose another folder"
 
 
 def test_folders_of_other_runs(error_of, tiny_run, tmp_path):

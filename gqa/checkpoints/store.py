@@ -66,7 +66,7 @@ class Store:
                 folder.mkdir(parents=True, exist_ok=True)
                 for path in folder.iterdir():  # what a kill left behind
                     if path.suffix in (_UNFINISHED, _UNWANTED):
-                        shutil.rmtree(path)
+                        _discard(path)
 
     @property
     def _folders(self) -> list[Path]:
@@ -108,7 +108,7 @@ class Store:
         unfinished = self._directory / f"{step}{_UNFINISHED}"
         try:
             if jax.process_index() == 0:
-                shutil.rmtree(unfinished, ignore_errors=True)  # of a save that failed
+                _delete(unfinished)  # of a save that failed
                 unfinished.mkdir()
             self._checkpointer.save(unfinished / _ARRAYS, args=ocp.args.StandardSave(_flat(state)))
         except OSError as error:
@@ -222,10 +222,13 @@ class Store:
         except (OSError, ValueError) as error:  # TensorStore's are ValueErrors
             self._failed(step, error)
             return
-        for damaged in self._damaged - {step}:
-            _remove(self._directory / str(damaged))
-        self._damaged.clear()
-        self._thin(self._directory, losses)
+        try:
+            for damaged in self._damaged - {step}:
+                _remove(self._directory / str(damaged))
+            self._damaged.clear()
+            self._thin(self._directory, losses)
+        except OSError as error:
+            _warn(f"older checkpoints in {self._directory} could not be removed: {_reason(error)}")
         if self._mirror:
             try:
                 _copy(self._directory / str(step), self._mirror / str(step))
@@ -282,12 +285,16 @@ def retained(
 
 
 def _verify(folder: Path) -> str | None:
-    """What is wrong with a step's files, or None; the sizes are compared before anything large is read."""
+    """What is wrong with a step's files, or None; the sizes are compared before anything large is read.
+
+    Hidden files that it was not saved with are no damage: desktops and network file systems leave them anywhere.
+    """
     if not folder.is_dir():
         return f"{folder} is missing"
     try:
         sums = read_sums(folder)
         found = {path.relative_to(folder).as_posix(): path for path in _files(folder) if path.name != SUMS}
+        found = {name: path for name, path in found.items() if name in sums or not path.name.startswith(".")}
         if not sums:
             return f"{folder} has no {SUMS}"
         for name in sorted({*sums, *found, _SAVE}):
@@ -327,13 +334,32 @@ def _replace(unfinished: Path, target: Path) -> None:
 def _remove(folder: Path) -> None:
     """Removes a step, which a kill meanwhile does not leave half there."""
     unwanted = folder.with_name(folder.name + _UNWANTED)
+    _discard(unwanted)  # of a removal that failed
     with contextlib.suppress(FileNotFoundError):
         folder.rename(unwanted)
-        shutil.rmtree(unwanted)
+        _discard(unwanted)
+
+
+def _discard(path: Path) -> None:
+    """Deletes what nobody reads any more; where that fails, it is a line on stderr."""
+    try:
+        _delete(path)
+    except OSError as error:
+        _warn(f"{path} could not be removed: {_reason(error)}")
+
+
+def _delete(path: Path) -> None:
+    """Deletes a folder with all that is in it, or a file; what is not there is as it should be."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _steps(folder: Path) -> list[int]:
-    return [int(path.name) for path in folder.iterdir() if path.name.isdecimal()] if folder.is_dir() else []
+    if not folder.is_dir():
+        return []
+    return [int(path.name) for path in folder.iterdir() if path.name.isdecimal() and path.is_dir()]
 
 
 def _files(folder: Path) -> list[Path]:

@@ -1,4 +1,6 @@
-"""Numbers of key/value heads: one for all layers of a site, or one per layer."""
+"""Numbers of key/value heads: one for all layers of a site, or one per layer; and which sizes there can be."""
+
+from collections.abc import Iterable
 
 from gqa.errors import InputError
 
@@ -24,6 +26,14 @@ def nearest_divisors(number: int, wanted: int) -> str:
 def per_layer_kv_heads(kv_heads: KVHeads, num_layers: int) -> tuple[int, ...]:
     """One number per layer."""
     return (kv_heads,) * num_layers if isinstance(kv_heads, int) else tuple(kv_heads)
+
+
+def check_sizes(config, names: Iterable[str]) -> None:
+    """Raises `InputError` unless each of these fields of an architecture is at least 1 or `None`."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            raise InputError(f"{name}={value}; expected at least 1; nearest: 1")
 
 
 def check_kv_heads(name: str, kv_heads: KVHeads, num_heads: int, num_layers: int) -> None:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from gqa.errors import InputError
-from gqa.models.heads import KVHeads, check_kv_heads, per_layer_kv_heads
+from gqa.models.heads import KVHeads, check_kv_heads, check_sizes, per_layer_kv_heads
 from gqa.models.stacks import apply_stacks, init_stacks, num_layers, unstack
 from gqa.nn.attention import (
     AttentionInit,
@@ -58,6 +58,8 @@ class LlamaConfig:
     remat: str  # what the backward pass recomputes: none, dots, full
 
     def __post_init__(self):
+        sizes = ("vocab_size", "d_model", "num_heads", "head_dim", "d_ff", "num_layers")
+        check_sizes(self, (*sizes, "sliding_window", "max_position"))
         check_kv_heads("decoder_self_kv_heads", self.decoder_self_kv_heads, self.num_heads, self.num_layers)
         if self.head_dim % 2:
             raise InputError(

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from gqa.errors import InputError
-from gqa.models.heads import KVHeads, check_kv_heads, per_layer_kv_heads
+from gqa.models.heads import KVHeads, check_kv_heads, check_sizes, per_layer_kv_heads
 from gqa.models.stacks import apply_stacks, init_stacks, num_layers, unstack
 from gqa.nn.attention import (
     AttentionInit,
@@ -54,6 +54,8 @@ class T5Config:
     remat: str  # what the backward pass recomputes: none, dots, full
 
     def __post_init__(self):
+        sizes = ("vocab_size", "d_model", "num_heads", "head_dim", "d_ff", "num_encoder_layers", "num_decoder_layers")
+        check_sizes(self, sizes)
         for site, layers in zip(SITES, (self.num_encoder_layers, *(self.num_decoder_layers,) * 2), strict=True):
             check_kv_heads(f"{site}_kv_heads", getattr(self, f"{site}_kv_heads"), self.num_heads, layers)
         if self.relative_buckets < 4 or self.relative_max_distance <= self.relative_buckets // 2:

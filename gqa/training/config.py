@@ -44,6 +44,8 @@ class ModelChoice:
             raise InputError("model.size (from scratch) or model.checkpoint (go on from a folder): set one of them")
         if self.size is None and self.changes:
             raise InputError("model.changes belongs to model.size; a checkpoint has the architecture it has")
+        if not 0 <= self.dropout_rate < 1:
+            raise InputError(f"model.dropout_rate={self.dropout_rate}; expected a number in [0, 1), such as 0.1")
         one_of("model.dtype", self.dtype, DTYPES)
         one_of("model.param_dtype", self.param_dtype, DTYPES)
         one_of("model.remat", self.remat, REMAT_POLICIES)
@@ -64,10 +66,12 @@ class ModelChoice:
             one_of("model.changes", name, hints)
             coerce(hints[name], value, f"model.changes.{name}")
         wanted = dataclasses.replace(base, **{**self.changes, **self.run_choices()})
-        if found is not None and type(found) is not type(wanted):
+        if found is None:
+            return wanted
+        if type(found) is not type(wanted):
             raise InputError(f"model.checkpoint={self.checkpoint} is no {self.size}; name that one, or model.size=None")
         for field in dataclasses.fields(wanted):
-            theirs, ours = (getattr(each, field.name) for each in (found or wanted, wanted))
+            theirs, ours = (getattr(each, field.name) for each in (found, wanted))
             if theirs != ours:
                 raise InputError(
                     f"model.checkpoint={self.checkpoint} has {field.name}={theirs}, model.size={self.size} with "
@@ -116,7 +120,7 @@ class TrainConfig:
         if self.steps is not None and self.steps < 1:
             raise InputError(f"train.steps={self.steps}; expected at least 1")
         if not 0 <= self.z_loss < math.inf:
-            raise InputError(f"train.z_loss={self.z_loss}; expected at least 0 (T5: 1e-4)")
+            raise InputError(f"train.z_loss={self.z_loss}; expected a finite number of at least 0 (T5: 1e-4)")
         if self.batch_size % self.accumulation:
             nearest = min(divisors(self.batch_size), key=lambda n: abs(n - self.accumulation))
             raise InputError(

@@ -153,6 +153,8 @@ def train(
         def open_folders() -> None:
             for what, folder in folders.items():  # before a lock is left in a folder that is not ours
                 run_folder.check(folder, config, what)
+            if mirror:  # likewise
+                run_folder.make(mirror, "train.mirror")
             stack.enter_context(run_folder.locked(workdir))
             for what, folder in folders.items():
                 run_folder.claim(folder, config, what)
@@ -183,7 +185,7 @@ def train(
         work = Work(config.steps, flops, len(rows) / batch_size, peak_tflops(config.train.peak_tflops), started)
         watch = Watch(step, facts.get("useful_seconds", 0.0), int(jax.device_get(state.health.skipped)), work)
         stack.enter_context(contextlib.closing(watch))
-        profiler = stack.enter_context(contextlib.closing(Profiler(trace, step, config.steps, workdir / PROFILE)))
+        profiler = stack.enter_context(contextlib.closing(Profiler(trace, step, workdir / PROFILE, watch.say)))
         roll_backs = RollBacks(store, like)
 
         def is_due(every: int) -> bool:

@@ -85,17 +85,17 @@ _OWNERS = {
 }
 
 # field -> what is expected of it, the test, the nearest valid value
-_POSITIVE = ("a number above 0", lambda value: value > 0, "1e-6")
+_POSITIVE = ("a finite number above 0", lambda value: 0 < value < math.inf, "1e-6 or 1.0")
 _FRACTION = ("a number in [0, 1)", lambda value: 0 <= value < 1, "0.0 or 0.999")
 _RANGES = {
     "learning_rate": _POSITIVE,
     "clip_norm": _POSITIVE,
     "epsilon": _POSITIVE,
     "decay_rate": ("a number in (0, 1]", lambda value: 0 < value <= 1, "0.8 or 1.0"),
-    "clipping_threshold": ("at least 1", lambda value: value >= 1, "1.0"),
+    "clipping_threshold": ("a finite number of at least 1", lambda value: 1 <= value < math.inf, "1.0"),
     "beta1": _FRACTION,
     "beta2": _FRACTION,
-    "weight_decay": ("at least 0", lambda value: value >= 0, "0.0"),
+    "weight_decay": ("a finite number of at least 0", lambda value: 0 <= value < math.inf, "0.0"),
     "warmup_steps": ("at least 0", lambda value: value >= 0, "0"),
     "final_ratio": ("a number in [0, 1]", lambda value: 0 <= value <= 1, "0.0 or 1.0"),
 }

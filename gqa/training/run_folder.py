@@ -43,6 +43,16 @@ def check(workdir: Path, config: RunConfig, what: str = "workdir") -> None:
             )
 
 
+def make(folder: Path, what: str) -> None:
+    """Makes a folder where it is not there; raises `InputError` for one, called `what`, that cannot be written in."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{what} {folder} cannot be made ({error.strerror}); choose another folder") from error
+    if not os.access(folder, os.W_OK):
+        raise InputError(f"{what} {folder} cannot be written in; choose another folder")
+
+
 def claim(workdir: Path, config: RunConfig, what: str = "workdir") -> None:
     """Makes a folder this run's; raises as `check` does."""
     check(workdir, config, what)

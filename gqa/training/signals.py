@@ -23,6 +23,7 @@ class Signals:
 
     def __init__(self):
         self.received: str | None = None
+        self._interrupts = 0
         self._several = jax.process_count() > 1
 
     def __enter__(self):
@@ -42,9 +43,10 @@ class Signals:
             signal.signal(number, handler)
 
     def _note(self, number, _frame):
-        if self.received:  # a second Ctrl-C does not wait
+        self._interrupts += number == signal.SIGINT
+        if self._interrupts > 1:  # a second Ctrl-C does not wait; schedulers send SIGTERM more than once
             raise KeyboardInterrupt
-        self.received = signal.Signals(number).name
+        self.received = self.received or signal.Signals(number).name
 
 
 @contextlib.contextmanager

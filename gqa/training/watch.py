@@ -4,7 +4,7 @@ import collections
 import contextlib
 import resource
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -229,18 +229,25 @@ class Trace(NamedTuple):
             raise InputError(f"--profile={text}; expected START:STEPS, such as 10:3 for steps 10, 11 and 12")
         return cls(int(first), int(steps))
 
+    def check(self, steps: int) -> None:
+        """Raises `InputError` for steps that a run of `steps` does not take."""
+        if self.first + self.steps - 1 > steps:
+            raise InputError(
+                f"--profile={self.first}:{self.steps} is not of the run's steps; expected some of 1..{steps}"
+            )
+
 
 class Profiler:
     """Writes the trace of some steps into a folder, for TensorBoard's profile page or Perfetto.
 
-    Raises `InputError` for steps that a run from `start` to `steps` does not take.
+    Where the run goes on from `start`, in or behind these steps, none is written, and `say` gets a line: the command
+    that was stopped is started again as it was.
     """
 
-    def __init__(self, trace: Trace | None, start: int, steps: int, folder: Path):
-        if trace is not None and not start < trace.first <= steps - trace.steps + 1:
-            raise InputError(
-                f"--profile={trace.first}:{trace.steps} is not of steps to come; expected some of {start + 1}..{steps}"
-            )
+    def __init__(self, trace: Trace | None, start: int, folder: Path, say: Callable[[str], None]):
+        if trace is not None and trace.first <= start:
+            say(f"--profile={trace.first}:{trace.steps} is past: the run goes on from step {start}, without a trace")
+            trace = None
         self._trace, self._folder = trace, folder
         self._running = False
 

@@ -1,5 +1,6 @@
 """The store of training states: bit for bit, whatever becomes of the state meanwhile."""
 
+import errno
 import os
 import random
 import resource
@@ -154,6 +155,37 @@ def test_a_damaged_step_is_skipped_with_one_line(two_steps, tmp_path, capfd, see
             assert store.steps() == [1, 3]
         else:
             assert not lines
+
+
+def test_stray_files_are_no_damage(two_steps, tmp_path, capfd):
+    """Of a desktop in a step; with a step's name, a half-made and an unwanted one's beside them."""
+    folder = shutil.copytree(two_steps, tmp_path / "checkpoints")
+    for name in ("2/.DS_Store", "2/default/._manifest.ocdbt", "3", "7", "9.unfinished", "1.unwanted"):
+        (folder / name).write_text("stray")
+    with Store(folder, keep=1) as store:
+        assert store.steps() == [1, 2]
+        assert store.restore_newest(abstract(state_of(0)))[0] == 2
+        (folder / "3.unfinished").write_text("stray")
+        store.save(3, state_of(3))
+        store.wait()
+        assert_equal(store.restore(3, abstract(state_of(0))), state_of(3))
+    assert sorted(os.listdir(folder)) == ["3", "7"]
+    assert capfd.readouterr().err == ""
+
+
+def test_what_cannot_be_removed_ends_no_run(tmp_path, capfd, monkeypatch):
+    def refuse(path):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(shutil, "rmtree", refuse)
+    with Store(tmp_path, keep=1) as store:
+        store.save(1, state_of(1))
+        store.save(2, state_of(2))
+    line = f"warning: {tmp_path}/1.unwanted could not be removed: Permission denied\n"
+    assert capfd.readouterr().err == line
+    with Store(tmp_path, keep=1) as store:
+        assert store.steps() == [2]
+    assert capfd.readouterr().err == line
 
 
 def test_no_step_is_intact(two_steps, tmp_path, capfd):

@@ -152,6 +152,10 @@ def test_one_is_told_to_stop(start, assert_whole, tmp_path):
             ["--coordinator=127.0.0.1:{port}", "--num_processes=2", "--process_id=1", "--start_timeout=1"],
             "--coordinator=127.0.0.1:{port} does not answer within 1 s (…",
         ),
+        (
+            ["--coordinator=127.0.0.1:{port}", "--num_processes=3", "--process_id=0", "--start_timeout=1"],
+            "--num_processes=3: process 1, 2 did not come within 1 s; start the same command in each, with …",
+        ),
     ],
 )
 def test_processes_that_cannot_be(options, message, free_port):
@@ -176,6 +180,51 @@ def test_a_port_that_is_taken():
             distributed.running(arguments),
         ):
             pass
+
+
+def test_processes_meet_among_strangers(free_port):
+    """One that scans ports, one of another run, one that dies waiting; the last of ours comes after these."""
+
+    def say(line: bytes) -> None:
+        with socket.create_connection(("127.0.0.1", free_port)) as connection:
+            connection.sendall(line)
+
+    with concurrent.futures.ThreadPoolExecutor(3) as pool:
+        first = pool.submit(distributed._gather, free_port, 3, 20)
+        second = pool.submit(distributed._greet, "127.0.0.1", free_port, 1, 3, 20)
+        while not second.done() and not first.done():
+            try:
+                say(b"GET / HTTP/1.1\r\n")
+                break
+            except ConnectionRefusedError:  # it does not listen yet
+                pass
+        say(b"gqa 1 of 2\n")
+        say(b"gqa 2 of 3\n")
+        third = pool.submit(distributed._greet, "127.0.0.1", free_port, 2, 3, 20)
+        for each in (first, second, third):
+            each.result()
+
+
+def test_something_else_listens():
+    with socket.create_server(("127.0.0.1", 0)) as listener, concurrent.futures.ThreadPoolExecutor(1) as pool:
+        port = listener.getsockname()[1]
+
+        def answer() -> None:
+            greeting = b"gqa "
+            while greeting == b"gqa ":
+                with listener.accept()[0] as connection:
+                    greeting = connection.recv(4)
+                    connection.sendall(b"SSH-2.0\r\n")
+
+        other = pool.submit(answer)
+        with pytest.raises(InputError) as caught:
+            distributed._greet("127.0.0.1", port, 1, 2, 0.5)
+        socket.create_connection(("127.0.0.1", port)).close()
+        other.result()
+    assert str(caught.value) == (
+        f"--coordinator=127.0.0.1:{port} does not answer within 0.5 s (something else listens there); is process 0 of "
+        "--num_processes=2 running there, and is the port open?"
+    )
 
 
 @pytest.mark.parametrize(

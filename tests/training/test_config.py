@@ -1,5 +1,6 @@
 """Configurations: every shipped one parses, and each impossible one is refused with the nearest that is possible."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -67,8 +68,16 @@ def test_configs_are_found():
         ({"train.roll_back_after": 0}, "train.roll_back_after=0; expected more than 0, such as 20, or None"),
         ({"train.keep_minutes": -3}, "train.keep_minutes=-3.0; expected more than 0, such as 60, or None"),
         ({"train.peak_tflops": float("inf")}, "train.peak_tflops=inf; expected more than 0, such as 989, or None"),
-        ({"train.z_loss": -1}, "train.z_loss=-1.0; expected at least 0 (T5: 1e-4)"),
-        ({"train.z_loss": float("nan")}, "train.z_loss=nan; expected at least 0 (T5: 1e-4)"),
+        ({"train.z_loss": -1}, "train.z_loss=-1.0; expected a finite number of at least 0 (T5: 1e-4)"),
+        ({"train.z_loss": math.inf}, "train.z_loss=inf; expected a finite number of at least 0 (T5: 1e-4)"),
+        ({"train.z_loss": math.nan}, "train.z_loss=nan; expected a finite number of at least 0 (T5: 1e-4)"),
+        ({"model.dropout_rate": 1.0}, "model.dropout_rate=1.0; expected a number in [0, 1), such as 0.1"),
+        ({"model.dropout_rate": -0.1}, "model.dropout_rate=-0.1; expected a number in [0, 1), such as 0.1"),
+        ({"model.dropout_rate": math.nan}, "model.dropout_rate=nan; expected a number in [0, 1), such as 0.1"),
+        (
+            {"optimizer.learning_rate": math.inf},
+            "optimizer.learning_rate=inf; expected a finite number above 0; nearest: 1e-6 or 1.0",
+        ),
         ({"train.accumulation": 3}, "train.accumulation=3 does not divide train.batch_size=8; nearest: 2"),
         ({"train.accumulation": 16}, "train.accumulation=16 does not divide train.batch_size=8; nearest: 8"),
         (
@@ -135,6 +144,11 @@ def test_a_missing_section_is_named(tiny_config):
             {"decoder_self_kv_heads": (8, 4, 2)},
             "decoder_self_kv_heads names 3 layers, the model has 2; give one number or 2",
         ),
+        ("t5", {"d_model": 0}, "d_model=0; expected at least 1; nearest: 1"),
+        ("t5", {"num_heads": -8}, "num_heads=-8; expected at least 1; nearest: 1"),
+        ("t5", {"num_encoder_layers": 0}, "num_encoder_layers=0; expected at least 1; nearest: 1"),
+        ("llama", {"d_ff": -4}, "d_ff=-4; expected at least 1; nearest: 1"),
+        ("llama", {"head_dim": 0}, "head_dim=0; expected at least 1; nearest: 1"),
         ("llama", {"d_model": "64"}, "model.changes.d_model='64' is a str; expected int"),
         ("llama", {"rope_theta": None}, "model.changes.rope_theta=None is a NoneType; expected float"),
     ],

@@ -269,7 +269,7 @@ def test_axes_that_do_not_fit(axes, message):
         (T5, {"decay_rate": None}, "optimizer.decay_rate is not set; adafactor with schedule rsqrt needs it"),
         (T5, {"beta1": 0.9}, "optimizer.beta1=0.9 belongs to adamw, not to adafactor with schedule rsqrt"),
         (T5, {"schedule": "constant"}, "optimizer.warmup_steps=10000 belongs to rsqrt and cosine"),
-        (T5, {"learning_rate": 0.0}, "optimizer.learning_rate=0.0; expected a number above 0"),
+        (T5, {"learning_rate": 0.0}, "optimizer.learning_rate=0.0; expected a finite number above 0"),
         (T5, {"warmup_steps": 0}, "optimizer.warmup_steps=0; rsqrt expects at least 1; nearest: 1"),
         (LLAMA2, {"beta2": 1.0}, r"optimizer.beta2=1.0; expected a number in \[0, 1\); nearest: 0.0 or 0.999"),
         (LLAMA2, {"decay_steps": 2000}, "expected more than warmup_steps=2000; nearest: 2001"),

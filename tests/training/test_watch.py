@@ -18,7 +18,15 @@ def test_steps_that_cannot_be_traced(text):
         Trace.parse(text)
 
 
-@pytest.mark.parametrize("text", ["5:1", "6:16", "21:1"])
-def test_steps_that_a_run_does_not_take(tmp_path, text):
-    with pytest.raises(InputError, match=rf"^--profile={text} is not of steps to come; expected some of 6\.\.20$"):
-        Profiler(Trace.parse(text), 5, 20, tmp_path)
+@pytest.mark.parametrize("text", ["6:16", "21:1"])
+def test_steps_that_a_run_does_not_take(text):
+    with pytest.raises(InputError, match=rf"^--profile={text} is not of the run's steps; expected some of 1\.\.20$"):
+        Trace.parse(text).check(20)
+
+
+@pytest.mark.parametrize(("text", "is_past"), [("2:2", True), ("5:3", True), ("6:1", False), (None, False)])
+def test_a_run_that_goes_on_behind_its_trace(tmp_path, text, is_past):
+    lines = []
+    Profiler(text and Trace.parse(text), 5, tmp_path, lines.append)
+    line = f"--profile={text} is past: the run goes on from step 5, without a trace"
+    assert lines == [line] * is_past
