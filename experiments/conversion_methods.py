@@ -275,16 +275,18 @@ class Bench:
             steps = round(alpha * self._config.uptrain.original_steps)
             finished = folder / "run" / "finished.json"
             if not finished.exists() or json.loads(finished.read_text())["step"] < steps:
-                subprocess.run(
+                code = subprocess.run(
                     [
                         *(sys.executable, "-m", "gqa.train", f"--config={config}", f"--workdir={folder / 'run'}"),
                         *(f"--config.model.checkpoint={start}", f"--config.train.seed={run.seed + 1}"),
                         *(f"--config.uptrain.alpha={alpha}", f"--config.optimizer.learning_rate={rate}"),
                         "--config.train.eval_every=1000000",
                     ],
-                    check=True,
+                    check=False,
                     env=os.environ,
-                )
+                ).returncode
+                if code:
+                    raise InputError(f"gqa.train ended with exit code {code}; started again, the runs go on from there")
             model = checkpoints.load(folder / "run" / "model", mesh=self._mesh, **self._config.model.run_choices())
             write_json(path, run._replace(alpha=alpha)._asdict() | self.losses(model))
         shutil.rmtree(folder)

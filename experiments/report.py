@@ -49,8 +49,10 @@ def main() -> None:
             raise InputError(f"{path} is missing; expected the folders of make quickstart in {arguments.runs}")
     if arguments.output.exists():
         raise InputError(f"--output={arguments.output} exists already; name a new folder")
-    run = json.loads((arguments.runs / "uptrain" / "config.json").read_text())
 
+    from gqa.checkpoints import hf_config
+
+    run = hf_config.read_json(arguments.runs / "uptrain" / "config.json")
     report = measure(folders, run)
     unfinished = arguments.output.with_name(f".{arguments.output.name}.partial")
     shutil.rmtree(unfinished, ignore_errors=True)

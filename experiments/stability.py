@@ -47,15 +47,18 @@ def read(folders: Sequence[Path], alpha: float | None) -> list[Curve]:
     """The runs in `folders`, of gqa.train or of a sweep: folders NAME-s1, NAME-s2 … or NAME-seed1 … hold seeds of NAME.
 
     Of a sweep those that uptrain for `alpha` (None: the largest) from mean pooling, the teacher's, and those trained
-    from scratch. Runs of fewer than two seeds are left out.
+    from scratch. A run that is in several folders counts once; runs of fewer than two seeds are left out.
     """
     paths = sorted({path for folder in folders for path in folder.rglob(metrics.JSONL)})
     found = list(_curves(path.parent for path in paths if not {"checkpoints", "uptrained"} & set(path.parts)))
     shares = {share for _, share in found if share is not None}
     wanted = max(shares, default=None) if alpha is None else alpha
-    curves = [curve for curve, share in found if share in (None, wanted)]
-    models = [curve.model for curve in curves]
-    return [curve for curve in curves if models.count(curve.model) > 1]
+    curves: dict[tuple[str, int], Curve] = {}
+    for curve, share in found:
+        if share in (None, wanted):
+            curves.setdefault((curve.model, curve.seed), curve)
+    models = [model for model, _ in curves]
+    return [curve for curve in curves.values() if models.count(curve.model) > 1]
 
 
 def _curves(runs: Iterator[Path]) -> Iterator[tuple[Curve, float | None]]:

@@ -7,9 +7,10 @@ with so many key/value heads and as many parameters (a wider FFN makes up for th
 All by the project's own commands; what they print goes to the run's log.txt.
 
 Finished runs are skipped, interrupted ones go on, one that fails is listed with its reason and does not stop the
-others. All cells get their first seed before any gets its second: a sweep that is cut short leaves whole tables. The
-results are one tidy table, results.csv and results.json in the folder of the sweep; --known takes over the runs of a
-results.json from another machine or another day.
+others. sweep.json holds the settings of a folder's runs; a sweep of other settings than these is refused there. All
+cells get their first seed before any gets its second: a sweep that is cut short leaves whole tables. The results are
+one tidy table, results.csv and results.json in the folder of the sweep; --known takes over the runs of a results.json
+from another machine or another day.
 
 Several processes may work on one folder: --worker=2/8 takes every eighth run from the third on, and --array=8 writes
 array.sh, for `sbatch` or for a plain shell.
@@ -44,6 +45,8 @@ SCORES = ("loss", "accuracy", "target_tokens")
 SCRATCH = "scratch"  # a method; its α is 1
 DRAWN = ("random", "+")  # methods, or marks of methods, whose conversion depends on the seed
 RESULT, FAILED, LOG, LOCK, METRICS = "result.json", "failed.json", "log.txt", ".lock", "metrics.jsonl"
+COMMANDS = "commands.json"  # those that are over of a run at work, and their seconds
+SETTINGS = "sweep.json"  # of the sweep whose runs the folder holds
 
 
 class Run(NamedTuple):
@@ -63,7 +66,11 @@ class Run(NamedTuple):
 
 def main() -> int | None:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,  # array.sh repeats the command line without --array and --worker
+    )
     command_line.add_config_argument(parser)
     parser.add_argument("--workdir", type=Path, required=True, help="folder of the runs and the results")
     parser.add_argument(
@@ -81,13 +88,15 @@ def main() -> int | None:
     )
     arguments, config = command_line.parse(parser)
     number, of = _worker(arguments.worker)
+    if arguments.array is not None and arguments.array < 1:
+        raise InputError(f"--array={arguments.array}; expected 1 process or more")
     sweep = Sweep(config, arguments.workdir)
-    arguments.workdir.mkdir(parents=True, exist_ok=True)
+    known = [row for path in arguments.known for row in sweep.finished(path)]
+    sweep.claim()
     if arguments.array is not None:
         print(f"wrote {_write_array(arguments, sys.argv[1:])}")
         return None
-    for path in arguments.known:
-        sweep.know(path)
+    sweep.know(known)
     if not arguments.list:
         sweep.do(sweep.runs[number::of])
     failed = sweep.collect()
@@ -103,10 +112,13 @@ def _worker(text: str) -> tuple[int, int]:
 
 def _write_array(arguments: argparse.Namespace, words: Sequence[str]) -> Path:
     """A script that SLURM runs as an array of N jobs, and a shell as N processes."""
-    if arguments.array < 1:
-        raise InputError(f"--array={arguments.array}; expected 1 process or more")
-    words = [word for word in words if not word.startswith(("--array", "--worker"))]
-    command = shlex.join([sys.executable, "-m", "experiments.sweep", *words])
+    kept, rest = [], iter(words)
+    for word in rest:
+        if word in ("--array", "--worker"):
+            next(rest)  # its value
+        elif not word.startswith(("--array=", "--worker=")):
+            kept.append(word)
+    command = shlex.join([sys.executable, "-m", "experiments.sweep", *kept])
     path = arguments.workdir / "array.sh"
     path.write_text(
         "#!/usr/bin/env bash\n"
@@ -116,10 +128,15 @@ def _write_array(arguments: argparse.Namespace, words: Sequence[str]) -> Path:
         'if [ -n "${SLURM_ARRAY_TASK_ID-}" ]; then\n'
         f'    exec {command} --worker="$SLURM_ARRAY_TASK_ID/{arguments.array}"\n'
         "fi\n"
+        "processes=() code=0\n"
         f"for worker in $(seq 0 {arguments.array - 1}); do\n"
         f'    {command} --worker="$worker/{arguments.array}" &\n'
+        '    processes+=("$!")\n'
         "done\n"
-        "wait\n"
+        'for process in "${processes[@]}"; do\n'
+        '    wait "$process" || code=$?\n'
+        "done\n"
+        'exit "$code"\n'
     )
     path.chmod(0o755)
     return path
@@ -128,10 +145,14 @@ def _write_array(arguments: argparse.Namespace, words: Sequence[str]) -> Path:
 class Sweep:
     """A config's runs, and the folder in which they are done.
 
-    Raises `InputError` for an empty or unknown axis and for a teacher that is not there.
+    Raises `InputError` for a config of another kind, an empty or unknown axis and a teacher that is not there.
     """
 
     def __init__(self, config, workdir: Path):
+        missing = [name for name in ("teachers", "runs", "overrides") if name not in config]
+        missing += [f"runs.{name}" for name in AXES[1:] if not missing and name not in config.runs]
+        if missing:
+            raise InputError(f"the config has no {missing[0]}; expected a sweep's, such as configs/sweeps/groups.py")
         self.workdir = workdir
         self._config, self._finetune = config, config.get("finetune") or {}
         self._teachers = {name: dict(teacher) for name, teacher in config.teachers.items()}
@@ -158,23 +179,64 @@ class Sweep:
                     alpha = 1.0
                 elif kv_heads == self._teachers[teacher]["kv_heads"]:
                     method = "none"
-                if alpha == 0 and not any(mark in method for mark in DRAWN):
+                if alpha == 0 and not self._finetune and not any(mark in method for mark in DRAWN):
                     seed = axes.seed[0]  # nothing is drawn: the others are the same run
                 yield Run(teacher, method, kv_heads, float(alpha), seed)
 
-    def know(self, path: Path) -> None:
-        """Takes over the finished runs of a results.json. Raises `InputError` for a file that is none."""
+    def claim(self) -> None:
+        """Makes the folder and notes the settings of its runs there: a finished run is skipped as long as they hold.
+
+        More teachers may come in. Raises `InputError` where the folder's runs have other settings.
+        """
+        config = {"calibration": {}, "finetune": {}} | self._config.to_dict()
+        settings = {name: config[name] for name in ("calibration", "overrides", "finetune")}
+        settings |= {f"teachers.{name}": teacher for name, teacher in self._teachers.items()}
+        settings = json.loads(json.dumps(settings))  # as they are read
+        path = self.workdir / SETTINGS
+        earlier = _read(path) or {}
+        for name, ours in settings.items():
+            if earlier.get(name, ours) != ours:
+                raise InputError(
+                    f"{path}: runs in this folder have {name}={json.dumps(earlier[name])}, this sweep has "
+                    f"{json.dumps(ours)}; expected the same or another --workdir"
+                )
+        self.workdir.mkdir(parents=True, exist_ok=True)
+        if earlier | settings != earlier:
+            files.write_json(path, earlier | settings, shared=True)
+
+    def finished(self, path: Path) -> list[dict[str, Any]]:
+        """The runs of a results.json that have this sweep's scores. Raises `InputError` for a file that is none."""
         from gqa.checkpoints import hf_config
 
+        rows = hf_config.read_json(path).get("runs")
         try:
-            known = {Run(*(row[name] for name in AXES)).name: row for row in hf_config.read_json(path)["runs"]}
-        except (KeyError, TypeError):
+            names = [Run(*(row[name] for name in AXES)).name for row in rows]
+        except (KeyError, TypeError, ValueError):
             raise InputError(f"--known={path} is no results.json of a sweep; expected its list of runs") from None
+        found = [row for row in rows if self._is_scored(row)]
+        if len(found) < len(names):
+            print(f"--known={path}: {len(names) - len(found)} runs lack scores of this sweep and are left out")
+        return found
+
+    def know(self, rows: Sequence[dict[str, Any]]) -> None:
+        """Takes over finished runs; of two of one name the first."""
+        known: dict[str, dict[str, Any]] = {}
+        for row in rows:
+            known.setdefault(Run(*(row[name] for name in AXES)).name, row)
         for run in self.runs:
-            result = self.workdir / run.name / RESULT
-            if run.name in known and not result.exists():
-                result.parent.mkdir(exist_ok=True)
-                files.write_json(result, known[run.name], shared=True)
+            if run.name in known and self._result(run) is None:
+                folder = self.workdir / run.name
+                folder.mkdir(exist_ok=True)
+                files.write_json(folder / RESULT, known[run.name], shared=True)
+
+    def _result(self, run: Run) -> dict[str, Any] | None:
+        """The row of a finished run; None where there is none, a damaged one or one without this sweep's scores."""
+        row = _read(self.workdir / run.name / RESULT)
+        return row if row is not None and self._is_scored(row) else None
+
+    def _is_scored(self, row: dict[str, Any]) -> bool:
+        tasks = all(any(name.startswith(f"{task} ") for name in row) for task in self._finetune)
+        return tasks and all(isinstance(row.get(name), int | float) for name in SCORES)
 
     def do(self, runs: Sequence[Run]) -> None:
         """Does what is not done of `runs`; one that another process is at is looked at again in the end."""
@@ -190,7 +252,7 @@ class Sweep:
         with _locked(folder / LOCK, wait) as lock:
             if lock is None:
                 return False
-            if not (folder / RESULT).exists():
+            if self._result(run) is None:
                 bar.set_postfix_str(run.name)
                 self._work(run, folder, lock)
             bar.update()
@@ -198,16 +260,23 @@ class Sweep:
 
     def _work(self, run: Run, folder: Path, lock: int) -> None:
         (folder / FAILED).unlink(missing_ok=True)
-        start, commands = time.time(), []
-        for module, arguments in self._commands(run, folder):
-            commands.append(shlex.join(["python", "-m", module, *arguments]))
-            code = _call(module, arguments, folder / LOG, lock)
-            if code:
-                reason = _last_line(folder / LOG)
-                files.write_json(
-                    folder / FAILED, run._asdict() | {"command": commands[-1], "code": code, "reason": reason}
-                )
-                return
+        log, seconds = folder / LOG, _read(folder / COMMANDS) or {}
+        failure = None
+        try:
+            for module, arguments in self._commands(run, folder):
+                command, start = shlex.join(["python", "-m", module, *arguments]), time.time()
+                before = log.stat().st_size if log.exists() else 0
+                code = _call(module, arguments, log, lock)
+                if code:
+                    failure = {"command": command, "code": code, "reason": _last_line(log, before)}
+                    break
+                seconds[command] = seconds.get(command, 0.0) + time.time() - start
+                files.write_json(folder / COMMANDS, seconds)
+        except InputError as error:  # a command that cannot be made
+            failure = {"command": None, "code": 2, "reason": " ".join(str(error).splitlines())}
+        if failure:
+            files.write_json(folder / FAILED, run._asdict() | failure)
+            return
         if (history := folder / "uptrained" / METRICS).exists():
             shutil.copy(history, folder)  # for the figure of stability
         scores = json.loads((folder / "evaluation.json").read_text())
@@ -215,7 +284,8 @@ class Sweep:
         for task in self._finetune:
             (checkpoint,) = json.loads((folder / f"{task}-scores" / "scores.json").read_text())["checkpoints"].values()
             result |= {f"{task} {name}": score["value"] for name, score in checkpoint["scores"][task].items()}
-        files.write_json(folder / RESULT, result | {"seconds": time.time() - start, "commands": commands})
+        files.write_json(folder / RESULT, result | {"seconds": sum(seconds.values()), "commands": list(seconds)})
+        (folder / COMMANDS).unlink(missing_ok=True)
         for name in () if self._config.keep_checkpoints else ("converted", "uptrained", *self._finetune):
             shutil.rmtree(folder / name, ignore_errors=True)
 
@@ -269,10 +339,10 @@ class Sweep:
         done, failed, waiting = [], [], 0
         for run in self.runs:
             folder = self.workdir / run.name
-            if (folder / RESULT).exists():
-                done.append(json.loads((folder / RESULT).read_text()))
-            elif (folder / FAILED).exists():
-                failed.append(json.loads((folder / FAILED).read_text()))
+            if (row := self._result(run)) is not None:
+                done.append(row)
+            elif "reason" in (row := _read(folder / FAILED) or {}):
+                failed.append(run._asdict() | row)
             else:
                 waiting += 1
         columns = list(dict.fromkeys([*AXES, *SCORES, *(name for row in done for name in row if name != "commands")]))
@@ -359,9 +429,19 @@ def _call(module: str, arguments: Sequence[str], log: Path, lock: int) -> int:
         )
 
 
-def _last_line(log: Path) -> str:
-    """What a command said last; of a progress bar's line, its last state."""
-    lines = [line for line in log.read_text(errors="replace").replace("\r", "\n").splitlines() if line.strip()]
+def _read(path: Path) -> dict[str, Any] | None:
+    """The JSON object in a file of a run; None where it is missing or damaged: what it was of is then done again."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError, RecursionError):
+        return None
+    return content if isinstance(content, dict) else None
+
+
+def _last_line(log: Path, start: int) -> str:
+    """What a command said last, in the log from the byte `start` on; of a progress bar's line, its last state."""
+    text = log.read_bytes()[start:].decode(errors="replace")
+    lines = [line for line in text.replace("\r", "\n").splitlines() if line.strip()]
     errors = [line for line in lines if line.startswith("error:")]
     return (errors or lines or ["it said nothing"])[-1].strip()
 

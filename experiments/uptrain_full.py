@@ -33,6 +33,8 @@ def main() -> None:
     arguments = command_line.parse_arguments(parser)
     if arguments.seeds < 1:
         raise InputError(f"--seeds={arguments.seeds}; expected at least 1")
+    if not 0 < arguments.alpha <= 1:
+        raise InputError(f"--alpha={arguments.alpha}; expected a share of the pre-training above 0, up to 1")
     if not TEACHER.is_dir():
         raise InputError(f"{TEACHER} is missing; run from the root of the repository")
 
@@ -42,7 +44,7 @@ def main() -> None:
     }
     runs = [(name, seed) for seed in range(1, arguments.seeds + 1) for name in KV_HEADS]
     for name, seed in tqdm(runs, desc="runs", unit="run"):
-        workdir = arguments.workdir / f"{name}-seed{seed}"
+        workdir = arguments.workdir / f"{name}-a{arguments.alpha:g}-seed{seed}"
         if not (workdir / "finished.json").exists():
             run(
                 "gqa.train",
@@ -94,9 +96,11 @@ def evaluate(checkpoint: Path, output: Path) -> dict:
 
 
 def run(module: str, *arguments: str) -> None:
-    """Runs a command of the project, shown as it is typed; stops at a failure."""
+    """Runs a command of the project, shown as it is typed; raises `InputError` at a failure."""
     tqdm.write(f"python -m {module} {' '.join(arguments)}")
-    subprocess.run([sys.executable, "-m", module, *arguments], check=True)
+    code = subprocess.run([sys.executable, "-m", module, *arguments], check=False).returncode
+    if code:
+        raise InputError(f"{module} ended with exit code {code}; started again, the runs go on from there")
 
 
 def summarise(losses: dict[str, dict], alpha: float, num_seeds: int) -> dict:

@@ -27,11 +27,10 @@ has kept, and names the best.
 """
 
 import argparse
-import json
 import math
 from pathlib import Path
 
-from gqa import command_line
+from gqa import command_line, files
 from gqa.errors import InputError
 
 MODES = ("config", "task_file", "preferences", "dialogues", "harness")
@@ -151,7 +150,7 @@ def _losses(arguments: argparse.Namespace, raw_config, evaluated: dict[str, Path
     found = {name: score(checkpoint) for name, checkpoint in evaluated.items()}
     scores = next(iter(found.values())) if len(found) == 1 else runs.compared_losses(found, arguments.every_checkpoint)
     if arguments.output:
-        arguments.output.write_text(json.dumps(scores, indent=2) + "\n")
+        files.write_json(arguments.output, scores)
 
 
 if __name__ == "__main__":

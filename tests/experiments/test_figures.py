@@ -185,6 +185,7 @@ def test_stability_of_runs_and_of_a_sweep(tmp_path):
         for method, alpha in (("mean", 0.05), ("mean", 0.02), ("first", 0.05)):
             result = {"method": method, "alpha": alpha}
             write_run(tmp_path / "sweep" / f"t5-{method}-k2-a{alpha:g}-s{seed}", wave([30]), 2.0 + seed / 10, result)
+    write_run(tmp_path / "again" / "alone-s1", wave(), 2.0)  # the same run
     curves = stability.read([tmp_path], 0.05)
     assert [(curve.model, curve.seed) for curve in curves] == [
         ("mqa_scratch", 1),

@@ -103,6 +103,16 @@ def test_missing_folders_are_named(missing, tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "report").exists()
 
 
+def test_a_damaged_configuration_is_named(tmp_path, monkeypatch):
+    for folder in ("gqa2", "mqa", "gqa2_best", "mqa_best", "uptrain/model"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "uptrain" / "config.json").write_text("{")
+    arguments = ["report", f"--runs={tmp_path}", f"--output={tmp_path / 'report'}", f"--teacher={tmp_path}"]
+    monkeypatch.setattr("sys.argv", arguments)
+    with pytest.raises(report.InputError, match=r"uptrain/config\.json is not readable JSON"):
+        report.main()
+
+
 def test_everything_is_measured(tiny_run, tmp_path, monkeypatch, capsys):
     """From the folders of a quickstart, made of a tiny model, to its report."""
     uptrain = {"original_steps": 100, "alpha": 0.1}

@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -38,6 +39,47 @@ def sweep_file(tmp_path, random_model, config_file):
     content = dict(teachers=teachers, runs=runs, calibration={}, overrides=(), finetune={}, keep_checkpoints=False)
     path.write_text(f"from ml_collections import ConfigDict\n\nget_config = lambda: ConfigDict({content!r})\n")
     return path
+
+
+@pytest.fixture
+def called(monkeypatch):
+    """The commands so far, which write what theirs would: module and options."""
+    called = []
+
+    def call(module, arguments, log, lock):
+        options = dict(argument.removeprefix("--").split("=", 1) for argument in arguments)
+        called.append((module, options))
+        output = Path(options.get("output") or options["workdir"])
+        if module == "gqa.train":
+            output.mkdir(parents=True)
+            (output / "finished.json").touch()
+        elif module == "checkpoints_tools.convert":
+            output.mkdir()
+        elif "task_file" in options:
+            output.mkdir()
+            scores = {"docstring": {"rouge1": {"value": 21.5, "low": 20.0, "high": 23.0}}}
+            (output / "scores.json").write_text(json.dumps({"checkpoints": {"model": {"scores": scores}}}))
+        elif module == "gqa.evaluate":
+            output.write_text(json.dumps(dict(loss=2.0, accuracy=0.5, target_tokens=7)))
+        else:
+            output.touch()
+        return 0
+
+    monkeypatch.setattr(sweep, "_call", call)
+    return called
+
+
+@pytest.fixture
+def start(sweep_file, tmp_path, monkeypatch, capsys):
+    """Starts the sweep in the folder `runs`; gives its exit code and what it printed."""
+
+    def start(*arguments, config=sweep_file):
+        words = [f"--config={config}", f"--workdir={tmp_path / 'runs'}", *arguments]
+        monkeypatch.setattr("sys.argv", ["sweep", *words])
+        code = sweep.main()
+        return code, capsys.readouterr().out
+
+    return start
 
 
 @pytest.mark.full
@@ -110,7 +152,7 @@ def test_processes_that_end_together_write_whole_tables(sweep_file, tmp_path):
     assert sorted(path.name for path in tmp_path.glob("*results*")) == ["results.csv", "results.json"]
 
 
-def test_fine_tunes_and_scores(sweep_file, tmp_path, monkeypatch):
+def test_fine_tunes_and_scores(sweep_file, tmp_path, called):
     finetuning = tmp_path / "finetune.py"
     finetuning.write_text(
         "from ml_collections import ConfigDict\n\nget_config = lambda: ConfigDict(dict(data=dict(source='texts')))\n"
@@ -119,28 +161,6 @@ def test_fine_tunes_and_scores(sweep_file, tmp_path, monkeypatch):
     choice = dict(config=str(finetuning), rows=9, inputs_length=256, max_new_tokens=64, metrics="rouge")
     config.runs.update(kv_heads=(2,), alpha=(1.0,), seed=(3,))
     config.finetune = ConfigDict({"docstring": choice})
-    called = []
-
-    def call(module, arguments, log, lock):
-        options = dict(argument.removeprefix("--").split("=", 1) for argument in arguments)
-        called.append((module, options))
-        output = Path(options.get("output") or options["workdir"])
-        if module == "gqa.train":
-            output.mkdir()
-            (output / "finished.json").touch()
-        elif module == "checkpoints_tools.convert":
-            output.mkdir()
-        elif "task_file" in options:
-            output.mkdir()
-            scores = {"docstring": {"rouge1": {"value": 21.5, "low": 20.0, "high": 23.0}}}
-            (output / "scores.json").write_text(json.dumps({"checkpoints": {"model": {"scores": scores}}}))
-        elif module == "gqa.evaluate":
-            output.write_text(json.dumps(dict(loss=2.0, accuracy=0.5, target_tokens=7)))
-        else:
-            output.touch()
-        return 0
-
-    monkeypatch.setattr(sweep, "_call", call)
     workdir = tmp_path / "runs"
     workdir.mkdir()
     runs = sweep.Sweep(config, workdir)
@@ -190,3 +210,133 @@ def test_from_scratch_needs_the_config_of_the_pre_training(sweep_file, tmp_path)
     config.runs.method = ("scratch", "mean")
     with pytest.raises(InputError, match=r"teachers\.tiny\.pretrain: None is missing"):
         sweep.Sweep(config, tmp_path)
+
+
+ONE_RUN = ("--config.runs.kv_heads=2", "--config.runs.alpha=1.0", "--config.runs.seed=1")
+
+
+def test_fine_tuning_draws_without_uptraining(sweep_file, tmp_path):
+    config = load_config(sweep_file)
+    config.runs.update(kv_heads=(2,), alpha=(0.0,))
+    assert [run.seed for run in sweep.Sweep(config, tmp_path).runs] == [1]
+    config.finetune = ConfigDict({"docstring": {}})
+    assert [run.seed for run in sweep.Sweep(config, tmp_path).runs] == [1, 2]
+
+
+def test_commands_that_cannot_be_made_fail_their_run_alone(start, called, monkeypatch):
+    def convert(self, run, folder):
+        if run.seed == 1:
+            raise InputError("3 heads do not\ndivide 8")
+        yield from ()
+        return (yield from scratch(self, run, folder))
+
+    scratch = sweep.Sweep._from_teacher
+    monkeypatch.setattr(sweep.Sweep, "_from_teacher", convert)
+    code, out = start(*ONE_RUN[:2])
+    assert code == 1 and "failed: tiny-mean-k2-a1-s1: 3 heads do not divide 8\n1 done, 1 failed, 0 waiting" in out
+
+
+def test_known_runs_without_the_sweeps_scores_are_not_taken(start, tmp_path, sweep_file):
+    axes = dict(teacher="tiny", method="mean", kv_heads=2, alpha=1.0)
+    scores = dict(loss=1.0, accuracy=0.5, target_tokens=7)
+    rows = [axes | scores | {"seed": 1}, axes | scores | {"seed": 2, "loss": None}, axes | {"seed": 3}]
+    rows.append(axes | scores | {"seed": 4, "docstring rouge1": 20.0})
+    known, tuned = tmp_path / "results.json", tmp_path / "tuned.py"
+    known.write_text(json.dumps({"runs": rows}))
+    tuned.write_text(sweep_file.read_text().replace("'finetune': {}", "'finetune': {'docstring': {}}"))
+    arguments = (*ONE_RUN[:2], "--config.runs.seed=1,2,3,4", f"--known={known}", "--list")
+    for config, taken in ((tuned, 1), (sweep_file, 2)):
+        listed = start(*arguments, config=config)[1]
+        assert f"{4 - taken} runs lack scores of this sweep" in listed and f"{taken} done, 0 failed" in listed
+        shutil.rmtree(tmp_path / "runs")
+    known.write_text(json.dumps({"runs": [rows[0] | {"alpha": "x"}]}))
+    with pytest.raises(InputError, match=r"is no results\.json of a sweep"):
+        start(*arguments)
+
+
+def test_a_folder_has_the_runs_of_one_sweeps_settings(start, called, tmp_path, sweep_file):
+    assert start(*ONE_RUN)[0] is None
+    settings = tmp_path / "runs" / "sweep.json"
+    before, commands = settings.read_text(), len(called)
+    with pytest.raises(InputError, match=r'sweep\.json: .* have overrides=\[\], this sweep has \["--config\.train'):
+        start(*ONE_RUN, "--config.overrides=--config.train.batch_size=4")
+    assert settings.read_text() == before
+    other = tmp_path / "other.py"
+    other.write_text(sweep_file.read_text().replace("'tiny'", "'other'"))
+    assert start(*ONE_RUN, config=other)[0] is None
+    assert {"teachers.tiny", "teachers.other"} < set(json.loads(settings.read_text()))
+    settings.unlink()  # a folder of before
+    assert "1 done" in start(*ONE_RUN)[1] and settings.exists() and len(called) == 2 * commands
+
+
+def test_seconds_and_commands_are_those_of_all_sessions(start, called, tmp_path, monkeypatch):
+    whole = sweep._call
+
+    def killed(module, *rest):
+        if module == "gqa.evaluate":
+            raise KeyboardInterrupt
+        return whole(module, *rest)
+
+    monkeypatch.setattr(sweep, "_call", killed)
+    with pytest.raises(KeyboardInterrupt):
+        start(*ONE_RUN)
+    folder = tmp_path / "runs" / "tiny-mean-k2-a1-s1"
+    seconds = json.loads((folder / "commands.json").read_text())
+    (folder / "commands.json").write_text(json.dumps(dict.fromkeys(seconds, 100.0)))
+    monkeypatch.setattr(sweep, "_call", whole)
+    start(*ONE_RUN)
+    result = json.loads((folder / "result.json").read_text())
+    modules = [command.split()[2] for command in result["commands"]]
+    assert modules == ["checkpoints_tools.convert", "gqa.train", "gqa.evaluate"]
+    assert 200 <= result["seconds"] < 300 and not (folder / "commands.json").exists()
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"loss": null}'])
+def test_damaged_results_are_done_again(content, start, called, tmp_path):
+    folder = tmp_path / "runs" / "tiny-mean-k2-a1-s1"
+    folder.mkdir(parents=True)
+    for name in ("result.json", "failed.json"):
+        (folder / name).write_text(content)
+    assert "0 done, 0 failed, 1 waiting" in start(*ONE_RUN, "--list")[1]
+    assert "1 done, 0 failed, 0 waiting" in start(*ONE_RUN)[1]
+
+
+def test_a_failed_run_is_listed_with_its_last_reason(start, monkeypatch):
+    said = iter(["error: no room on the disk\n", "step 1\rstep 2\rKilled\n"])
+
+    def call(module, arguments, log, lock):
+        with log.open("a") as file:
+            file.write(next(said))
+        return 1
+
+    monkeypatch.setattr(sweep, "_call", call)
+    reasons = [start(*ONE_RUN)[1].splitlines()[-2] for _ in range(2)]
+    assert reasons == [f"failed: tiny-mean-k2-a1-s1: {reason}" for reason in ("error: no room on the disk", "Killed")]
+
+
+def test_the_array_does_not_write_itself_and_fails_with_its_workers(start, tmp_path, monkeypatch):
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\necho "$*" >> "$0.said"\ncase "$*" in *--worker=1/3) exit 4;; esac\n')
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
+    start("--array", "3", "--worker", "0/1")
+    finished = subprocess.run([tmp_path / "runs" / "array.sh"], env=os.environ)
+    said = sorted((tmp_path / "python.said").read_text().splitlines())
+    assert finished.returncode == 4
+    assert [line.partition(str(tmp_path / "runs"))[2] for line in said] == [f" --worker={n}/3" for n in range(3)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["--array=0"], "--array=0; expected 1 process or more"),
+        (["--arr=3"], "unknown option --arr; nearest: --array"),
+        (["--known=none.json"], "none.json is missing"),
+        (["--config=configs/timing/t5_xxl.py"], "the config has no teachers; expected a sweep's"),
+    ],
+)
+def test_bad_command_lines_make_no_folder(arguments, reason, start, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(InputError, match=reason):
+        start(*arguments)
+    assert not (tmp_path / "runs").exists()
