@@ -169,7 +169,7 @@ def test_spikes_are_what_jumps_up():
 
 
 def write_run(folder, losses, heldout, result=None):
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     lines = [{"step": 10 * i, "split": "train", "loss": float(loss)} for i, loss in enumerate(losses)]
     lines.append({"step": 10 * len(losses), "split": "heldout", "loss": heldout})
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -178,6 +178,9 @@ def write_run(folder, losses, heldout, result=None):
 
 
 def test_stability_of_runs_and_of_a_sweep(tmp_path):
+    tmp_path = tmp_path / "checkpoints"  # what is in a folder of that name inside is no run; the folder itself may be
+    write_run(tmp_path / "mqa_scratch-s1" / "checkpoints" / "x-s1", wave(), 2.0)
+    write_run(tmp_path / "mqa_scratch-s2" / "checkpoints" / "x-s2", wave(), 2.0)
     write_run(tmp_path / "mqa_scratch-s1", wave([20, 41]), 2.9)
     write_run(tmp_path / "mqa_scratch-s2", wave(), 2.5)
     write_run(tmp_path / "alone-s1", wave(), 2.0)  # one seed has no spread
@@ -259,12 +262,49 @@ def test_bad_input(folder, tmp_path, monkeypatch):
     os.link(folder / "groups" / "results.json", tmp_path / "more" / "groups" / "results.json")
     with pytest.raises(InputError, match="two results are named groups"):
         run_figures(monkeypatch, f"--runs={folder}", f"--runs={tmp_path / 'more'}", f"--output={tmp_path / 'out'}")
+    (tmp_path / "more" / "t5").mkdir()
+    os.link(folder / "timing" / "t5" / "timing.json", tmp_path / "more" / "t5" / "timing.json")
+    (tmp_path / "more" / "groups" / "results.json").unlink()
+    with pytest.raises(InputError, match="two timings are named t5"):
+        run_figures(monkeypatch, f"--runs={folder}", f"--runs={tmp_path / 'more'}", f"--output={tmp_path / 'out'}")
     assert not (tmp_path / "out").exists()
 
 
-def test_a_damaged_throughput_is_named(tmp_path, monkeypatch):
-    (tmp_path / "throughput.json").write_text("{}")
-    argv = ["figures.py", f"--runs={tmp_path}", f"--output={tmp_path / 'out'}", "--redraw"]
-    monkeypatch.setattr("sys.argv", argv)
-    with pytest.raises(InputError, match=r"throughput\.json is no result of experiments\.throughput"):
-        figures.main()
+@pytest.mark.parametrize(
+    ("name", "content", "experiment"),
+    [
+        ("results.json", {"runs": [{"teacher": "x"}]}, "sweep"),
+        ("results.json", {"runs": [RUNS[0] | {"alpha": None}]}, "sweep"),
+        ("results.json", {"runs": [{"sites": "a"}]}, "conversion_methods"),
+        ("results.json", {"rows": [{"loss_mean": 1}]}, "uptrain_full"),
+        ("results.json", {"rows": [{"loss_mean": 1, "model": "Foo", "uptrained": False}]}, "uptrain_full"),
+        ("timing.json", {name: value for name, value in TIMING.items() if name != "config"}, "timing"),
+        ("timing.json", TIMING | {"rows": []}, "timing"),
+        ("timing.json", TIMING | {"copy_gb_per_second": 0.0}, "timing"),
+        ("throughput.json", {}, "throughput"),
+        ("throughput.json", {"rows": [{}], "memory_bytes": 1}, "throughput"),
+        ("conversion_methods/x.json", {}, "conversion_methods"),
+        ("quickstart/report.json", {}, "report"),
+        ("posttraining/report.json", {}, "posttraining"),
+        ("a-s1/result.json", {}, "sweep"),
+    ],
+)
+def test_what_is_no_result_is_named(tmp_path, monkeypatch, name, content, experiment):
+    write_run(tmp_path / "a-s1", [2.0], 2.0)
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(content))
+    with pytest.raises(
+        InputError, match=rf"{path.name} is no result of experiments\.{experiment}; expected one"
+    ) as error:
+        run_figures(monkeypatch, f"--runs={tmp_path}", f"--output={tmp_path / 'out'}", "--redraw")
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("line", [{"step": 1, "split": "train"}, {"step": 1, "loss": 2.0}, 5])
+def test_metrics_of_another_program_are_named(tmp_path, line):
+    (tmp_path / "a-s1").mkdir()
+    (tmp_path / "a-s1" / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+    with pytest.raises(InputError, match=r"metrics\.jsonl is no result of gqa\.train; expected one"):
+        stability.read([tmp_path], None)
