@@ -158,10 +158,8 @@ def of_uptrain_full(content: Mapping[str, Any]) -> list[Score]:
     for row in content["rows"]:
         kv_heads = {"MHA": SHIPPED_HEADS, "MQA": 1}.get(row["model"]) or int(row["model"].removeprefix("GQA-"))
         method, alpha = TEACHER if row["model"] == "MHA" else "mean", content["alpha"] if row["uptrained"] else 0.0
-        losses = row.get("losses", [row["loss_mean"]])
-        found += [
-            _score("t5", method, kv_heads, alpha, seed, {"loss": float(loss)}) for seed, loss in enumerate(losses, 1)
-        ]
+        losses = map(float, row.get("losses", [row["loss_mean"]]))
+        found += [_score("t5", method, kv_heads, alpha, seed, {"loss": loss}) for seed, loss in enumerate(losses, 1)]
     return found
 
 
