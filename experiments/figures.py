@@ -105,7 +105,7 @@ def draw(paths: Sequence[Path], folders: Sequence[Path], score: str, output: Pat
             for figure, drawing in _of_a_teacher(own):
                 yield from _save(figure, name, drawing(own, score), output)
     for name, results in timings.items():
-        yield from _save("fig6", name, pictures.time_against_groups(results), output)
+        yield from _save("fig6", name, pictures.time_against_groups(results, name), output)
     alpha = next((results.alpha for results in found if results.alpha is not None), None)
     if curves := stability.read(folders, alpha):
         yield from _save("stability", "runs", pictures.stability(curves), output)
@@ -179,14 +179,14 @@ def redraw(paths: Sequence[Path]) -> Iterator[Path]:
     for path in paths:
         if path.name == "timing.json":
             picture = path.with_suffix(".png")
-            pictures.save(pictures.time_against_groups(_timing(path)), picture)
+            pictures.save(pictures.time_against_groups(_timing(path), path.parent.name), picture)
         elif path.name == "throughput.json":
             picture = path.with_suffix(".png")
             with scores.reading(path, "experiments.throughput"):
                 content = read_json(path)
                 if not content["rows"]:
                     raise ValueError("no rows")
-                drawing = pictures.throughput(content)
+                drawing = pictures.throughput(content, path.parent.name)
             pictures.save(drawing, picture)
         elif path.parent.name == "conversion_methods":
             picture = path.with_suffix(".png")

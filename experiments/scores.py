@@ -85,6 +85,13 @@ def mean_and_spread(values: np.ndarray) -> tuple[float, float]:
     return float(values.mean()), float(values.std(ddof=1)) if len(values) > 1 else 0.0
 
 
+def size_name(config: Mapping[str, Any], folder: str | None = None) -> str:
+    """What `experiments.timing` or `throughput` measured: the size, or where its shapes are changed the folder too."""
+    if not config["changes"]:
+        return config["size"]
+    return f"{folder} ({config['size']}, changed)" if folder else f"{config['size']}, changed"
+
+
 def label(name: str) -> str:
     """A score's axis label."""
     return LABELS.get(name, name)

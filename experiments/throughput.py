@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from experiments.scores import size_name
 from gqa import command_line
 from gqa.errors import InputError
 
@@ -73,7 +74,7 @@ def measure(config, command: str, output: Path | None) -> dict[str, Any]:
             del model
     print(table(results), flush=True)
     if output:
-        pictures.save(pictures.throughput(results), output / "throughput.png")
+        pictures.save(pictures.throughput(results, output.name), output / "throughput.png")
     return results
 
 
@@ -167,7 +168,7 @@ def table(results: dict[str, Any]) -> str:
     config, machine = results["config"], results["machine"]
     lines += [
         "",
-        f"{config['size']}, {config['dtype']}, context {config['context']}, {config['new_tokens']} new tokens, "
+        f"{size_name(config)}, {config['dtype']}, context {config['context']}, {config['new_tokens']} new tokens, "
         f"{results['memory_bytes'] / 1e9:.3g} GB; median of {config['repetitions']}; {machine['num_devices']} x "
         f"{machine['device']}, {machine['cores']} cores.",
     ]

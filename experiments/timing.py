@@ -22,6 +22,7 @@ import numpy as np
 from tqdm import tqdm
 
 from experiments.bandwidth import cache_seconds, copy_bandwidth, seconds, step_bytes
+from experiments.scores import size_name
 from gqa import command_line
 from gqa.errors import InputError
 
@@ -88,7 +89,7 @@ def measure(config, command: str, output: Path | None, may_go_on: Callable[[], b
     if results["rows"]:
         print(table(results), flush=True)
         if output:
-            pictures.save(pictures.time_against_groups(results), output / "timing.png")
+            pictures.save(pictures.time_against_groups(results, output.name), output / "timing.png")
     return results
 
 
@@ -295,8 +296,8 @@ def table(results: dict[str, Any]) -> str:
         [
             *lines,
             "",
-            f"{config['size']}, {config['dtype']}, input {config['inputs_length']}, {config['new_tokens']} new tokens, "
-            f"median of {config['repetitions']}; {machine['num_devices']} x {machine['device']}, "
+            f"{size_name(config)}, {config['dtype']}, input {config['inputs_length']}, {config['new_tokens']} new "
+            f"tokens, median of {config['repetitions']}; {machine['num_devices']} x {machine['device']}, "
             f"{machine['cores']} cores; a large copy reaches {results['copy_gb_per_second']:.1f} GB/s.",
         ]
     )

@@ -30,7 +30,13 @@ RUNS = [
 SECONDS = {1: 0.1, 2: 0.2, 4: 0.4, 8: 0.8}
 TIMING = dict(
     config=dict(
-        size="t5_1_1_small", weights=[None], cache=[None], kv_heads=list(SECONDS), inputs_length=64, new_tokens=10
+        size="t5_1_1_small",
+        changes={},
+        weights=[None],
+        cache=[None],
+        kv_heads=list(SECONDS),
+        inputs_length=64,
+        new_tokens=10,
     ),
     copy_gb_per_second=2.0,
     rows=[
@@ -93,6 +99,8 @@ def test_methods_and_what_the_paper_reads(sweep):
     (read,) = drawn(papers, "x").values()
     np.testing.assert_allclose(read, [(55.6, 0, 0), (55.25, 1, 0.15), (54.9, 2, 0.3)], atol=1e-9)
     assert "read off" in papers.get_title()
+    marks = [{line.get_marker() for c in axis.containers for line in c.lines[:1]} for axis in (ours, papers)]
+    assert not marks[0] & marks[1]
     without = Results("t5", [score for score in sweep.scores if score.alpha == 0])
     assert [axis.get_title() for axis in pictures.methods(without, "loss").axes] == ["α = 0%"]
 
@@ -140,6 +148,29 @@ def test_time_against_groups_and_the_byte_model():
     xxl = pictures.time_against_groups(TIMING | {"config": TIMING["config"] | {"size": "t5_1_1_xxl"}})
     stars = next(line for line in xxl.axes[0].lines if "the paper" in str(line.get_label()))
     assert dict(zip(stars.get_xdata(), stars.get_ydata(), strict=True)) == {64: 1.51, 8: 0.28, 1: 0.24}
+
+
+@pytest.mark.parametrize("changes", [{}, {"num_layers": 2}])
+def test_the_title_says_which_model_it_is(changes):
+    config = TIMING["config"] | {"size": "t5_1_1_xxl", "changes": changes}
+    axis = pictures.time_against_groups(TIMING | {"config": config}, "mine").axes[0]
+    assert axis.get_title().startswith("mine (t5_1_1_xxl, changed): " if changes else "t5_1_1_xxl: ")
+    # The paper's times are of its own shapes.
+    assert any("the paper" in str(line.get_label()) for line in axis.lines) == (not changes)
+    # The names of the marks end inside the frame.
+    figure = axis.figure
+    figure.draw_without_rendering()
+    frame = axis.get_window_extent()
+    names = [text.get_window_extent() for text in axis.texts]
+    assert all(name.x1 < frame.x1 and name.y1 < frame.y1 for name in names)
+
+
+def test_bars_on_a_logarithmic_axis_end_at_the_least_seed():
+    losses = {0.0: [3.0, 3.2], 0.02: [0.01, 0.5], 0.05: [0.2, 0.21]}
+    found = [Score("t", "mean", 2, alpha, 1, {"loss": loss}) for alpha, both in losses.items() for loss in both]
+    (container,) = pictures.quality_against_alpha(Results("x", found), "loss").axes[0].containers
+    lowest = [segment[:, 1].min() for segment in container.lines[2][0].get_segments()]
+    np.testing.assert_allclose(lowest, [3.1 - np.sqrt(0.02), 0.01, 0.205 - 0.01 / np.sqrt(2)])
 
 
 def test_table_1(sweep):
