@@ -19,6 +19,8 @@ from experiments.scores import size_name
 from gqa import command_line
 from gqa.errors import InputError
 
+KEYS = ("size", "changes", "kv_heads", "dtype", "memory_gb", "context", "new_tokens", "repetitions")
+
 
 def main() -> None:
     """The command line."""
@@ -26,6 +28,9 @@ def main() -> None:
     command_line.add_config_argument(parser)
     parser.add_argument("--output", type=Path, help="folder for throughput.json and throughput.png; must not exist")
     arguments, config = command_line.parse(parser)
+    command_line.check_keys(config, KEYS, "configs/throughput/llama_2_7b.py")
+    if not config.kv_heads:
+        raise InputError(f"config.kv_heads={config.kv_heads}; expected at least one number of heads")
     for name in ("context", "new_tokens", "repetitions"):
         if config[name] < 1:
             raise InputError(f"config.{name}={config[name]}; expected at least 1")
@@ -49,6 +54,11 @@ def measure(config, command: str, output: Path | None) -> dict[str, Any]:
         raise InputError(f"config.size={config.size} is no decoder; expected one, such as llama_2_7b")
     if config.context + config.new_tokens > architecture.max_position:
         room = architecture.max_position - config.new_tokens
+        if room < 1:
+            longest = architecture.max_position - min(config.context, architecture.max_position - 1)
+            raise InputError(
+                f"config.new_tokens={config.new_tokens} are more than the model has positions for; nearest: {longest}"
+            )
         raise InputError(f"config.context={config.context} is longer than the model has positions for; nearest: {room}")
     architectures = {K: models.replace(architecture, decoder_self_kv_heads=K) for K in config.kv_heads}
     memory_bytes = _memory_bytes(config.memory_gb)
