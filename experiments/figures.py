@@ -84,22 +84,20 @@ def main() -> None:
 
 def draw(paths: Sequence[Path], folders: Sequence[Path], score: str, output: Path) -> Iterator[tuple[str, Path]]:
     """Writes every figure that there are results for; its name and file, one after the other."""
-    timings = {path.parent.name: _timing(path) for path in paths if path.name == "timing.json"}
+    timed = [path for path in paths if path.name == "timing.json"]
+    _check_names("timings", [path.parent.name for path in timed])
+    timings = {path.parent.name: _timing(path) for path in timed}
     found = [results for path in paths if path.name != "timing.json" and (results := scores.read(path))]
-    names = [results.name for results in found]
-    for name in names:
-        if names.count(name) > 1:
-            raise InputError(f"two results are named {name}; expected different names of their folders")
+    _check_names("results", [results.name for results in found])
     known = sorted({name for results in found for name in results.names})
     if known and score not in known:
         nearest = command_line.nearest(score, known)
         raise InputError(f"--score={score} is in no results; expected one of {', '.join(known)}; nearest: {nearest}")
     times = sample_times(timings)
     for results in (results for results in found if score in results.names):
-        timed = any(teacher in timings for teacher in results.teachers)
         if results.alpha is not None:
             yield "table1", _write(output / f"table1_{results.name}.md", table_1(results, times))
-        if results.alpha is not None and timed:
+        if results.alpha is not None and any(teacher in timings for teacher in results.teachers):
             yield from _save("fig3", results.name, pictures.quality_against_time(results, times, score), output)
         for teacher in results.teachers:
             own = results.of(teacher)
@@ -107,10 +105,16 @@ def draw(paths: Sequence[Path], folders: Sequence[Path], score: str, output: Pat
             for figure, drawing in _of_a_teacher(own):
                 yield from _save(figure, name, drawing(own, score), output)
     for name, results in timings.items():
-        yield from _save("fig6", name, pictures.time_against_groups(results), output)
+        yield from _save("fig6", name, pictures.time_against_groups(results, name), output)
     alpha = next((results.alpha for results in found if results.alpha is not None), None)
     if curves := stability.read(folders, alpha):
         yield from _save("stability", "runs", pictures.stability(curves), output)
+
+
+def _check_names(kind: str, names: Sequence[str]) -> None:
+    for name in names:
+        if names.count(name) > 1:
+            raise InputError(f"two {kind} are named {name}; expected different names of their folders")
 
 
 def _of_a_teacher(own: Results) -> Iterator[tuple[str, Callable]]:
@@ -175,19 +179,28 @@ def redraw(paths: Sequence[Path]) -> Iterator[Path]:
     for path in paths:
         if path.name == "timing.json":
             picture = path.with_suffix(".png")
-            pictures.save(pictures.time_against_groups(_timing(path)), picture)
+            pictures.save(pictures.time_against_groups(_timing(path), path.parent.name), picture)
         elif path.name == "throughput.json":
             picture = path.with_suffix(".png")
-            pictures.save(pictures.throughput(_throughput(path)), picture)
+            with scores.reading(path, "experiments.throughput"):
+                content = read_json(path)
+                if not content["rows"]:
+                    raise ValueError("no rows")
+                drawing = pictures.throughput(content, path.parent.name)
+            pictures.save(drawing, picture)
         elif path.parent.name == "conversion_methods":
             picture = path.with_suffix(".png")
-            conversion_report.draw(read_json(path), picture)
+            with scores.reading(path, "experiments.conversion_methods"):
+                conversion_report.draw(read_json(path), picture)
         elif path.parent.name == "quickstart":
             picture = path.with_name("quality_vs_latency.png")
-            report.draw(read_json(path), picture)
+            with scores.reading(path, "experiments.report"):
+                report.draw(read_json(path), picture)
         elif path.parent.name == "posttraining":
             picture = path.with_name("curves.png")
-            pictures.save(pictures.posttraining(read_json(path)), picture)
+            with scores.reading(path, "experiments.posttraining"):
+                drawing = pictures.posttraining(read_json(path))
+            pictures.save(drawing, picture)
         else:
             continue
         yield picture
@@ -195,15 +208,10 @@ def redraw(paths: Sequence[Path]) -> Iterator[Path]:
 
 def _timing(path: Path) -> dict[str, Any]:
     content = read_json(path)
-    if not content.get("rows") or "copy_gb_per_second" not in content:
-        raise InputError(f"{path} is no result of experiments.timing; expected one, or a folder without it")
-    return content
-
-
-def _throughput(path: Path) -> dict[str, Any]:
-    content = read_json(path)
-    if not content.get("rows") or "memory_bytes" not in content:
-        raise InputError(f"{path} is no result of experiments.throughput; expected one, or a folder without it")
+    with scores.reading(path, "experiments.timing"):  # all that is drawn of it, before anything is written
+        if not sample_times({path.parent.name: content}):
+            raise ValueError("no rows")
+        pictures.time_against_groups(content)
     return content
 
 

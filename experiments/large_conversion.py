@@ -38,7 +38,9 @@ def main() -> None:
     whole = models.replace(models.size(arguments.size), dtype="float32", tied_logits=True)
     family = models.family_of(whole)
     names = ("num_encoder_layers", "num_decoder_layers") if family == "t5" else ("num_layers",)
-    layers = arguments.layers or max(getattr(whole, name) for name in names)
+    layers = arguments.layers
+    if layers is None:
+        layers = max(getattr(whole, name) for name in names)
     if not 1 <= layers <= min(getattr(whole, name) for name in names):
         raise InputError(f"--layers={layers}; expected 1 to {min(getattr(whole, name) for name in names)}")
     config = dataclasses.replace(whole, **dict.fromkeys(names, layers))

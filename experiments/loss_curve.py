@@ -7,6 +7,7 @@ the held-out losses as a table.
 import argparse
 from pathlib import Path
 
+from experiments import scores
 from gqa import command_line
 from gqa.errors import InputError
 from gqa.training import metrics
@@ -19,7 +20,17 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="picture to write")
     parser.add_argument("--unigram", type=float, help="cross-entropy of the unigram model, nats, drawn as a line")
     arguments = command_line.parse_arguments(parser)
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    kind = arguments.output.suffix.removeprefix(".").lower() or "png"
+    command_line.one_of(f"--output={arguments.output}", kind, FigureCanvasBase.filetypes)
     lines = metrics.read(arguments.workdir)
+    with scores.reading(arguments.workdir / metrics.JSONL, "gqa.train"):
+        lines = [
+            line | {"step": int(line["step"]), "loss": float(line["loss"])}
+            for line in lines
+            if line["split"] in ("train", "heldout")
+        ]
     if not any(line["split"] == "heldout" for line in lines):
         raise InputError(
             f"{arguments.workdir} has no held-out losses in {metrics.JSONL}; expected a folder of gqa.train"

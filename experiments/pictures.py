@@ -1,7 +1,7 @@
 """The paper's figures, drawn from results: every function takes numbers and returns a picture, `save` writes it.
 
 Readable in grey: models and methods differ by mark and line, not by colour. Error bars are the standard deviation over
-seeds, of times the range of the repetitions.
+seeds, of times the range of the repetitions; one that would reach 0 on a logarithmic axis ends at the least seed.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from experiments import paper
-from experiments.scores import TEACHER, Results, label, mean_and_spread, model_name
+from experiments.scores import TEACHER, Results, label, mean_and_spread, model_name, size_name
 from experiments.stability import Curve
 from gqa import files
 
@@ -89,25 +89,23 @@ def methods(results: Results, score: str) -> Figure:
         shares = [alpha for alpha in shares if alpha in (0.0, results.alpha)]
     beside = 0.05 in shares
     figure, axes = _panels(len(shares) + beside, (2.2 + 3.6 * (len(shares) + beside), 1.6 + 0.32 * max(5, len(names))))
-    rows = {method: row for row, method in enumerate(names)}
+    rows, scale = {method: row for row, method in enumerate(names)}, _scale(cells, score)
     for axis, alpha in zip(axes, shares, strict=False):
         for number, K in enumerate(kv_heads):
-            found = {
-                method: mean_and_spread(cells[method, K, alpha]) for method in names if (method, K, alpha) in cells
-            }
+            found = {method: _bar(cells[method, K, alpha], scale) for method in names if (method, K, alpha) in cells}
             if found:
-                quality, spread = zip(*found.values(), strict=True)
+                quality, *spread = zip(*found.values(), strict=True)
                 style = _style(number) | {"linestyle": "none"}
                 axis.errorbar(quality, [rows[method] for method in found], xerr=spread, label=model_name(K), **style)
         _teacher_line(axis.axvline, cells, alpha)
         _titles(axis, f"α = {alpha:.0%}", label(score), "")
-        axis.set_xscale(_scale(cells, score))
+        axis.set_xscale(scale)
         _method_axis(axis, names)
     if beside:
         ranges = paper.FIGURE_4_READ_OFF
         middle = [(low + high) / 2 for low, high in ranges.values()]
         half = [(high - low) / 2 for low, high in ranges.values()]
-        style = _style(0) | {"linestyle": "none"}
+        style = dict(marker="*", markersize=11, color="black", linestyle="none", capsize=3)  # no mark of ours
         axes[-1].errorbar(middle, range(len(ranges)), xerr=half, label="MQA (bars: as far as it can be read)", **style)
         title = "the paper, T5-Large, α = 5%,\nread off its fig. 4"
         _titles(axes[-1], title, "average score (higher is better)", "")
@@ -119,17 +117,18 @@ def methods(results: Results, score: str) -> Figure:
 def quality_against_alpha(results: Results, score: str) -> Figure:
     """GQA fig. 5: one teacher's models against the share of the pre-training that uptraining takes."""
     cells = results.cells(score)
+    scale = _scale(cells, score)
     figure, (axis,) = _panels(1, (6.8, 4.4))
     kinds = list(dict.fromkeys((method, K) for method, K, _ in cells))
     for number, (method, K) in enumerate(kinds):
         points = sorted(
-            (alpha, *mean_and_spread(values)) for (*kind, alpha), values in cells.items() if kind == [method, K]
+            (alpha, *_bar(values, scale)) for (*kind, alpha), values in cells.items() if kind == [method, K]
         )
-        alphas, quality, spread = zip(*points, strict=True)
+        alphas, quality, *spread = zip(*points, strict=True)
         name = "MHA" if method == TEACHER else f"{model_name(K)}, {method}"
         axis.errorbar([100 * alpha for alpha in alphas], quality, spread, label=name, **_style(number))
     _titles(axis, _seeds(cells), "α: share of the pre-training steps, %", label(score))
-    axis.set_yscale(_scale(cells, score))
+    axis.set_yscale(scale)
     _legend(figure)
     return figure
 
@@ -137,6 +136,7 @@ def quality_against_alpha(results: Results, score: str) -> Figure:
 def quality_against_groups(results: Results, score: str) -> Figure:
     """One teacher's models against their key/value heads, a panel a share of uptraining."""
     cells = results.cells(score)
+    scale = _scale(cells, score)
     names = [method for method in dict.fromkeys(method for method, _, _ in cells) if method != TEACHER]
     if len(names) > len(STYLES):
         names = [method for method in names if method in LINES]
@@ -146,23 +146,23 @@ def quality_against_groups(results: Results, score: str) -> Figure:
         _teacher_line(axis.axhline, cells, alpha)
         for number, method in enumerate(names):
             points = sorted(
-                (K, *mean_and_spread(values))
+                (K, *_bar(values, scale))
                 for (name, K, share), values in cells.items()
                 if (name, share) == (method, alpha)
             )
             if points:
-                K, quality, spread = zip(*points, strict=True)
+                K, quality, *spread = zip(*points, strict=True)
                 axis.errorbar(K, quality, spread, label=method, **_style(number))
         _heads_axis(axis, sorted({K for method, K, _ in cells if method in names}))
         _titles(axis, f"α = {alpha:.0%}", "key/value heads", label(score))
-        axis.set_yscale(_scale(cells, score))
+        axis.set_yscale(scale)
     _legend(figure)
     return figure
 
 
-def time_against_groups(results: Mapping[str, Any]) -> Figure:
+def time_against_groups(results: Mapping[str, Any], name: str | None = None) -> Figure:
     """GQA fig. 6: time per sample against key/value heads, and what reading the input and the steps' bytes alone would
-    take, of the results of `experiments.timing`. Beside T5-XXL the paper's.
+    take, of the results of `experiments.timing`, in a folder `name`. Beside T5-XXL the paper's.
     """
     config = results["config"]
     rows = first_format(results)
@@ -172,28 +172,30 @@ def time_against_groups(results: Mapping[str, Any]) -> Figure:
     figure, (axes,) = _panels(1, (6.8, 4.8))
     copy = 1e9 * results["copy_gb_per_second"]
     parts = {"reading the input": [row["reading_seconds"] / row["batch_size"] for row in rows]}
-    for name in ("weights", "self_cache", "cross_cache"):
-        of_sample = [config["new_tokens"] * row["step_bytes"][name] / row["batch_size"] for row in rows]
+    for part in ("weights", "self_cache", "cross_cache"):
+        of_sample = [config["new_tokens"] * row["step_bytes"][part] / row["batch_size"] for row in rows]
         if any(of_sample):
-            parts[f"{name.replace('_', ' ')} at copy speed"] = [number / copy for number in of_sample]
+            parts[f"{part.replace('_', ' ')} at copy speed"] = [number / copy for number in of_sample]
     axes.stackplot(K, *parts.values(), labels=parts.keys(), colors=["0.9", "0.78", "0.66", "0.54"][: len(parts)])
     axes.errorbar(K, times, spread, label="measured", **_style(0))
-    if config["size"] == "t5_1_1_xxl":
+    if size_name(config) == "t5_1_1_xxl":
         axes.plot(
             *zip(*paper.XXL_SECONDS.items(), strict=True), "k*", markersize=11, label="the paper (Table 1, TPU v4)"
         )
     for number, row in zip(K, rows, strict=True):
         _name(axes, f"batch {row['batch_size']}", (number, row["seconds_per_sample"]))
     _heads_axis(axes, K)
+    axes.margins(x=0.15, y=0.1)  # room for the names of the points
     axes.set_ylim(bottom=0)
-    title = f"{config['size']}: input {config['inputs_length']}, {config['new_tokens']} new tokens"
+    title = f"{size_name(config, name)}: input {config['inputs_length']}, {config['new_tokens']} new tokens"
     _titles(axes, title, "key/value heads", "time per sample, s")
     _legend(figure)
     return figure
 
 
-def throughput(results: Mapping[str, Any]) -> Figure:
-    """Llama 2, fig. 24: new tokens a second against the batch and against a step's time, of `experiments.throughput`.
+def throughput(results: Mapping[str, Any], name: str | None = None) -> Figure:
+    """Llama 2, fig. 24: new tokens a second against the batch and against a step's time, of `experiments.throughput`,
+    in a folder `name`.
 
     A cross stands where the next batch does not fit.
     """
@@ -206,12 +208,12 @@ def throughput(results: Mapping[str, Any]) -> Figure:
             continue
         rates = np.array([row["tokens_per_second"] for row in rows])
         spread = np.abs(np.array([row["tokens_per_second_range"] for row in rows]).T - rates)
-        for axis, name in zip(axes, ("batch_size", "step_ms"), strict=True):
-            axis.errorbar([row[name] for row in rows], rates, spread, label=f"K = {K}", **_style(number))
+        for axis, x in zip(axes, ("batch_size", "step_ms"), strict=True):
+            axis.errorbar([row[x] for row in rows], rates, spread, label=f"K = {K}", **_style(number))
         too_large = [row["batch_size"] for row in of_model if row["tokens_per_second"] is None]
         axes[0].plot(too_large, [rates[-1]] * len(too_large), "x", color="black", markersize=9)
-    title = f"{config['size']}: context {config['context']}, {results['memory_bytes'] / 1e9:.3g} GB; x: does not fit"
-    _titles(axes[0], title, "batch", "new tokens a second")
+    title = f"{size_name(config, name)}: context {config['context']}, {results['memory_bytes'] / 1e9:.3g} GB"
+    _titles(axes[0], title, "batch; x: does not fit", "new tokens a second")
     _titles(axes[1], "a mark a batch", "time of a step, ms", "")
     for axis in axes:
         axis.set_xscale("log", base=2)
@@ -322,6 +324,12 @@ def _teacher_line(draw, cells: Mapping[tuple[str, int, float], np.ndarray], alph
 def _scale(cells: Mapping[tuple[str, int, float], np.ndarray], score: str) -> str:
     values = np.concatenate(list(cells.values()))
     return "log" if score == "loss" and 0 < WIDE * values.min() < values.max() else "linear"
+
+
+def _bar(values: np.ndarray, scale: str) -> tuple[float, float, float]:
+    """The mean over seeds, and how far its error bar goes down and up."""
+    mean, spread = mean_and_spread(values)
+    return mean, mean - float(values.min()) if scale == "log" and spread >= mean else spread, spread
 
 
 def _seeds(cells: Mapping[tuple[str, int, float], np.ndarray]) -> str:

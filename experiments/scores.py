@@ -1,12 +1,14 @@
 """Scores of converted models as one tidy list, whichever experiment measured them."""
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from gqa.checkpoints.hf_config import read_json
+from gqa.errors import InputError
 
 TEACHER = "none"  # the method of the teacher itself, as in a sweep's table
 SHIPPED_HEADS = 8  # of assets/teacher, which experiments.uptrain_full uptrains
@@ -83,23 +85,51 @@ def mean_and_spread(values: np.ndarray) -> tuple[float, float]:
     return float(values.mean()), float(values.std(ddof=1)) if len(values) > 1 else 0.0
 
 
+def size_name(config: Mapping[str, Any], folder: str | None = None) -> str:
+    """What `experiments.timing` or `throughput` measured: the size, or where its shapes are changed the folder too."""
+    if not config["changes"]:
+        return config["size"]
+    return f"{folder} ({config['size']}, changed)" if folder else f"{config['size']}, changed"
+
+
 def label(name: str) -> str:
     """A score's axis label."""
     return LABELS.get(name, name)
 
 
 def read(path: Path) -> Results | None:
-    """The scores in a JSON file of `experiments.sweep`, `conversion_methods` or `uptrain_full`; None of any other."""
+    """The scores in a JSON file of `experiments.sweep`, `conversion_methods` or `uptrain_full`; None of any other.
+
+    Raises `InputError` for one that only begins like theirs.
+    """
     content = read_json(path)
     folder = path.parent.name
-    runs, rows = content.get("runs"), content.get("rows")
-    if isinstance(runs, list) and runs and "sites" in runs[0]:
-        return Results(f"{folder}_{path.stem}", of_conversions(content, path.stem))
-    if isinstance(runs, list) and runs and "teacher" in runs[0]:
-        return Results(folder, [of_sweep(run) for run in runs])
-    if isinstance(rows, list) and rows and "loss_mean" in rows[0]:
-        return Results(folder, of_uptrain_full(content))
+    if "sites" in _first(content.get("runs")):
+        with reading(path, "experiments.conversion_methods"):
+            return Results(f"{folder}_{path.stem}", of_conversions(content, path.stem))
+    if "teacher" in _first(content.get("runs")):
+        with reading(path, "experiments.sweep"):
+            return Results(folder, [of_sweep(run) for run in content["runs"]])
+    if "loss_mean" in _first(content.get("rows")):
+        with reading(path, "experiments.uptrain_full"):
+            return Results(folder, of_uptrain_full(content))
     return None
+
+
+@contextlib.contextmanager
+def reading(path: Path, experiment: str) -> Iterator[None]:
+    """Whatever fails in the block because `path` has another content than `experiment` writes is one `InputError`."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise InputError(f"{path} is no result of {experiment}; expected one, or a folder without it") from error
+
+
+def _first(entries: Any) -> Mapping[str, Any]:
+    """The first of a list of objects; an empty one where there is none."""
+    return entries[0] if isinstance(entries, list) and entries and isinstance(entries[0], dict) else {}
 
 
 def of_sweep(run: Mapping[str, Any]) -> Score:
@@ -109,20 +139,20 @@ def of_sweep(run: Mapping[str, Any]) -> Score:
         for name, value in run.items()
         if name not in AXES + NOT_SCORES and isinstance(value, int | float)
     }
-    return Score(*(run[name] for name in AXES), values)
+    return _score(*(run[name] for name in AXES), values)
 
 
 def of_conversions(content: Mapping[str, Any], teacher: str) -> list[Score]:
     """Runs of `experiments.conversion_methods` that convert all of the family's sites."""
     sites = content["runs"][0]["sites"]
     return [
-        Score(
+        _score(
             teacher,
             TEACHER if run["method"] == "teacher" else run["method"],
             run["kv_heads"],
             run["alpha"],
             run["seed"],
-            {"loss": run["loss"]},
+            {"loss": float(run["loss"])},
         )
         for run in content["runs"]
         if run["sites"] == sites
@@ -135,6 +165,11 @@ def of_uptrain_full(content: Mapping[str, Any]) -> list[Score]:
     for row in content["rows"]:
         kv_heads = {"MHA": SHIPPED_HEADS, "MQA": 1}.get(row["model"]) or int(row["model"].removeprefix("GQA-"))
         method, alpha = TEACHER if row["model"] == "MHA" else "mean", content["alpha"] if row["uptrained"] else 0.0
-        losses = row.get("losses", [row["loss_mean"]])
-        found += [Score("t5", method, kv_heads, alpha, seed, {"loss": loss}) for seed, loss in enumerate(losses, 1)]
+        losses = map(float, row.get("losses", [row["loss_mean"]]))
+        found += [_score("t5", method, kv_heads, alpha, seed, {"loss": loss}) for seed, loss in enumerate(losses, 1)]
     return found
+
+
+def _score(teacher: str, method: str, kv_heads: int, alpha: float, seed: int, values: Mapping[str, float]) -> Score:
+    """Raises `ValueError` or `TypeError` for what is no number."""
+    return Score(str(teacher), str(method), int(kv_heads), float(alpha), int(seed), values)

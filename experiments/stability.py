@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from experiments.scores import reading
 from gqa.checkpoints.hf_config import read_json
 from gqa.training import metrics
 
@@ -49,8 +50,9 @@ def read(folders: Sequence[Path], alpha: float | None) -> list[Curve]:
     Of a sweep those that uptrain for `alpha` (None: the largest) from mean pooling, the teacher's, and those trained
     from scratch. A run that is in several folders counts once; runs of fewer than two seeds are left out.
     """
-    paths = sorted({path for folder in folders for path in folder.rglob(metrics.JSONL)})
-    found = list(_curves(path.parent for path in paths if not {"checkpoints", "uptrained"} & set(path.parts)))
+    found = {(path, path.relative_to(folder).parts) for folder in folders for path in folder.rglob(metrics.JSONL)}
+    paths = sorted({path for path, parts in found if not {"checkpoints", "uptrained"} & set(parts)})
+    found = list(_curves(path.parent for path in paths))
     shares = {share for _, share in found if share is not None}
     wanted = max(shares, default=None) if alpha is None else alpha
     curves: dict[tuple[str, int], Curve] = {}
@@ -67,13 +69,15 @@ def _curves(runs: Iterator[Path]) -> Iterator[tuple[Curve, float | None]]:
         name, lines, alpha = re.fullmatch(r"(.+?)-(?:s|seed)(\d+)", run.name), metrics.read(run), None
         if name is None:
             continue
-        if (run / "result.json").exists():
-            result = read_json(run / "result.json")
-            if result["method"] not in ("none", "mean", "scratch"):
-                continue
-            alpha = result["alpha"] if result["method"] != "scratch" else None
-        training = [(line["step"], line["loss"]) for line in lines if line["split"] == "train"]
-        heldout = [line["loss"] for line in lines if line["split"] == "heldout"]
+        if (path := run / "result.json").exists():
+            result = read_json(path)
+            with reading(path, "experiments.sweep"):
+                if result["method"] not in ("none", "mean", "scratch"):
+                    continue
+                alpha = float(result["alpha"]) if result["method"] != "scratch" else None
+        with reading(run / metrics.JSONL, "gqa.train"):
+            training = [(line["step"], float(line["loss"])) for line in lines if line["split"] == "train"]
+            heldout = [float(line["loss"]) for line in lines if line["split"] == "heldout"]
         if training:
             steps, losses = map(np.array, zip(*training, strict=True))
             yield Curve(name[1], int(name[2]), steps, losses, heldout[-1] if heldout else None), alpha

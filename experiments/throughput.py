@@ -15,8 +15,11 @@ from typing import Any
 
 import numpy as np
 
+from experiments.scores import size_name
 from gqa import command_line
 from gqa.errors import InputError
+
+KEYS = ("size", "changes", "kv_heads", "dtype", "memory_gb", "context", "new_tokens", "repetitions")
 
 
 def main() -> None:
@@ -25,6 +28,9 @@ def main() -> None:
     command_line.add_config_argument(parser)
     parser.add_argument("--output", type=Path, help="folder for throughput.json and throughput.png; must not exist")
     arguments, config = command_line.parse(parser)
+    command_line.check_keys(config, KEYS, "configs/throughput/llama_2_7b.py")
+    if not config.kv_heads:
+        raise InputError(f"config.kv_heads={config.kv_heads}; expected at least one number of heads")
     for name in ("context", "new_tokens", "repetitions"):
         if config[name] < 1:
             raise InputError(f"config.{name}={config[name]}; expected at least 1")
@@ -48,6 +54,11 @@ def measure(config, command: str, output: Path | None) -> dict[str, Any]:
         raise InputError(f"config.size={config.size} is no decoder; expected one, such as llama_2_7b")
     if config.context + config.new_tokens > architecture.max_position:
         room = architecture.max_position - config.new_tokens
+        if room < 1:
+            longest = architecture.max_position - min(config.context, architecture.max_position - 1)
+            raise InputError(
+                f"config.new_tokens={config.new_tokens} are more than the model has positions for; nearest: {longest}"
+            )
         raise InputError(f"config.context={config.context} is longer than the model has positions for; nearest: {room}")
     architectures = {K: models.replace(architecture, decoder_self_kv_heads=K) for K in config.kv_heads}
     memory_bytes = _memory_bytes(config.memory_gb)
@@ -73,7 +84,7 @@ def measure(config, command: str, output: Path | None) -> dict[str, Any]:
             del model
     print(table(results), flush=True)
     if output:
-        pictures.save(pictures.throughput(results), output / "throughput.png")
+        pictures.save(pictures.throughput(results, output.name), output / "throughput.png")
     return results
 
 
@@ -167,7 +178,7 @@ def table(results: dict[str, Any]) -> str:
     config, machine = results["config"], results["machine"]
     lines += [
         "",
-        f"{config['size']}, {config['dtype']}, context {config['context']}, {config['new_tokens']} new tokens, "
+        f"{size_name(config)}, {config['dtype']}, context {config['context']}, {config['new_tokens']} new tokens, "
         f"{results['memory_bytes'] / 1e9:.3g} GB; median of {config['repetitions']}; {machine['num_devices']} x "
         f"{machine['device']}, {machine['cores']} cores.",
     ]

@@ -22,8 +22,12 @@ import numpy as np
 from tqdm import tqdm
 
 from experiments.bandwidth import cache_seconds, copy_bandwidth, seconds, step_bytes
+from experiments.scores import size_name
 from gqa import command_line
 from gqa.errors import InputError
+
+KEYS = ("size", "changes", "kv_heads", "dtype", "weights", "cache", "max_batch_size", "inputs_length", "new_tokens")
+KEYS += ("repetitions", "num_prompts", "num_drafted", "draft_kv_heads", "split_k")
 
 
 def main() -> None:
@@ -32,9 +36,11 @@ def main() -> None:
     command_line.add_config_argument(parser)
     parser.add_argument("--output", type=Path, help="folder for timing.json and timing.png; must not exist")
     arguments, config = command_line.parse(parser)
-    for name in ("max_batch_size", "inputs_length", "new_tokens", "repetitions"):
-        if config[name] < 1:
-            raise InputError(f"config.{name}={config[name]}; expected at least 1")
+    command_line.check_keys(config, KEYS, "configs/timing/t5_xxl.py")
+    least = dict(max_batch_size=1, inputs_length=1, new_tokens=1, repetitions=1, num_prompts=0, num_drafted=0)
+    for name, number in least.items():
+        if config[name] < number:
+            raise InputError(f"config.{name}={config[name]}; expected at least {number}")
     if config.new_tokens < 2:
         raise InputError("config.new_tokens=1; expected at least 2, so that steps can be told from reading the input")
     if arguments.output and arguments.output.exists():
@@ -50,9 +56,13 @@ def measure(config, command: str, output: Path | None, may_go_on: Callable[[], b
     from experiments import pictures
     from experiments.measure import commit, machine, write_json
     from gqa import models
+    from gqa.decode.generate import check_lengths
+    from gqa.models.heads import nearest_divisors
     from gqa.models.quantize import check_weights
     from gqa.nn.cache import check_cache_dtype
 
+    if not config.kv_heads:
+        raise InputError(f"config.kv_heads={config.kv_heads}; expected at least one number of heads")
     if len(config.weights) != len(config.cache) or not config.weights:
         raise InputError(f"config.weights={config.weights} and config.cache={config.cache}; expected as many of each")
     formats = list(zip(config.weights, config.cache, strict=True))
@@ -68,6 +78,14 @@ def measure(config, command: str, output: Path | None, may_go_on: Callable[[], b
         K: models.replace(architecture, **{f"{site}_kv_heads": K for site in family.converted_sites})
         for K in config.kv_heads
     }  # refuses what does not divide, before anything is allocated
+    for K in config.kv_heads:
+        draft = config.draft_kv_heads
+        if config.num_drafted and (draft < 1 or (draft < K and K % draft)):
+            raise InputError(
+                f"config.draft_kv_heads={draft} does not divide the {K} key/value heads of a model; nearest: "
+                f"{nearest_divisors(K, draft)}"
+            )
+    check_lengths(architecture, config.inputs_length, config.new_tokens)
     results = {
         "command": command,
         "machine": machine(),
@@ -88,7 +106,7 @@ def measure(config, command: str, output: Path | None, may_go_on: Callable[[], b
     if results["rows"]:
         print(table(results), flush=True)
         if output:
-            pictures.save(pictures.time_against_groups(results), output / "timing.png")
+            pictures.save(pictures.time_against_groups(results, output.name), output / "timing.png")
     return results
 
 
@@ -295,8 +313,8 @@ def table(results: dict[str, Any]) -> str:
         [
             *lines,
             "",
-            f"{config['size']}, {config['dtype']}, input {config['inputs_length']}, {config['new_tokens']} new tokens, "
-            f"median of {config['repetitions']}; {machine['num_devices']} x {machine['device']}, "
+            f"{size_name(config)}, {config['dtype']}, input {config['inputs_length']}, {config['new_tokens']} new "
+            f"tokens, median of {config['repetitions']}; {machine['num_devices']} x {machine['device']}, "
             f"{machine['cores']} cores; a large copy reaches {results['copy_gb_per_second']:.1f} GB/s.",
         ]
     )

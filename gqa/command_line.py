@@ -194,6 +194,13 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> ml_collectio
     return config.lock()
 
 
+def check_keys(config: Mapping, keys: Iterable[str], example: str) -> None:
+    """Raises `InputError` unless a configuration without sections has `keys`, as the file `example` has them."""
+    for key in keys:
+        if key not in config:
+            raise InputError(f"the configuration has no {key}; expected one such as {example}")
+
+
 def build(kind: type, raw: Mapping, where: str) -> Any:
     """The dataclass `kind` of a section of a configuration, its own sections too.
 

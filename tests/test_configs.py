@@ -1,6 +1,7 @@
 """Every file under configs/ is what its command can run; architectures are built of shapes, without an array."""
 
 import dataclasses
+import re
 import typing
 from functools import lru_cache
 from pathlib import Path
@@ -59,6 +60,7 @@ HEADS = {"large_mha": 16, "xxl_mha": 64}
 def test_full_size_runs(path):
     config = run_config.parse(load_config(path))
     config.check_devices(64)  # a v4:4x4x4 slice
+    assert not re.search(r"[A-Z]+_[A-Z]+", path.read_text())  # nothing is left to be filled in
     kind, model = path.stem.split("_", 1)
     size, name = model.split("_")
     architecture = config.model.architecture()

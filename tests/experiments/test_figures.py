@@ -30,7 +30,13 @@ RUNS = [
 SECONDS = {1: 0.1, 2: 0.2, 4: 0.4, 8: 0.8}
 TIMING = dict(
     config=dict(
-        size="t5_1_1_small", weights=[None], cache=[None], kv_heads=list(SECONDS), inputs_length=64, new_tokens=10
+        size="t5_1_1_small",
+        changes={},
+        weights=[None],
+        cache=[None],
+        kv_heads=list(SECONDS),
+        inputs_length=64,
+        new_tokens=10,
     ),
     copy_gb_per_second=2.0,
     rows=[
@@ -93,6 +99,8 @@ def test_methods_and_what_the_paper_reads(sweep):
     (read,) = drawn(papers, "x").values()
     np.testing.assert_allclose(read, [(55.6, 0, 0), (55.25, 1, 0.15), (54.9, 2, 0.3)], atol=1e-9)
     assert "read off" in papers.get_title()
+    marks = [{line.get_marker() for c in axis.containers for line in c.lines[:1]} for axis in (ours, papers)]
+    assert not marks[0] & marks[1]
     without = Results("t5", [score for score in sweep.scores if score.alpha == 0])
     assert [axis.get_title() for axis in pictures.methods(without, "loss").axes] == ["α = 0%"]
 
@@ -142,6 +150,29 @@ def test_time_against_groups_and_the_byte_model():
     assert dict(zip(stars.get_xdata(), stars.get_ydata(), strict=True)) == {64: 1.51, 8: 0.28, 1: 0.24}
 
 
+@pytest.mark.parametrize("changes", [{}, {"num_layers": 2}])
+def test_the_title_says_which_model_it_is(changes):
+    config = TIMING["config"] | {"size": "t5_1_1_xxl", "changes": changes}
+    axis = pictures.time_against_groups(TIMING | {"config": config}, "mine").axes[0]
+    assert axis.get_title().startswith("mine (t5_1_1_xxl, changed): " if changes else "t5_1_1_xxl: ")
+    # The paper's times are of its own shapes.
+    assert any("the paper" in str(line.get_label()) for line in axis.lines) == (not changes)
+    # The names of the marks end inside the frame.
+    figure = axis.figure
+    figure.draw_without_rendering()
+    frame = axis.get_window_extent()
+    names = [text.get_window_extent() for text in axis.texts]
+    assert all(name.x1 < frame.x1 and name.y1 < frame.y1 for name in names)
+
+
+def test_bars_on_a_logarithmic_axis_end_at_the_least_seed():
+    losses = {0.0: [3.0, 3.2], 0.02: [0.01, 0.5], 0.05: [0.2, 0.21]}
+    found = [Score("t", "mean", 2, alpha, 1, {"loss": loss}) for alpha, both in losses.items() for loss in both]
+    (container,) = pictures.quality_against_alpha(Results("x", found), "loss").axes[0].containers
+    lowest = [segment[:, 1].min() for segment in container.lines[2][0].get_segments()]
+    np.testing.assert_allclose(lowest, [3.1 - np.sqrt(0.02), 0.01, 0.205 - 0.01 / np.sqrt(2)])
+
+
 def test_table_1(sweep):
     lines = figures.table_1(sweep, figures.sample_times({"t5": TIMING})).splitlines()
     assert lines[0] == "| model | α | seeds | time per sample, s | loss | accuracy |"
@@ -169,7 +200,7 @@ def test_spikes_are_what_jumps_up():
 
 
 def write_run(folder, losses, heldout, result=None):
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     lines = [{"step": 10 * i, "split": "train", "loss": float(loss)} for i, loss in enumerate(losses)]
     lines.append({"step": 10 * len(losses), "split": "heldout", "loss": heldout})
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -178,6 +209,9 @@ def write_run(folder, losses, heldout, result=None):
 
 
 def test_stability_of_runs_and_of_a_sweep(tmp_path):
+    tmp_path = tmp_path / "checkpoints"  # what is in a folder of that name inside is no run; the folder itself may be
+    write_run(tmp_path / "mqa_scratch-s1" / "checkpoints" / "x-s1", wave(), 2.0)
+    write_run(tmp_path / "mqa_scratch-s2" / "checkpoints" / "x-s2", wave(), 2.0)
     write_run(tmp_path / "mqa_scratch-s1", wave([20, 41]), 2.9)
     write_run(tmp_path / "mqa_scratch-s2", wave(), 2.5)
     write_run(tmp_path / "alone-s1", wave(), 2.0)  # one seed has no spread
@@ -260,12 +294,49 @@ def test_bad_input(folder, tmp_path, monkeypatch):
     os.link(folder / "groups" / "results.json", tmp_path / "more" / "groups" / "results.json")
     with pytest.raises(InputError, match="two results are named groups"):
         run_figures(monkeypatch, f"--runs={folder}", f"--runs={tmp_path / 'more'}", f"--output={tmp_path / 'out'}")
+    (tmp_path / "more" / "t5").mkdir()
+    os.link(folder / "timing" / "t5" / "timing.json", tmp_path / "more" / "t5" / "timing.json")
+    (tmp_path / "more" / "groups" / "results.json").unlink()
+    with pytest.raises(InputError, match="two timings are named t5"):
+        run_figures(monkeypatch, f"--runs={folder}", f"--runs={tmp_path / 'more'}", f"--output={tmp_path / 'out'}")
     assert not (tmp_path / "out").exists()
 
 
-def test_a_damaged_throughput_is_named(tmp_path, monkeypatch):
-    (tmp_path / "throughput.json").write_text("{}")
-    argv = ["figures.py", f"--runs={tmp_path}", f"--output={tmp_path / 'out'}", "--redraw"]
-    monkeypatch.setattr("sys.argv", argv)
-    with pytest.raises(InputError, match=r"throughput\.json is no result of experiments\.throughput"):
-        figures.main()
+@pytest.mark.parametrize(
+    ("name", "content", "experiment"),
+    [
+        ("results.json", {"runs": [{"teacher": "x"}]}, "sweep"),
+        ("results.json", {"runs": [RUNS[0] | {"alpha": None}]}, "sweep"),
+        ("results.json", {"runs": [{"sites": "a"}]}, "conversion_methods"),
+        ("results.json", {"rows": [{"loss_mean": 1}]}, "uptrain_full"),
+        ("results.json", {"rows": [{"loss_mean": 1, "model": "Foo", "uptrained": False}]}, "uptrain_full"),
+        ("timing.json", {name: value for name, value in TIMING.items() if name != "config"}, "timing"),
+        ("timing.json", TIMING | {"rows": []}, "timing"),
+        ("timing.json", TIMING | {"copy_gb_per_second": 0.0}, "timing"),
+        ("throughput.json", {}, "throughput"),
+        ("throughput.json", {"rows": [{}], "memory_bytes": 1}, "throughput"),
+        ("conversion_methods/x.json", {}, "conversion_methods"),
+        ("quickstart/report.json", {}, "report"),
+        ("posttraining/report.json", {}, "posttraining"),
+        ("a-s1/result.json", {}, "sweep"),
+    ],
+)
+def test_what_is_no_result_is_named(tmp_path, monkeypatch, name, content, experiment):
+    write_run(tmp_path / "a-s1", [2.0], 2.0)
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(content))
+    with pytest.raises(
+        InputError, match=rf"{path.name} is no result of experiments\.{experiment}; expected one"
+    ) as error:
+        run_figures(monkeypatch, f"--runs={tmp_path}", f"--output={tmp_path / 'out'}", "--redraw")
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("line", [{"step": 1, "split": "train"}, {"step": 1, "loss": 2.0}, 5])
+def test_metrics_of_another_program_are_named(tmp_path, line):
+    (tmp_path / "a-s1").mkdir()
+    (tmp_path / "a-s1" / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+    with pytest.raises(InputError, match=r"metrics\.jsonl is no result of gqa\.train; expected one"):
+        stability.read([tmp_path], None)

@@ -31,3 +31,18 @@ def test_a_folder_without_metrics_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", ["loss_curve", f"--workdir={tmp_path}", f"--output={tmp_path / 'curve.png'}"])
     with pytest.raises(InputError, match="no held-out losses"):
         loss_curve.main()
+
+
+@pytest.mark.parametrize(
+    ("output", "line", "message"),
+    [
+        ("x.foo", LINES[0], r"x\.foo: unknown 'foo'; expected one of .*png"),
+        ("x.png", {"step": 0, "split": "heldout"}, r"metrics\.jsonl is no result of gqa\.train"),
+    ],
+)
+def test_bad_input(tmp_path, monkeypatch, output, line, message):
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+    monkeypatch.setattr("sys.argv", ["loss_curve", f"--workdir={tmp_path}", f"--output={tmp_path / output}"])
+    with pytest.raises(InputError, match=message):
+        loss_curve.main()
+    assert not (tmp_path / output).exists()

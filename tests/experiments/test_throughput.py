@@ -1,11 +1,14 @@
 import json
 import sys
+from pathlib import Path
 
 import pytest
 
 from experiments import throughput
 from gqa import models
 from gqa.errors import InputError
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -57,6 +60,8 @@ def test_batches_double_until_the_memory_is_full(run, tmp_path, capsys):
     [
         ("--config.context=0", "config.context=0; expected at least 1"),
         ("--config.context=100000", "is longer than the model has positions for; nearest: "),
+        ("--config.new_tokens=99999", "config.new_tokens=99999 are more than the model has positions for; nearest: "),
+        ("--config.kv_heads=", "config.kv_heads=(); expected at least one number of heads"),
         ("--config.size=t5_1_1_mini", "config.size=t5_1_1_mini is no decoder; expected one, such as llama_2_7b"),
         ("--config.memory_gb=-1.0", "config.memory_gb=-1.0; expected a positive number"),
         ("--config.kv_heads=(3,)", "3"),
@@ -67,6 +72,12 @@ def test_bad_input(run, tmp_path, override, message):
         run(override, f"--output={tmp_path / 'out'}")
     assert message in str(error.value) and "\n" not in str(error.value)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_configuration_of_another_command(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["throughput.py", f"--config={ROOT / 'configs/timing/llama_small.py'}"])
+    with pytest.raises(InputError, match=r"has no memory_gb; expected one such as configs/throughput/"):
+        throughput.main()
 
 
 def test_a_cpu_needs_a_limit(run):

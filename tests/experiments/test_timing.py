@@ -1,11 +1,14 @@
 import json
 import sys
+from pathlib import Path
 
 import pytest
 
 from experiments import bandwidth, timing
 from gqa import models
 from gqa.errors import InputError
+
+ROOT = Path(__file__).parents[2]
 
 
 def architecture(size, **changes):
@@ -101,8 +104,24 @@ def test_continuous_batching_and_speculation(run, tmp_path, capsys):
         ("--config.weights=int3", r"weights='int3'; expected int8, int4, nf4"),
         ("--config.weights=None,int8", r"config\.weights=.* and config\.cache=.*; expected as many of each"),
         ("--config.size=t5", "no model size 't5'"),
+        ("--config.kv_heads=", r"config\.kv_heads=\(\); expected at least one number of heads"),
+        ("--config.num_prompts=-2", r"config\.num_prompts=-2; expected at least 0"),
+        ("--config.num_drafted=-2", r"config\.num_drafted=-2; expected at least 0"),
+        (
+            "--config.draft_kv_heads=3",
+            r"config\.draft_kv_heads=3 does not divide the 4 key/value .* nearest: 2, 4",
+        ),
+        ("--config.inputs_length=9999", r"a prompt of 9999 tokens and max_new_tokens=4 exceed .* expected at most"),
     ],
 )
-def test_bad_settings(run, override, message):
+def test_bad_settings(run, monkeypatch, override, message):
+    """Found before anything is measured."""
+    monkeypatch.setattr(timing, "copy_bandwidth", None)
     with pytest.raises(InputError, match=message):
-        run(override)
+        run("--config.size=llama_mini", "--config.num_drafted=2", override)
+
+
+def test_a_configuration_of_another_command(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["timing.py", f"--config={ROOT / 'configs/throughput/llama_2_7b.py'}"])
+    with pytest.raises(InputError, match=r"has no weights; expected one such as configs/timing/t5_xxl\.py"):
+        timing.main()
