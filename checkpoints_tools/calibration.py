@@ -5,7 +5,6 @@ Loaders and training are imported where text is given: they would be a third of 
 
 import argparse
 import dataclasses
-import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -121,10 +120,11 @@ class Calibration:
 
 def _records(args: argparse.Namespace, source: Source) -> Path:
     from gqa.data.prepare import PrepareSpec, default_directory, prepare, read_manifest
+    from gqa.data.tokenizer_json import FILE, open_vocabulary, tokenizer_file
 
     family = models.family_of(source.config)
     given = Path(args.calibrate)
-    vocabularies = [file for file in source.contents.companions if file.suffix == ".model"]
+    companions = source.contents.companions
     if (given / "manifest.json").is_file():
         records, manifest = given, read_manifest(given)
         if (manifest.inputs_length > 0) != (family == "t5") or manifest.task == "preferences":
@@ -132,18 +132,18 @@ def _records(args: argparse.Namespace, source: Source) -> Path:
                 f"--calibrate={given} holds {manifest.task}; expected rows for a {family} model, such as those of "
                 f"{TASKS[family]}"
             )
-        found = [hashlib.sha256(file.read_bytes()).hexdigest() for file in vocabularies]
-        if found and manifest.vocabulary_sha256 not in found:
-            raise InputError(
-                f"--calibrate={given} was prepared with another vocabulary; expected the model's, {vocabularies[0]}"
-            )
+        if any(file.suffix == ".model" or file.name == FILE for file in companions):
+            vocabulary = tokenizer_file(source.directory, companions)
+            if manifest.vocabulary_sha256 != open_vocabulary(vocabulary, foreign=True).sha256:
+                raise InputError(
+                    f"--calibrate={given} was prepared with another vocabulary; expected the model's, {vocabulary}"
+                )
     else:
-        if not vocabularies:
-            raise InputError(f"{source.directory} has no SentencePiece .model file to read --calibrate={given} with")
+        vocabulary = tokenizer_file(source.directory, companions)
         length = args.calibration_length
         if family == "llama":
             length = min(length, source.config.max_position)
-        spec = PrepareSpec(TASKS[family], args.calibrate, str(vocabularies[0]), length, None)
+        spec = PrepareSpec(TASKS[family], args.calibrate, str(vocabulary), length, None)
         records = default_directory(spec)
         manifest = prepare(spec, records)
     if manifest.vocabulary_size > source.config.vocab_size:

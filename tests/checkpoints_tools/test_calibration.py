@@ -98,6 +98,29 @@ def test_on_a_folder_of_text(family, sources, tiny_corpus, tiny_records, convert
     assert "warning: " in printed and " was calibrated on " in printed  # 8 rows of 32 tokens for a width of 64
 
 
+def test_through_a_tokenizer_json(
+    tmp_path, random_model, tiny_corpus, llama_tokenizers, convert_on_text, monkeypatch, capsys
+):
+    monkeypatch.setattr(calibration, "SCORED_BYTES", 0)
+    source, records = tmp_path / "source", tmp_path / "records"
+    files = llama_tokenizers("tokenizer.json")
+    hf.save(random_model(models.size("llama_mini")), source, dtype="float32", extra_files=files)
+    common = ("--kv_heads=2", "--method=svd_values", f"--source={source}")
+    code, new = convert_on_text("llama", "new", *common, f"--calibrate={tiny_corpus}")
+    assert code == 0 and (new / "tokenizer.json").read_bytes() == files[0].read_bytes()
+    prepare(PrepareSpec("causal_lm", str(tiny_corpus), str(source), 32, None), records)
+    code, same = convert_on_text("llama", "same", *common, f"--calibrate={records}")
+    assert code == 0 and bytes_of(same) == bytes_of(new)
+    capsys.readouterr()
+    (source / "tokenizer.json").write_text((source / "tokenizer.json").read_text() + " ")
+    (source / "SHA256SUMS").unlink()
+    assert convert_on_text("llama", "other", *common, f"--calibrate={records}")[0] == 2
+    assert capsys.readouterr().err == (
+        f"error: --calibrate={records} was prepared with another vocabulary; expected the model's, "
+        f"{source / 'tokenizer.json'}\n"
+    )
+
+
 def test_statistics_are_kept_and_used_again(sources, tiny_records, convert_on_text, tmp_path, monkeypatch, capsys):
     file, records = tmp_path / "moments.safetensors", tiny_records("causal_lm")
     arguments = ("--method=svd", f"--calibrate={records}", f"--statistics={file}")
@@ -259,4 +282,6 @@ def test_a_vocabulary_that_is_larger_than_the_models(
     (tmp_path / "source" / "spiece.model").unlink()
     shutil.rmtree(tmp_path / "source" / "SHA256SUMS", ignore_errors=True)
     assert call("convert", *common, f"--calibrate={tiny_corpus}") == 2
-    assert "has no SentencePiece .model file to read --calibrate=" in capsys.readouterr().err
+    assert (
+        "has no tokenizer; expected a SentencePiece file *.model or a tokenizer.json in it" in capsys.readouterr().err
+    )
