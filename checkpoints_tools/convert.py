@@ -13,7 +13,6 @@ is svd+group+refit; without it, svd.
 """
 
 import argparse
-import json
 from pathlib import Path
 
 import jax
@@ -21,7 +20,7 @@ import jax
 from checkpoints_tools import describe
 from checkpoints_tools.calibration import Calibration
 from checkpoints_tools.rewriting import Source, check_output
-from gqa import checkpoints, models
+from gqa import checkpoints, files, models
 from gqa.command_line import parse_arguments, run
 from gqa.convert import convert_lazily, converted_config
 from gqa.convert.calibrated import BASES, POOLED, STEPS, Method
@@ -102,12 +101,12 @@ def main() -> int | None:
     print(_summary(source.abstract, models.abstract(config), dtype))
     if report:
         print(_kept(report))
+        content = {**choice, "attention": report, "heldout": None}
+        files.write_json(output / "conversion.json", content)  # there even if scoring is stopped
         scores = calibration.scores(args.source, output, kv_heads)
         if scores:
             print(_scores(scores))
-        (output / "conversion.json").write_text(
-            json.dumps({**choice, "attention": report, "heldout": scores}, indent=2) + "\n"
-        )
+            files.write_json(output / "conversion.json", content | {"heldout": scores})
     print(f"wrote {output}")
 
 

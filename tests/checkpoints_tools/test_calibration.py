@@ -185,6 +185,17 @@ def test_an_interrupted_conversion_goes_on_with_its_report(sources, tiny_records
     assert json.loads((output / "conversion.json").read_text()) == json.loads((whole / "conversion.json").read_text())
 
 
+def test_a_conversion_stopped_while_it_is_scored_has_its_report(tiny_records, convert_on_text, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(calibration.Calibration, "scores", interrupt)
+    arguments = ("--kv_heads=2", "--method=svd", f"--calibrate={tiny_records('causal_lm')}")
+    code, output = convert_on_text("llama", "new", *arguments)
+    content = json.loads((output / "conversion.json").read_text())
+    assert code == 130 and len(content["attention"]) == 2 and content["heldout"] is None
+
+
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory, tiny_corpus, tiny_vocabulary, tiny_records):
     """Things that are no calibration text for these models."""
