@@ -80,9 +80,10 @@ class Calibration:
         description = {"text": args.calibrate, "rows": args.calibration_rows} | text
         self = cls(source, description, records, args.calibration_rows)
         shell, load_layer = walk.read_lazily(source.config, source.read)
-        identity = json.dumps(
-            [statistics.fingerprint(shell, load_layer), manifest, args.calibration_rows, sorted(sites)]
-        )
+        if args.statistics:  # a fingerprint reads the whole model
+            identity = json.dumps(
+                [statistics.fingerprint(shell, load_layer), manifest, args.calibration_rows, sorted(sites)]
+            )
         if args.statistics and Path(args.statistics).exists():
             self.statistics = statistics.Statistics.load(args.statistics, identity)
         else:
