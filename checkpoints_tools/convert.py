@@ -111,7 +111,13 @@ def main() -> int | None:
 
 
 def _sites(given: str | None, config: models.ModelConfig) -> list[str]:
-    return given.split(",") if given else list(models.FAMILIES[models.family_of(config)].converted_sites)
+    if not given:
+        return list(models.FAMILIES[models.family_of(config)].converted_sites)
+    sites = given.split(",")
+    for site in sites:
+        if sites.count(site) > 1:
+            raise InputError(f"--sites={given} names {site} {sites.count(site)} times; give each attention site once")
+    return sites
 
 
 def _budget(text: str, config: models.ModelConfig, sites: list[str]) -> int:

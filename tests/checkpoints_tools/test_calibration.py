@@ -240,6 +240,10 @@ HEADS = "--kv_heads=2"
             "attention site 'cross' is unknown; expected one of decoder_self",
         ),
         (
+            ["--kv_budget=50%", "--method=svd", "--sites=decoder_self,decoder_self", "--calibrate={corpus}"],
+            "--sites=decoder_self,decoder_self names decoder_self 2 times; give each attention site once",
+        ),
+        (
             [HEADS, "--method=svd+norm"],
             "method='svd+norm' has the step 'norm'; expected each of +group, +renorm, +refit once at most",
         ),
