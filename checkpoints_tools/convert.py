@@ -68,6 +68,8 @@ def main() -> int | None:
     keep_freed_memory()
     output = Path(args.output)
     check_output(output, args.dtype)
+    if not 0 <= args.seed < 2**63:
+        raise InputError(f"--seed={args.seed}; expected 0..{2**63 - 1}")
     method = Method.parse(args.method)
     if (args.kv_heads is None) == (args.kv_budget is None):
         raise InputError("--kv_heads=K or --kv_budget=P%: give exactly one of them")
@@ -146,6 +148,9 @@ def _kv_heads(given: list[str], sites: str | None, default: list[str]) -> dict[s
         site, separator, numbers = text.rpartition("=")
         if not all(number.strip().isdecimal() for number in numbers.split(",")):
             raise InputError(f"--kv_heads={text} is no number, list of numbers or SITE=number, such as 8 or cross=4")
+        digits = max(len(number.strip()) for number in numbers.split(","))
+        if digits > 9:  # Python reads no integer of more than 4300
+            raise InputError(f"--kv_heads={text[:20]}… has a number of {digits} digits; expected one such as 8")
         per_layer = tuple(int(number) for number in numbers.split(","))
         value = per_layer[0] if len(per_layer) == 1 else per_layer
         if separator and sites:

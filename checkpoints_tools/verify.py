@@ -46,6 +46,8 @@ def main() -> int | None:
     for name in ("batch", "length"):
         if getattr(args, name) < 1:
             raise InputError(f"--{name}={getattr(args, name)}; expected at least 1")
+    if not 0 <= args.seed < 2**63:
+        raise InputError(f"--seed={args.seed}; expected 0..{2**63 - 1}")
     contents = {name: checkpoints.read(directory, **CHOICES) for name, directory in (("A", args.A), ("B", args.B))}
     _check_alike(contents["A"].config, contents["B"].config)
     config = contents["A"].config

@@ -117,6 +117,7 @@ def test_bad_input(folders, tmp_path, call, capsys):
         assert error(t5, damaged) == f"error: {message.format(folder=damaged)}\n"
     assert error(t5, tmp_path / "none") == f"error: {tmp_path / 'none'} is not a directory; expected a checkpoint's\n"
     assert error(t5, t5, "--batch=0") == "error: --batch=0; expected at least 1\n"
+    assert error(t5, t5, "--seed=-1") == "error: --seed=-1; expected 0..9223372036854775807\n"
     assert error(t5) == "error: the following arguments are required: B; see --help\n"
     short = tmp_path / "short.txt"
     short.write_text("x = 1")
