@@ -48,7 +48,8 @@ def describe_checkpoint(directory: str) -> dict[str, Any]:
     source = Source(directory)
     config, contents, folder = source.config, source.contents, source.directory
     parameters: collections.Counter[str] = collections.Counter()
-    for tensor in {tensor.name: tensor for tensor, _ in contents.tensors.values()}.values():
+    # Tied parameters are one tensor; layers that lie scanned in one file are several of the same name.
+    for tensor in {id(tensor): tensor for tensor, _ in contents.tensors.values()}.values():
         parameters[tensor.dtype.name] += math.prod(tensor.shape)
     sites = {
         site: {
