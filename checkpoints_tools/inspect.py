@@ -102,9 +102,10 @@ def _text(found: Mapping[str, Any]) -> str:
 
 
 def _chain(provenance: Mapping[str, Any]) -> Iterator[str]:
-    """One line for each conversion or export that led to a checkpoint."""
+    """One line for each conversion, merge or export that led to a checkpoint."""
     while isinstance(provenance, dict):
-        step = provenance.get("method") or f"{provenance.get('format')} {provenance.get('layout')}"
+        export = f"{provenance.get('format')} {provenance.get('layout')}"
+        step = provenance.get("method") or ("merge" if "adapter" in provenance else export)
         source, heads = (provenance.get(key) for key in ("source", "kv_heads"))
         path = source.get("path") if isinstance(source, dict) else None
         changes = []
