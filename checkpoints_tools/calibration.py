@@ -70,11 +70,14 @@ class Calibration:
             return cls(source, None, None, 0)
         if args.calibration_rows < 1:
             raise InputError(f"--calibration_rows={args.calibration_rows}; expected at least 1")
+        from gqa.data.examples import SMALLEST_ROW
+        from gqa.data.prepare import read_manifest
+
+        if args.calibration_length < SMALLEST_ROW:
+            raise InputError(f"--calibration_length={args.calibration_length}; expected at least {SMALLEST_ROW}")
         if args.statistics and not Path(args.statistics).absolute().parent.is_dir():
             raise InputError(f"--statistics={args.statistics}: its folder does not exist")
         records = _records(args, source)
-        from gqa.data.prepare import read_manifest
-
         manifest = dataclasses.asdict(read_manifest(records))
         text = {name: manifest[name] for name in ("task", "inputs_length", "targets_length", "corpus_digests")}
         description = {"text": args.calibrate, "rows": args.calibration_rows} | text

@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from checkpoints_tools import describe
-from checkpoints_tools.rewriting import PROVENANCE, Source
+from checkpoints_tools.rewriting import Source
 from gqa import checkpoints, models
-from gqa.checkpoints import hf_config
 from gqa.checkpoints.sums import KNOWN
 from gqa.command_line import parse_arguments, run
 from gqa.errors import InputError
@@ -75,7 +74,7 @@ def describe_checkpoint(directory: str) -> dict[str, Any]:
         "bytes_on_disk": sum(file.stat().st_size for file in contents.weight_files),
         "companions": [file.name for file in contents.companions],
         "files_of_sums": [name for name in KNOWN if (folder / name).is_file()],
-        "provenance": hf_config.read_json(folder / PROVENANCE) if (folder / PROVENANCE).is_file() else None,
+        "provenance": source.provenance,
     }
 
 

@@ -257,6 +257,10 @@ HEADS = "--kv_heads=2"
             "--calibration_rows=0; expected at least 1",
         ),
         (
+            [HEADS, "--method=svd", "--calibrate={corpus}", "--calibration_length=7"],
+            "--calibration_length=7; expected at least 8",
+        ),
+        (
             [HEADS, "--method=svd", "--calibrate={t5}"],
             "--calibrate={t5} holds span_corruption; expected rows for a llama model, such as those of causal_lm",
         ),
