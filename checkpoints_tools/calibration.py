@@ -5,7 +5,6 @@ Loaders and training are imported where text is given: they would be a third of 
 
 import argparse
 import dataclasses
-import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -71,19 +70,23 @@ class Calibration:
             return cls(source, None, None, 0)
         if args.calibration_rows < 1:
             raise InputError(f"--calibration_rows={args.calibration_rows}; expected at least 1")
+        from gqa.data.examples import SMALLEST_ROW
+        from gqa.data.prepare import read_manifest
+
+        if args.calibration_length < SMALLEST_ROW:
+            raise InputError(f"--calibration_length={args.calibration_length}; expected at least {SMALLEST_ROW}")
         if args.statistics and not Path(args.statistics).absolute().parent.is_dir():
             raise InputError(f"--statistics={args.statistics}: its folder does not exist")
         records = _records(args, source)
-        from gqa.data.prepare import read_manifest
-
         manifest = dataclasses.asdict(read_manifest(records))
         text = {name: manifest[name] for name in ("task", "inputs_length", "targets_length", "corpus_digests")}
         description = {"text": args.calibrate, "rows": args.calibration_rows} | text
         self = cls(source, description, records, args.calibration_rows)
         shell, load_layer = walk.read_lazily(source.config, source.read)
-        identity = json.dumps(
-            [statistics.fingerprint(shell, load_layer), manifest, args.calibration_rows, sorted(sites)]
-        )
+        if args.statistics:  # a fingerprint reads the whole model
+            identity = json.dumps(
+                [statistics.fingerprint(shell, load_layer), manifest, args.calibration_rows, sorted(sites)]
+            )
         if args.statistics and Path(args.statistics).exists():
             self.statistics = statistics.Statistics.load(args.statistics, identity)
         else:
@@ -121,10 +124,11 @@ class Calibration:
 
 def _records(args: argparse.Namespace, source: Source) -> Path:
     from gqa.data.prepare import PrepareSpec, default_directory, prepare, read_manifest
+    from gqa.data.tokenizer_json import FILE, open_vocabulary, tokenizer_file
 
     family = models.family_of(source.config)
     given = Path(args.calibrate)
-    vocabularies = [file for file in source.contents.companions if file.suffix == ".model"]
+    companions = source.contents.companions
     if (given / "manifest.json").is_file():
         records, manifest = given, read_manifest(given)
         if (manifest.inputs_length > 0) != (family == "t5") or manifest.task == "preferences":
@@ -132,18 +136,18 @@ def _records(args: argparse.Namespace, source: Source) -> Path:
                 f"--calibrate={given} holds {manifest.task}; expected rows for a {family} model, such as those of "
                 f"{TASKS[family]}"
             )
-        found = [hashlib.sha256(file.read_bytes()).hexdigest() for file in vocabularies]
-        if found and manifest.vocabulary_sha256 not in found:
-            raise InputError(
-                f"--calibrate={given} was prepared with another vocabulary; expected the model's, {vocabularies[0]}"
-            )
+        if any(file.suffix == ".model" or file.name == FILE for file in companions):
+            vocabulary = tokenizer_file(source.directory, companions)
+            if manifest.vocabulary_sha256 != open_vocabulary(vocabulary, foreign=True).sha256:
+                raise InputError(
+                    f"--calibrate={given} was prepared with another vocabulary; expected the model's, {vocabulary}"
+                )
     else:
-        if not vocabularies:
-            raise InputError(f"{source.directory} has no SentencePiece .model file to read --calibrate={given} with")
+        vocabulary = tokenizer_file(source.directory, companions)
         length = args.calibration_length
         if family == "llama":
             length = min(length, source.config.max_position)
-        spec = PrepareSpec(TASKS[family], args.calibrate, str(vocabularies[0]), length, None)
+        spec = PrepareSpec(TASKS[family], args.calibrate, str(vocabulary), length, None)
         records = default_directory(spec)
         manifest = prepare(spec, records)
     if manifest.vocabulary_size > source.config.vocab_size:

@@ -13,7 +13,6 @@ is svd+group+refit; without it, svd.
 """
 
 import argparse
-import json
 from pathlib import Path
 
 import jax
@@ -21,7 +20,7 @@ import jax
 from checkpoints_tools import describe
 from checkpoints_tools.calibration import Calibration
 from checkpoints_tools.rewriting import Source, check_output
-from gqa import checkpoints, models
+from gqa import checkpoints, files, models
 from gqa.command_line import parse_arguments, run
 from gqa.convert import convert_lazily, converted_config
 from gqa.convert.calibrated import BASES, POOLED, STEPS, Method
@@ -69,6 +68,8 @@ def main() -> int | None:
     keep_freed_memory()
     output = Path(args.output)
     check_output(output, args.dtype)
+    if not 0 <= args.seed < 2**63:
+        raise InputError(f"--seed={args.seed}; expected 0..{2**63 - 1}")
     method = Method.parse(args.method)
     if (args.kv_heads is None) == (args.kv_budget is None):
         raise InputError("--kv_heads=K or --kv_budget=P%: give exactly one of them")
@@ -102,17 +103,23 @@ def main() -> int | None:
     print(_summary(source.abstract, models.abstract(config), dtype))
     if report:
         print(_kept(report))
+        content = {**choice, "attention": report, "heldout": None}
+        files.write_json(output / "conversion.json", content)  # there even if scoring is stopped
         scores = calibration.scores(args.source, output, kv_heads)
         if scores:
             print(_scores(scores))
-        (output / "conversion.json").write_text(
-            json.dumps({**choice, "attention": report, "heldout": scores}, indent=2) + "\n"
-        )
+            files.write_json(output / "conversion.json", content | {"heldout": scores})
     print(f"wrote {output}")
 
 
 def _sites(given: str | None, config: models.ModelConfig) -> list[str]:
-    return given.split(",") if given else list(models.FAMILIES[models.family_of(config)].converted_sites)
+    if not given:
+        return list(models.FAMILIES[models.family_of(config)].converted_sites)
+    sites = given.split(",")
+    for site in sites:
+        if sites.count(site) > 1:
+            raise InputError(f"--sites={given} names {site} {sites.count(site)} times; give each attention site once")
+    return sites
 
 
 def _budget(text: str, config: models.ModelConfig, sites: list[str]) -> int:
@@ -141,6 +148,9 @@ def _kv_heads(given: list[str], sites: str | None, default: list[str]) -> dict[s
         site, separator, numbers = text.rpartition("=")
         if not all(number.strip().isdecimal() for number in numbers.split(",")):
             raise InputError(f"--kv_heads={text} is no number, list of numbers or SITE=number, such as 8 or cross=4")
+        digits = max(len(number.strip()) for number in numbers.split(","))
+        if digits > 9:  # Python reads no integer of more than 4300
+            raise InputError(f"--kv_heads={text[:20]}… has a number of {digits} digits; expected one such as 8")
         per_layer = tuple(int(number) for number in numbers.split(","))
         value = per_layer[0] if len(per_layer) == 1 else per_layer
         if separator and sites:

@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from checkpoints_tools import describe
-from checkpoints_tools.rewriting import PROVENANCE, Source
+from checkpoints_tools.rewriting import Source
 from gqa import checkpoints, models
-from gqa.checkpoints import hf_config
 from gqa.checkpoints.sums import KNOWN
 from gqa.command_line import parse_arguments, run
 from gqa.errors import InputError
@@ -48,7 +47,8 @@ def describe_checkpoint(directory: str) -> dict[str, Any]:
     source = Source(directory)
     config, contents, folder = source.config, source.contents, source.directory
     parameters: collections.Counter[str] = collections.Counter()
-    for tensor in {tensor.name: tensor for tensor, _ in contents.tensors.values()}.values():
+    # Tied parameters are one tensor; layers that lie scanned in one file are several of the same name.
+    for tensor in {id(tensor): tensor for tensor, _ in contents.tensors.values()}.values():
         parameters[tensor.dtype.name] += math.prod(tensor.shape)
     sites = {
         site: {
@@ -74,7 +74,7 @@ def describe_checkpoint(directory: str) -> dict[str, Any]:
         "bytes_on_disk": sum(file.stat().st_size for file in contents.weight_files),
         "companions": [file.name for file in contents.companions],
         "files_of_sums": [name for name in KNOWN if (folder / name).is_file()],
-        "provenance": hf_config.read_json(folder / PROVENANCE) if (folder / PROVENANCE).is_file() else None,
+        "provenance": source.provenance,
     }
 
 
@@ -101,9 +101,10 @@ def _text(found: Mapping[str, Any]) -> str:
 
 
 def _chain(provenance: Mapping[str, Any]) -> Iterator[str]:
-    """One line for each conversion or export that led to a checkpoint."""
+    """One line for each conversion, merge or export that led to a checkpoint."""
     while isinstance(provenance, dict):
-        step = provenance.get("method") or f"{provenance.get('format')} {provenance.get('layout')}"
+        export = f"{provenance.get('format')} {provenance.get('layout')}"
+        step = provenance.get("method") or ("merge" if "adapter" in provenance else export)
         source, heads = (provenance.get(key) for key in ("source", "kv_heads"))
         path = source.get("path") if isinstance(source, dict) else None
         changes = []

@@ -25,13 +25,18 @@ LIBRARIES = ("jax", "jaxlib", "flax", "numpy", "safetensors")
 
 
 class Source:
-    """A checkpoint of any format, opened from its headers: architecture, stored dtype, parameters when asked for."""
+    """A checkpoint of any format, opened from its headers: architecture, stored dtype, parameters when asked for.
+
+    Raises `InputError`, before any work, for a folder that is none and for a provenance that is no JSON object.
+    """
 
     def __init__(self, directory: str):
         self._given = directory
         self.directory = Path(directory)
         choices = dict(dtype="float32", param_dtype="float32", scan_layers=True, remat="none")
         self.contents = checkpoints.read(self.directory, dropout_rate=_dropout_rate(self.directory), **choices)
+        file = self.directory / PROVENANCE
+        self.provenance = hf_config.read_json(file) if file.is_file() else None
         self.config = self.contents.config
         self.abstract = models.abstract(self.config)
         self._shapes = {path: each.layer_shape for each in parameters(self.abstract) for path in each.paths}
@@ -87,8 +92,8 @@ class Source:
                 **choice,
                 "sha256": dict(sums),
             }
-            if (self.directory / PROVENANCE).exists():
-                provenance["source_provenance"] = hf_config.read_json(self.directory / PROVENANCE)
+            if self.provenance is not None:
+                provenance["source_provenance"] = self.provenance
             copied = {file.name: file for file in contents.companions}
             return {PROVENANCE: (json.dumps(provenance, indent=2) + "\n").encode(), **copied}
 
@@ -100,6 +105,8 @@ class Source:
 
 def check_output(output: Path, dtype: str | None) -> None:
     """Raises `InputError` for an output that is there already and a dtype that cannot be saved, before any work."""
+    if output.name == "..":
+        raise InputError(f"--output={output} ends in ..; expected the name of a new directory")
     if output.exists():
         raise InputError(f"--output={output} exists already; name a new directory")
     if dtype not in (None, *hf.SAVED_DTYPES):

@@ -19,7 +19,7 @@ import numpy as np
 from checkpoints_tools import describe
 from gqa import checkpoints, models
 from gqa.command_line import parse_arguments, run
-from gqa.data.vocabulary import Vocabulary
+from gqa.data.tokenizer_json import open_vocabulary, tokenizer_file
 from gqa.errors import InputError
 from gqa.models.observe import attention_outputs
 
@@ -46,6 +46,8 @@ def main() -> int | None:
     for name in ("batch", "length"):
         if getattr(args, name) < 1:
             raise InputError(f"--{name}={getattr(args, name)}; expected at least 1")
+    if not 0 <= args.seed < 2**63:
+        raise InputError(f"--seed={args.seed}; expected 0..{2**63 - 1}")
     contents = {name: checkpoints.read(directory, **CHOICES) for name, directory in (("A", args.A), ("B", args.B))}
     _check_alike(contents["A"].config, contents["B"].config)
     config = contents["A"].config
@@ -101,12 +103,9 @@ def _check_alike(a: models.ModelConfig, b: models.ModelConfig) -> None:
 
 def _text_tokens(file: Path, checkpoint: str, companions: list[Path], vocab_size: int, shape) -> np.ndarray:
     """The text's first tokens as `[2, batch, length]`: inputs, then decoder inputs."""
-    vocabularies = [companion for companion in companions if companion.suffix == ".model"]
-    if len(vocabularies) != 1:
-        found = ", ".join(path.name for path in vocabularies) or "none"
-        raise InputError(f"--text needs the vocabulary of {checkpoint}; expected one .model file, found {found}")
+    vocabulary = open_vocabulary(tokenizer_file(checkpoint, companions), foreign=True)
     try:
-        ids = Vocabulary(vocabularies[0]).encode(file.read_text(encoding="utf-8"))
+        ids = vocabulary.encode(file.read_text(encoding="utf-8"))
     except UnicodeDecodeError as error:
         raise InputError(f"--text={file} is no UTF-8 text: {error}") from error
     needed = 2 * shape[0] * shape[1]

@@ -89,12 +89,19 @@ class Statistics:
 
 
 def fingerprint(shell: models.Model, load_layer: LoadLayer) -> str:
-    """A digest that tells checkpoints apart: of the architecture, the parameters outside the layers and two layers."""
+    """A digest that tells checkpoints apart: of the architecture and all parameters, one layer in memory at a time."""
     digest = hashlib.sha256(repr(shell.config).encode())
-    last = num_layers(shell.config, "decoder") - 1
-    for module in (shell, load_layer("decoder", 0), load_layer("decoder", last)):
+
+    def add(module) -> None:
         for leaf in jax.tree.leaves(module):
             digest.update(np.ascontiguousarray(leaf).tobytes())
+
+    add(shell)
+    with tqdm(total=num_all_layers(shell.config), desc="fingerprint", unit="layer", delay=1) as bar:
+        for side in sides(shell.config):
+            for number in range(num_layers(shell.config, side)):
+                add(load_layer(side, number))
+                bar.update()
     return digest.hexdigest()
 
 

@@ -34,7 +34,7 @@ from gqa.data.vocabulary import NUM_SENTINELS, Vocabulary
 from gqa.errors import InputError
 
 _NOISE = (NOISE_DENSITY, MEAN_NOISE_SPAN_LENGTH)
-_SMALLEST_ROW = 8  # tokens; a shorter row holds next to nothing
+SMALLEST_ROW = 8  # tokens; a shorter row holds next to nothing
 
 
 class _Document:
@@ -248,8 +248,8 @@ def make_task(name: str, inputs_length: int, targets_length: int | None, vocabul
     """
     if name not in TASKS:
         raise InputError(f"task={name!r} is unknown; expected one of {', '.join(TASKS)}")
-    if inputs_length < _SMALLEST_ROW:
-        raise InputError(f"inputs_length={inputs_length} is too short; expected {_SMALLEST_ROW} or more")
+    if inputs_length < SMALLEST_ROW:
+        raise InputError(f"inputs_length={inputs_length} is too short; expected {SMALLEST_ROW} or more")
     if name in DECODER_TASKS:
         if targets_length not in (None, inputs_length):
             raise InputError(

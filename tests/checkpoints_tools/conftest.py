@@ -1,5 +1,6 @@
 """What tests of the command lines share."""
 
+import io
 import json
 from typing import NamedTuple
 
@@ -7,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import sentencepiece
 
 from gqa import models
 from gqa.checkpoints import hf_config
@@ -44,3 +46,37 @@ def assert_equal():
             np.testing.assert_array_equal(one, other)
 
     return check
+
+
+@pytest.fixture(scope="session")
+def llama_tokenizers(tmp_path_factory):
+    """A function (tokenizer.model or tokenizer.json) -> files of a tokenizer of characters, its special ids Llama's."""
+    special = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+    characters = "abcdefghijklmnopqrstuvwxyz0123456789_():*+= \n"
+
+    def write_model(folder):
+        model = io.BytesIO()
+        sentencepiece.SentencePieceTrainer.Train(
+            sentence_iterator=iter(characters.split("\n")[:1]),
+            model_writer=model,
+            model_type="char",
+            vocab_size=80,
+            hard_vocab_limit=False,
+        )
+        (folder / "tokenizer.model").write_bytes(model.getvalue())
+
+    def write_json(folder):
+        tokenizers = pytest.importorskip("tokenizers")
+        vocabulary = {token: number for number, token in enumerate([*special.values(), *characters])}
+        tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
+        tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")
+        tokenizer.add_special_tokens(list(special.values()))
+        tokenizer.save(str(folder / "tokenizer.json"))
+        (folder / "tokenizer_config.json").write_text(json.dumps(special))
+
+    def write(name):
+        folder = tmp_path_factory.mktemp("tokenizer")
+        {"tokenizer.model": write_model, "tokenizer.json": write_json}[name](folder)
+        return sorted(folder.iterdir())
+
+    return write

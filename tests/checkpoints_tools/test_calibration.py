@@ -98,6 +98,29 @@ def test_on_a_folder_of_text(family, sources, tiny_corpus, tiny_records, convert
     assert "warning: " in printed and " was calibrated on " in printed  # 8 rows of 32 tokens for a width of 64
 
 
+def test_through_a_tokenizer_json(
+    tmp_path, random_model, tiny_corpus, llama_tokenizers, convert_on_text, monkeypatch, capsys
+):
+    monkeypatch.setattr(calibration, "SCORED_BYTES", 0)
+    source, records = tmp_path / "source", tmp_path / "records"
+    files = llama_tokenizers("tokenizer.json")
+    hf.save(random_model(models.size("llama_mini")), source, dtype="float32", extra_files=files)
+    common = ("--kv_heads=2", "--method=svd_values", f"--source={source}")
+    code, new = convert_on_text("llama", "new", *common, f"--calibrate={tiny_corpus}")
+    assert code == 0 and (new / "tokenizer.json").read_bytes() == files[0].read_bytes()
+    prepare(PrepareSpec("causal_lm", str(tiny_corpus), str(source), 32, None), records)
+    code, same = convert_on_text("llama", "same", *common, f"--calibrate={records}")
+    assert code == 0 and bytes_of(same) == bytes_of(new)
+    capsys.readouterr()
+    (source / "tokenizer.json").write_text((source / "tokenizer.json").read_text() + " ")
+    (source / "SHA256SUMS").unlink()
+    assert convert_on_text("llama", "other", *common, f"--calibrate={records}")[0] == 2
+    assert capsys.readouterr().err == (
+        f"error: --calibrate={records} was prepared with another vocabulary; expected the model's, "
+        f"{source / 'tokenizer.json'}\n"
+    )
+
+
 def test_statistics_are_kept_and_used_again(sources, tiny_records, convert_on_text, tmp_path, monkeypatch, capsys):
     file, records = tmp_path / "moments.safetensors", tiny_records("causal_lm")
     arguments = ("--method=svd", f"--calibrate={records}", f"--statistics={file}")
@@ -162,6 +185,17 @@ def test_an_interrupted_conversion_goes_on_with_its_report(sources, tiny_records
     assert json.loads((output / "conversion.json").read_text()) == json.loads((whole / "conversion.json").read_text())
 
 
+def test_a_conversion_stopped_while_it_is_scored_has_its_report(tiny_records, convert_on_text, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(calibration.Calibration, "scores", interrupt)
+    arguments = ("--kv_heads=2", "--method=svd", f"--calibrate={tiny_records('causal_lm')}")
+    code, output = convert_on_text("llama", "new", *arguments)
+    content = json.loads((output / "conversion.json").read_text())
+    assert code == 130 and len(content["attention"]) == 2 and content["heldout"] is None
+
+
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory, tiny_corpus, tiny_vocabulary, tiny_records):
     """Things that are no calibration text for these models."""
@@ -206,6 +240,10 @@ HEADS = "--kv_heads=2"
             "attention site 'cross' is unknown; expected one of decoder_self",
         ),
         (
+            ["--kv_budget=50%", "--method=svd", "--sites=decoder_self,decoder_self", "--calibrate={corpus}"],
+            "--sites=decoder_self,decoder_self names decoder_self 2 times; give each attention site once",
+        ),
+        (
             [HEADS, "--method=svd+norm"],
             "method='svd+norm' has the step 'norm'; expected each of +group, +renorm, +refit once at most",
         ),
@@ -217,6 +255,10 @@ HEADS = "--kv_heads=2"
         (
             [HEADS, "--method=svd", "--calibrate={corpus}", "--calibration_rows=0"],
             "--calibration_rows=0; expected at least 1",
+        ),
+        (
+            [HEADS, "--method=svd", "--calibrate={corpus}", "--calibration_length=7"],
+            "--calibration_length=7; expected at least 8",
         ),
         (
             [HEADS, "--method=svd", "--calibrate={t5}"],
@@ -259,4 +301,6 @@ def test_a_vocabulary_that_is_larger_than_the_models(
     (tmp_path / "source" / "spiece.model").unlink()
     shutil.rmtree(tmp_path / "source" / "SHA256SUMS", ignore_errors=True)
     assert call("convert", *common, f"--calibrate={tiny_corpus}") == 2
-    assert "has no SentencePiece .model file to read --calibrate=" in capsys.readouterr().err
+    assert (
+        "has no tokenizer; expected a SentencePiece file *.model or a tokenizer.json in it" in capsys.readouterr().err
+    )

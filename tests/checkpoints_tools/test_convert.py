@@ -141,9 +141,12 @@ def test_llama_keeps_its_dtype_unless_told_otherwise(llama, tmp_path, monkeypatc
         ),
         ({"sites": "self"}, "attention site 'self' is unknown; expected one of encoder_self, decoder_self, cross"),
         ({"dtype": "float8"}, "--dtype=float8 is unknown; expected one of float32, bfloat16"),
+        ({"seed": 2**63}, "--seed=9223372036854775808; expected 0..9223372036854775807"),
+        ({"kv_heads": "4" * 5000}, f"--kv_heads={'4' * 20}… has a number of 5000 digits; expected one such as 8"),
         ({"souce": "x"}, "unknown option --souce; nearest: --source"),
         ({"source": "{tmp}/nothing"}, "{tmp}/nothing is not a directory; expected a checkpoint's"),
         ({"output": "{source}"}, "--output={source} exists already; name a new directory"),
+        ({"output": "{tmp}/new/.."}, "--output={tmp}/new/.. ends in ..; expected the name of a new directory"),
     ],
 )
 def test_bad_input(source, tmp_path, monkeypatch, capsys, changes, message):
@@ -167,6 +170,16 @@ def test_damaged_weights_leave_nothing(source, tmp_path, monkeypatch, capsys):
     assert error.startswith(f"error: {damaged / 'model.safetensors'}: lm_head.weight lies at bytes ")
     assert error.count("\n") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["damaged"]
+
+
+def test_a_damaged_provenance_is_noticed_before_any_work(source, tmp_path, monkeypatch, capsys):
+    damaged = tmp_path / "damaged"
+    shutil.copytree(source, damaged)
+    (damaged / "provenance.json").write_text("{")
+    monkeypatch.setattr(hf.writer, "write", None)
+    arguments = (f"--source={damaged}", f"--output={tmp_path / 'output'}", "--kv_heads=2", "--method=mean")
+    assert call(monkeypatch, *arguments) == 2
+    assert capsys.readouterr().err.startswith(f"error: {damaged / 'provenance.json'} is not readable JSON: ")
 
 
 def test_an_interrupted_conversion_goes_on(source, tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """What `inspect` prints and writes of a checkpoint whose numbers are known."""
 
 import json
+import re
 
 import pytest
 
@@ -82,6 +83,17 @@ def test_a_training_run(tmp_path, random_model, save_run, call, capsys):
         "site          key/value heads  parameters  float32 cache, bytes per token  bfloat16 cache, bytes per token",
         "decoder_self  4                32,768      1,024 (target)                  512 (target)",
     ]
+
+
+def test_scanned_layers_count_each(tmp_path, random_model, write_t5x, call, capsys):
+    model = random_model(models.replace(models.size("t5_1_1_mini"), relative_bias_per_layer=True))
+    tensors = dict(hf.named_tensors(model))
+    write_t5x(tmp_path / "t5x", {name: tensors[name] for name in hf.table(model.config)}, scanned=True, head_dim=16)
+    assert call("inspect", f"--checkpoint={tmp_path / 't5x'}") == 0
+    number = f"{models.num_parameters(model):,}"
+    assert re.search(
+        rf"^parameters +{number} \({number} float32 in the files\)$", capsys.readouterr().out, re.MULTILINE
+    )
 
 
 def test_no_values_are_read(t5, call, capsys):

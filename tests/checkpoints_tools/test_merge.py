@@ -28,6 +28,8 @@ def test_merged_folder(random_model, tmp_path, call, capsys, size, base):
     assert capsys.readouterr().out.splitlines()[-1] == (
         f"merged {len(layers)} kernels of rank 2; wrote {tmp_path / 'merged'}"
     )
+    assert call("inspect", f"--checkpoint={tmp_path / 'merged'}") == 0
+    assert capsys.readouterr().out.endswith(f"\n  merge of {tmp_path / 'base'}: the same key/value heads\n")
     found = checkpoints.load(tmp_path / "merged", **CHOICES)
     expected = lora.merge(checkpoints.load(tmp_path / "base", weights=base, **CHOICES), adapters, CONFIG)
     jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, atol=1e-6), found, expected)

@@ -54,6 +54,18 @@ def test_the_stock_export_is_the_same_function(folders, tmp_path, call, capsys):
     assert output.splitlines()[-1].startswith("pass: ")
 
 
+@pytest.mark.parametrize("tokenizer", ["tokenizer.model", "tokenizer.json"])
+def test_text_through_tokenizers_of_other_special_ids(
+    tokenizer, folders, tmp_path, random_model, llama_tokenizers, call, capsys
+):
+    files = llama_tokenizers(tokenizer)
+    hf.save(random_model(models.size("llama_mini")), tmp_path / "a", dtype="float32", extra_files=files)
+    text = tmp_path / "text.py"
+    text.write_text("def function(x):\n    return x * y + z\n" * 9)
+    assert call("verify", tmp_path / "a", folders / "llama", *PROBE, f"--text={text}") == 0
+    assert capsys.readouterr().out.endswith("pass: 0 <= 0.0001\n")
+
+
 def test_another_function_fails_and_shows_where(folders, call, capsys):
     assert call("verify", folders / "t5", folders / "other", *PROBE, "--seed=3") == 1
     output = capsys.readouterr().out
@@ -105,6 +117,7 @@ def test_bad_input(folders, tmp_path, call, capsys):
         assert error(t5, damaged) == f"error: {message.format(folder=damaged)}\n"
     assert error(t5, tmp_path / "none") == f"error: {tmp_path / 'none'} is not a directory; expected a checkpoint's\n"
     assert error(t5, t5, "--batch=0") == "error: --batch=0; expected at least 1\n"
+    assert error(t5, t5, "--seed=-1") == "error: --seed=-1; expected 0..9223372036854775807\n"
     assert error(t5) == "error: the following arguments are required: B; see --help\n"
     short = tmp_path / "short.txt"
     short.write_text("x = 1")
@@ -112,7 +125,8 @@ def test_bad_input(folders, tmp_path, call, capsys):
         f"error: --text={short} has 5 tokens; expected at least 2 x batch x length = 18\n"
     )
     assert error(llama, llama, f"--text={short}") == (
-        f"error: --text needs the vocabulary of {llama}; expected one .model file, found none\n"
+        f"error: {llama} has no tokenizer; expected a SentencePiece file *.model or a tokenizer.json in it: "
+        "copy it there\n"
     )
 
 

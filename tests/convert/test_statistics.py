@@ -117,8 +117,8 @@ def test_saved_and_loaded(teacher, rows, tmp_path):
         Statistics.load(tmp_path / "nothing", "of this model")
 
 
-def test_fingerprints_tell_checkpoints_apart(teacher, with_heads):
-    model = teacher("llama")
+def test_fingerprints_tell_checkpoints_apart(teacher, with_heads, random_model):
+    model, deep = teacher("llama"), random_model(models.replace(models.size("llama_mini"), num_layers=3))
 
     def fingerprint_of(model):
         return fingerprint(walk.shell_of(model), walk.layers_of(model))
@@ -128,6 +128,17 @@ def test_fingerprints_tell_checkpoints_apart(teacher, with_heads):
     config.config = models.replace(model.config, rope_theta=20.0)
     found = {fingerprint_of(each) for each in (model, teacher("llama"), other, config, teacher("t5"))}
     assert len(found) == 4
+    for base, site, layer in (
+        (deep, "decoder_self", 1),
+        (teacher("t5"), "encoder_self", 0),
+        (model, "decoder_self", 1),
+    ):
+
+        def change(heads, at, number, site=site, layer=layer):
+            return heads._replace(value=heads.value * 2) if (at, number) == (site, layer) else heads
+
+        assert fingerprint_of(with_heads(base, lambda heads, *_: heads)) == fingerprint_of(base)
+        assert fingerprint_of(with_heads(base, change)) != fingerprint_of(base)
 
 
 def test_too_few_tokens_are_said(teacher, rows):
