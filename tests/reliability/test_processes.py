@@ -12,6 +12,7 @@ import os
 import signal
 import socket
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -253,6 +254,7 @@ def main() -> None:
         for step, batch in enumerate(prefetch(self, start_step, stop_step, depth), start_step):
             if step and step == strike:
                 os.kill(os.getpid(), signal.Signals[signal_name])
+                time.sleep(5)  # a run this short would end before JAX, which looks once a second, has told all
             print("read", json.dumps([step, list(self.rows), digest(batch["targets"])]), flush=True)
             yield batch
 
