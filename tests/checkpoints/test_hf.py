@@ -366,7 +366,7 @@ def test_t5_configs_that_are_refused(saved, changes, message):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"attention_bias": True}, "attention_bias=true is not supported; expected false"),
+        ({"model_type": "llama", "attention_bias": True}, "attention_bias=true is not supported; expected false"),
         ({"num_hidden_layers": 10**12}, "num_hidden_layers=1000000000000; expected at most 1,000"),
         ({"model_type": "mistral", "num_hidden_layers": 10**12}, "num_hidden_layers=1000000000000; expected at most"),
         ({"num_attention_heads": 10**12}, "num_attention_heads=1000000000000; expected at most 100,000"),
