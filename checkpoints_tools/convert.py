@@ -8,8 +8,9 @@ model. Interrupted and run again, it goes on.
 
 methods: mean, first, random (the paper's); procrustes (heads are turned towards each other before their mean), svd
 (keys and values of least error), svd_values (values so, keys by their mean). Steps, joined by +: group (choose which
-heads share), renorm (give means the heads' norm), refit (fit the output to the teacher's on text). With text, the best
-is svd+group+refit; without it, svd.
+heads share), renorm (give means the heads' norm), tune (train the attention towards the teacher's output on text),
+refit (fit its output kernel to it). With text, the best is svd+group+tune+refit; svd+group+refit takes a third of its
+time; without text, svd.
 """
 
 import argparse
@@ -177,11 +178,14 @@ def _summary(before: models.Model, after: models.Model, dtype: str) -> str:
 
 def _kept(report: list[dict]) -> str:
     """A table: for each converted attention what its shared heads keep, and the error of its output on the text."""
-    rows = [("site", "layer", "heads that share", "keys kept", "values kept", "output error", "before refit")]
+    steps = [step for step in ("refit", "tune") if any(f"output_error_before_{step}" in entry for entry in report)]
+    errors_of = ["output_error", *(f"output_error_before_{step}" for step in steps)]
+    before = [f"before {step}" for step in steps]
+    rows = [("site", "layer", "heads that share", "keys kept", "values kept", "output error", *before)]
     for entry in report:
         groups = " ".join("+".join(map(str, group)) for group in entry["groups"])
         shares = [entry.get(name) for name in ("key_energy_kept", "value_energy_kept")]
-        errors = [entry.get(name) for name in ("output_error", "output_error_before_refit")]
+        errors = [entry.get(name) for name in errors_of]
         cells = [f"{value:.1%}" if value is not None else "" for value in (*shares, *errors)]
         rows.append((entry["site"], str(entry["layer"]), groups if len(groups) <= 40 else f"{groups[:39]}…", *cells))
     dead = [f"{entry['site']} {entry['layer']}: {entry['dead_heads']}" for entry in report if "dead_heads" in entry]

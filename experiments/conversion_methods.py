@@ -2,9 +2,9 @@
 
 What each conversion keeps: all methods at 2:1, 4:1 and MQA, without uptraining and after it, on a shipped teacher.
 Without uptraining a seed draws the calibration text; after it, also the order of the data. The learning rate of each
-method is the best on a split of its own (the first half of the held-out rows; losses are of the second), tried with one
-seed at 4:1, and the unconverted teacher is uptrained the same way. A run that ends at the largest share passes the
-smaller ones: the schedules of uptraining do not know where they end.
+method is the best on a split of its own (the first half of the held-out rows; losses are of the second), with one seed
+at 4:1: from the schedule's own up or down until the next is worse. The unconverted teacher is uptrained the same way. A
+run that ends at the largest share passes the smaller ones: the schedules of uptraining do not know where they end.
 
 Each finished run is one JSON file in the working folder: started again, the command goes on. Tables, a picture and all
 runs go to experiments/results/conversion_methods/, after every run; what that folder holds of the same teacher on the
@@ -44,11 +44,19 @@ METHODS = (
     "svd+refit",
     "svd+group",
     "svd+group+refit",
+    "mean+tune+refit",
+    "svd+group+tune+refit",
 )
-APART = ("mean", "mean+refit", "svd", "svd+group+refit")  # also at self- and at cross-attention alone
-UPTRAINED = ("mean", "mean+refit", "svd+group+refit")
+APART = (
+    "mean",
+    "mean+refit",
+    "svd",
+    "svd+group+refit",
+    "svd+group+tune+refit",
+)  # also at self- and at cross-attention alone
+UPTRAINED = ("mean", "svd+group+refit", "svd+group+tune+refit")
 DETERMINISTIC = ("mean", "first", "svd without text")  # one run whatever the number of seeds
-RATES = (1.0, 0.3, 0.1)  # multiples of the schedule's learning rate
+RATES = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)  # multiples of the schedule's learning rate
 CALIBRATION_ROWS, BATCH = 256, 32
 
 
@@ -100,6 +108,7 @@ def main() -> None:
         "machine": machine(),
         "commit": commit(),
         "teacher": bench.describe(),
+        "tuning": bench.tuning,
         "runs": [],
     }
     bench.know(path, results["teacher"])
@@ -134,6 +143,7 @@ class Bench:
         from gqa.training import config as run_config
 
         self._sites, self._workdir, self._rows = sites, workdir, rows
+        self.tuning: dict[str, dict[str, float]] = {}  # of each method the losses by the rates that were tried
         raw = command_line.load_config(config, [f"--config.model.checkpoint={teacher}"])
         self._raw, self._config = raw, run_config.parse(raw)
         self._mesh = sharding.make_mesh(sharding.MeshConfig(1, 1, 1), jax.devices()[:1])
@@ -189,10 +199,24 @@ class Bench:
             for K in (self._num_heads, *(kv_heads[1:2] + kv_heads[:1] + kv_heads[2:])):
                 for method in ("teacher",) if self._num_heads == K else UPTRAINED:
                     if method not in best:
-                        tried = [Run(together, method, K, self._alphas[-1], 0, rate) for rate in RATES]
-                        best[method] = min(tried, key=lambda run: self.once(run)["tuning_loss"]).rate
+                        best[method] = self._best_rate(Run(together, method, K, self._alphas[-1], 0, 1.0))
                     for alpha in self._alphas:
                         yield Run(together, method, K, alpha, seed, best[method])
+
+    def _best_rate(self, run: Run) -> float:
+        """The rate at which the next one, up or down, is worse on the split for tuning."""
+        losses = {}
+
+        def loss(number: int) -> float:
+            losses[RATES[number]] = self.once(run._replace(rate=RATES[number]))["tuning_loss"]
+            return losses[RATES[number]]
+
+        best = RATES.index(run.rate)
+        for step in (1, -1):
+            while 0 <= best + step < len(RATES) and loss(best + step) < loss(best):
+                best += step
+        self.tuning[run.method] = {f"{rate:g}": losses[rate] for rate in sorted(losses)}
+        return RATES[best]
 
     def _path(self, run: Run) -> Path:
         return self._workdir / f"{run.name}.json"

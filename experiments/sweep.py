@@ -304,7 +304,7 @@ class Sweep:
             if not checkpoint.exists():
                 arguments = [f"--source={source}", f"--output={checkpoint}", f"--kv_heads={run.kv_heads}"]
                 arguments += [f"--method={run.method}", f"--seed={run.seed}", "--dtype=float32"]
-                if "refit" in run.method or "group" in run.method:
+                if {"group", "tune", "refit"} & set(run.method.split("+")):
                     arguments += [f"--{name}={value}" for name, value in self._config.calibration.items()]
                 yield "checkpoints_tools.convert", arguments
         start = f"--config.model.checkpoint={checkpoint}"

@@ -14,7 +14,7 @@ from flax import nnx
 from tqdm import tqdm
 
 from gqa import models
-from gqa.convert import pooling, procrustes, svd
+from gqa.convert import pooling, procrustes, svd, tuning
 from gqa.convert.heads import Heads, Moments, read_heads, write_heads
 from gqa.convert.plan import Plan, is_rotary, moments_of, permuted_layer, permuted_shell, with_attention
 from gqa.convert.statistics import Statistics
@@ -24,7 +24,7 @@ from gqa.errors import InputError
 POOLED: dict[str, Callable] = {"mean": pooling.mean, "first": pooling.first, "random": pooling.random}
 # Bases beside the pooled ones: whether they change keys in a way that norms of keys do not allow.
 BASES = {"procrustes": True, "svd": True, "svd_values": False}
-STEPS = ("group", "renorm", "refit")
+STEPS = ("group", "renorm", "tune", "refit")
 DEAD = 1e-12  # of the largest energy of a unit
 RESOLVED = 1e-6  # of the outputs' energy: what sums in float32 tell from nothing
 RIDGE = 1e-3  # of the refit, relative to the mean square of a head output; more where there are few tokens
@@ -37,6 +37,7 @@ class Method:
     base: str
     group: bool  # first choose which heads share
     renorm: bool  # give means of heads the heads' own norm
+    tune: bool  # train the attention's kernels so that its output is the teacher's
     refit: bool  # last fit W_O so that the attention's output is the teacher's
 
     @classmethod
@@ -56,12 +57,13 @@ class Method:
     @property
     def calibrated(self) -> bool:
         """Whether it needs more than the attention's own kernels."""
-        return self.base in BASES or self.group or self.renorm or self.refit
+        return self.base in BASES or self.group or self.renorm or self.tune or self.refit
 
     def check(self, config: models.ModelConfig, has_text: bool) -> None:
         """Raises `InputError` where the architecture or the lack of text forbids the method."""
-        if self.refit and not has_text:
-            raise InputError("refit fits outputs on text; give some to calibrate on, or leave refit out")
+        for step in ("tune", "refit"):
+            if getattr(self, step) and not has_text:
+                raise InputError(f"{step} fits outputs on text; give some to calibrate on, or leave {step} out")
         if BASES.get(self.base, False) and getattr(config, "qk_norm", False):
             raise InputError(
                 f"method {self.base} changes the basis of keys, which this model's norms of keys do not allow; "
@@ -163,9 +165,15 @@ def _convert(
     if stream:
         sums = stream.fit_sums(layer, attention, name)
         found["output_error"] = sums.error(sums.missed)
+        if method.tune:
+            attention = tuning.tune(stream, layer, attention, name)
+            new_heads = read_heads(attention)
+            sums = stream.fit_sums(layer, attention, name)
+            found["output_error_before_tune"] = found["output_error"]
+            found["output_error"] = sums.error(sums.missed)
         if method.refit:
             out, missed = _refit(sums, new_heads.out)
-            attention = write_heads(before, new_heads._replace(out=out))
+            attention = write_heads(attention, new_heads._replace(out=out))
             found["output_error_before_refit"] = found["output_error"]
             found["output_error"] = sums.error(missed)
     return with_attention(layer, name, attention), found

@@ -99,7 +99,7 @@ class Stream:
     """The activations of calibration rows before the next layer of one side."""
 
     def __init__(self, shell: models.Model, side: str, batches: Sequence[Mapping], encoded: Sequence | None):
-        self._shell, self._side, self._batches = shell, side, batches
+        self._shell, self.side, self._batches = shell, side, batches
         self._encoded = encoded or [None] * len(batches)
         tokens = "inputs" if side == "encoder" else "decoder_inputs"
         self._x = [_embed(shell, batch[tokens]) for batch in batches]
@@ -111,22 +111,22 @@ class Stream:
         and values read the same; in cross-attention see `encoded_sums`.
         """
         sums = [0.0] * len(names)
-        for number, arguments in enumerate(self._arguments((layer,))):
-            self._x[number], found = _observe(*arguments, side=self._side, names=names)
+        for number, arguments in enumerate(self.arguments((layer,))):
+            self._x[number], found = _observe(*arguments, side=self.side, names=names)
             sums = [total + np.asarray(part, np.float64) for total, part in zip(sums, found, strict=True)]
         return sums
 
     def encoded_sums(self) -> np.ndarray:
         """Moment sums of what the keys and values of every cross-attention read."""
         pairs = zip(self._encoded, self._batches, strict=True)
-        return sum(np.asarray(_moment_sums(x, _real(batch, "encoder")), np.float64) for x, batch in pairs)
+        return sum(np.asarray(_moment_sums(x, real_tokens(batch, "encoder")), np.float64) for x, batch in pairs)
 
     def fit_sums(self, layer: nnx.Module, converted: GroupedQueryAttention, name: str) -> FitSums:
         """Of attention `name` of `layer` and of `converted` in its place, on the same activations."""
         # Each batch's sums in float32 on the device, all batches' in float64.
         batches = (
-            [np.asarray(part, np.float64) for part in _fit_sums(*arguments, side=self._side, name=name)]
-            for arguments in self._arguments((layer, converted))
+            [np.asarray(part, np.float64) for part in _fit_sums(*arguments, side=self.side, name=name)]
+            for arguments in self.arguments((layer, converted))
         )
         return FitSums(*(sum(part) for part in zip(*batches, strict=True)))
 
@@ -138,7 +138,7 @@ class Stream:
         """The encoder's outputs, after its last layer."""
         return [_encoder_norm(self._shell, x) for x in self._x]
 
-    def _arguments(self, layers: tuple) -> Iterator[tuple]:
+    def arguments(self, layers: tuple) -> Iterator[tuple]:
         for x, batch, encoded in zip(self._x, self._batches, self._encoded, strict=True):
             yield (self._shell, *layers, x, batch, encoded)
 
@@ -177,7 +177,7 @@ def _layer_fn(shell: models.Model, side: str, batch: Mapping, encoded) -> Callab
     return shell.decoder_layer_fn(T, segments, batch.get("prefix"))
 
 
-def _recorded(shell, layer, x, batch, encoded, side: str, attentions: Mapping) -> tuple[jax.Array, list[_Recorder]]:
+def recorded(shell, layer, x, batch, encoded, side: str, attentions: Mapping) -> tuple[jax.Array, list[_Recorder]]:
     """What comes out of `layer`, and what its `attentions`, by name, read and made."""
     layer = jax.tree.map(lambda leaf: leaf, layer)
     recorders = [_Recorder(attention) for attention in attentions.values()]
@@ -187,7 +187,7 @@ def _recorded(shell, layer, x, batch, encoded, side: str, attentions: Mapping) -
     return _layer_fn(shell, side, batch, encoded)(layer, x, None, 0)[0], recorders
 
 
-def _real(batch: Mapping, side: str) -> jax.Array:
+def real_tokens(batch: Mapping, side: str) -> jax.Array:
     """Which tokens of a side are no padding, `[N]`."""
     return (batch["inputs_segments" if side == "encoder" else "targets_segments"] != 0).reshape(-1)
 
@@ -212,16 +212,16 @@ def _moment_sums(inputs, real):
 @partial(jax.jit, static_argnames=("side", "names"))
 def _observe(shell, layer, x, batch, encoded, side, names):
     attentions = {name: getattr(layer, name) for name in names}
-    x, recorders = _recorded(shell, layer, x, batch, encoded, side, attentions)
-    return x, [_moment_sums(recorder.query_inputs, _real(batch, side)) for recorder in recorders]
+    x, recorders = recorded(shell, layer, x, batch, encoded, side, attentions)
+    return x, [_moment_sums(recorder.query_inputs, real_tokens(batch, side)) for recorder in recorders]
 
 
 @partial(jax.jit, static_argnames=("side", "name"))
 def _fit_sums(shell, layer, converted, x, batch, encoded, side, name):
-    real = _real(batch, side)[:, None]
+    real = real_tokens(batch, side)[:, None]
     # XLA computes once what both read: before the attention the layers are the same.
     (teacher,), (student,) = (
-        _recorded(shell, layer, x, batch, encoded, side, {name: attention})[1]
+        recorded(shell, layer, x, batch, encoded, side, {name: attention})[1]
         for attention in (getattr(layer, name), converted)
     )
     y, z, made = (array.reshape(len(real), -1) * real for array in (teacher.output, student.heads, student.output))

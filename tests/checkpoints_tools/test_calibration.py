@@ -58,7 +58,7 @@ def bytes_of(output):
 
 @pytest.mark.parametrize("family", SIZES)
 def test_on_a_folder_of_text(family, sources, tiny_corpus, tiny_records, convert_on_text, capsys):
-    method = "svd+group+refit"
+    method = "svd+group+refit" if family == "t5" else "svd+group+tune+refit"
     code, output = convert_on_text(family, "new", "--kv_heads=2", f"--method={method}", f"--calibrate={tiny_corpus}")
     assert code == 0
     printed = capsys.readouterr().out
@@ -87,7 +87,11 @@ def test_on_a_folder_of_text(family, sources, tiny_corpus, tiny_records, convert
             sorted(itertools.chain(*entry["groups"])) == [0, 1, 2, 3] and len(entry["groups"]) == entry["kv_heads"] == 2
         )
         assert 0 < entry["key_energy_kept"] < 1 and 0 < entry["value_energy_kept"] < 1
-        assert entry["output_error"] < entry["output_error_before_refit"]
+        errors = [entry[name] for name in entry if name.startswith("output_error")]
+        assert len(errors) == method.count("+") and entry["output_error"] == min(errors)
+        for name in ("tune", "refit"):
+            assert (f"before {name}" in printed) == (name in method)
+            assert f"{entry.get(f'output_error_before_{name}', 0):.1%}" in printed or name not in method
         assert f"{entry['key_energy_kept']:.1%}" in printed and f"{entry['output_error']:.1%}" in printed
     assert content["heldout"].keys() == {"teacher", "mean pooling", "this conversion"}
     for name, loss in content["heldout"].items():
@@ -245,7 +249,7 @@ HEADS = "--kv_heads=2"
         ),
         (
             [HEADS, "--method=svd+norm"],
-            "method='svd+norm' has the step 'norm'; expected each of +group, +renorm, +refit once at most",
+            "method='svd+norm' has the step 'norm'; expected each of +group, +renorm, +tune, +refit once at most",
         ),
         ([HEADS, "--method=svd", "--statistics=x"], "--statistics=x needs --calibrate=TEXT"),
         (

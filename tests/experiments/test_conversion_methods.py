@@ -29,7 +29,7 @@ def command(tmp_path, random_model, config_file, monkeypatch):
         METHODS=("mean", "svd+group+refit"),
         APART=("mean",),
         UPTRAINED=("mean",),
-        RATES=(1.0, 0.1),
+        RATES=(0.1, 1.0),
         CALIBRATION_ROWS=8,
         BATCH=4,
     )
@@ -80,8 +80,28 @@ def test_uptraining(command, tmp_path):
     }
     rates = {method: {cell[5] for cell in uptrained if cell[1] == method} for method in ("teacher", "mean")}
     assert all(len(tried) == 1 for tried in rates.values())  # the best of a method, for all of its cells
+    for method, tried in results["tuning"].items():
+        assert tried.keys() == {"0.1", "1"} and {float(min(tried, key=tried.get))} == rates[method]
     assert len({run["loss"] for run in results["runs"] if run["alpha"]}) == len(uptrained)
     assert not list((tmp_path / "runs").rglob("converted"))
+
+
+@pytest.mark.parametrize(
+    ("losses", "best", "tried"),
+    [
+        ({1.0: 3, 3.0: 4, 0.3: 5}, 1.0, {1.0, 3.0, 0.3}),
+        ({1.0: 5, 3.0: 4, 10.0: 3, 30.0: 3.5}, 10.0, {1.0, 3.0, 10.0, 30.0}),
+        ({1.0: 5, 3.0: 4, 10.0: 3, 30.0: 2}, 30.0, {1.0, 3.0, 10.0, 30.0}),
+        ({1.0: 5, 3.0: 6, 0.3: 4, 0.1: 4.5}, 0.3, {1.0, 3.0, 0.3, 0.1}),
+    ],
+)
+def test_rates_are_tried_until_the_next_is_worse(losses, best, tried, monkeypatch):
+    bench = conversion_methods.Bench.__new__(conversion_methods.Bench)
+    bench.tuning = {}
+    monkeypatch.setattr(conversion_methods.Bench, "once", lambda self, run: {"tuning_loss": losses[run.rate]})
+    run = conversion_methods.Run(TOGETHER, "mean", 2, 0.05, 0, 1.0)
+    assert bench._best_rate(run) == best
+    assert bench.tuning == {"mean": {f"{rate:g}": losses[rate] for rate in tried}}
 
 
 def test_bad_input(command):
