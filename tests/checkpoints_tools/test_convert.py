@@ -137,7 +137,7 @@ def test_llama_keeps_its_dtype_unless_told_otherwise(llama, tmp_path, monkeypatc
         (
             {"method": "median"},
             "method='median' is unknown; expected one of mean, first, random, "
-            "procrustes, svd, svd_values, with +group, +renorm, +refit",
+            "procrustes, svd, svd_values, with +group, +renorm, +tune, +refit",
         ),
         ({"sites": "self"}, "attention site 'self' is unknown; expected one of encoder_self, decoder_self, cross"),
         ({"dtype": "float8"}, "--dtype=float8 is unknown; expected one of float32, bfloat16"),

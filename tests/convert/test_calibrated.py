@@ -347,12 +347,13 @@ def test_budgets_go_where_heads_differ(teacher, with_heads, copied, rebased):
         (
             "median",
             "method='median' is unknown; expected one of mean, first, random, procrustes, svd, svd_values, "
-            "with +group, +renorm, +refit",
+            "with +group, +renorm, +tune, +refit",
         ),
-        ("svd+", "method='svd+' has the step ''; expected each of +group, +renorm, +refit once at most"),
+        ("svd+", "method='svd+' has the step ''; expected each of +group, +renorm, +tune, +refit once at most"),
         (
             "svd+refit+refit",
-            "method='svd+refit+refit' has the step 'refit'; expected each of +group, +renorm, +refit once at most",
+            "method='svd+refit+refit' has the step 'refit'; "
+            "expected each of +group, +renorm, +tune, +refit once at most",
         ),
         (
             "svd+renorm",
@@ -366,7 +367,7 @@ def test_bad_methods(method, message):
 
 
 def test_methods():
-    assert Method.parse("svd+refit+group") == Method.parse("svd+group+refit") == Method("svd", True, False, True)
+    assert Method.parse("svd+refit+group") == Method.parse("svd+group+refit") == Method("svd", True, False, False, True)
     assert [Method.parse(name).calibrated for name in ("mean", "mean+renorm", "svd")] == [False, True, True]
 
 

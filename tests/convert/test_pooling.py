@@ -260,7 +260,7 @@ def test_a_converted_model_computes_what_its_heads_repeated_compute():
             {"decoder_self": 2},
             "median",
             "method='median' is unknown; expected one of mean, first, random, procrustes, svd, svd_values, "
-            "with +group, +renorm, +refit",
+            "with +group, +renorm, +tune, +refit",
         ),
         (
             {"decoder_self": 2},

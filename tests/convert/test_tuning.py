@@ -40,8 +40,9 @@ def test_a_tuned_attention_is_nearer_to_the_teachers_on_other_text(case, teacher
     errors = [np.square(logits(new) - expected).mean() for new, _ in (plain, tuned)]
     assert errors[1] < errors[0], errors
     for before, entry in zip(plain[1], tuned[1], strict=True):
-        assert entry["output_error"] < entry["output_error_before_tune"]
+        assert entry["output_error"] <= entry["output_error_before_tune"]
         assert entry.keys() - before.keys() == {"output_error_before_tune"}
+    assert any(entry["output_error"] < entry["output_error_before_tune"] for entry in tuned[1])
     assert tuned[1][0]["output_error_before_tune"] == plain[1][0]["output_error"]
     # What is no part of the attention stays.
     names = {jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(plain[0])}
