@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import subprocess
+import types
 from pathlib import Path
 
 import pytest
@@ -102,6 +104,21 @@ def test_rates_are_tried_until_the_next_is_worse(losses, best, tried, monkeypatc
     run = conversion_methods.Run(TOGETHER, "mean", 2, 0.05, 0, 1.0)
     assert bench._best_rate(run) == best
     assert bench.tuning == {"mean": {f"{rate:g}": losses[rate] for rate in tried}}
+
+
+def test_a_run_that_was_stopped_is_no_result(tmp_path, command, monkeypatch):
+    """Told to stop, gqa.train saves its state and ends with 0."""
+    run, ended = subprocess.run, types.SimpleNamespace(returncode=0)
+    monkeypatch.setattr(
+        subprocess, "run", lambda command, **options: ended if "gqa.train" in command else run(command, **options)
+    )
+    monkeypatch.setattr(conversion_methods, "METHODS", ())
+    monkeypatch.setattr(conversion_methods, "APART", ())
+    with pytest.raises(
+        InputError, match=r"^gqa\.train ended with exit code 0; started again, the runs go on from there$"
+    ):
+        command("--alphas=0.5", "--seeds=1", f"--workdir={tmp_path / 'runs'}")
+    assert not list((tmp_path / "runs").rglob("*a0.5*.json"))
 
 
 def test_bad_input(command):
