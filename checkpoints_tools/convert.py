@@ -9,8 +9,8 @@ model. Interrupted and run again, it goes on.
 methods: mean, first, random (the paper's); procrustes (heads are turned towards each other before their mean), svd
 (keys and values of least error), svd_values (values so, keys by their mean). Steps, joined by +: group (choose which
 heads share), renorm (give means the heads' norm), tune (train the attention towards the teacher's output on text),
-refit (fit its output kernel to it). With text, the best is svd+group+tune+refit; svd+group+refit takes a third of its
-time; without text, svd.
+refit (fit its output kernel to it). With text, the best is svd+group+tune+refit, and svd+group+refit in half the time;
+without text, svd.
 """
 
 import argparse

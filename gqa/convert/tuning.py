@@ -55,7 +55,7 @@ def tune(stream: walk.Stream, layer: nnx.Module, converted: GroupedQueryAttentio
         output = _output(shell, layer, x, batch, encoded, side=stream.side, name=name)
         batches.append(_Batch(x, {key: jnp.asarray(value) for key, value in batch.items()}, encoded, output))
     rows = min([ROWS, *(len(batch.x) for batch in batches)])
-    parts = [_Part(batch, first) for batch in batches for first in range(0, len(batch.x), rows)]
+    parts = [_Part(batch, first) for batch in batches for first in range(0, len(batch.x) - rows + 1, rows)]
     every = min(JUDGES, len(parts))
     judges = parts[every - 1 :: every]
     parts = [part for number, part in enumerate(parts, 1) if number % every]
