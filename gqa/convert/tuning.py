@@ -54,13 +54,13 @@ def tune(stream: walk.Stream, layer: nnx.Module, converted: GroupedQueryAttentio
     for shell, _, x, batch, encoded in stream.arguments((layer,)):
         output = _output(shell, layer, x, batch, encoded, side=stream.side, name=name)
         batches.append(_Batch(x, {key: jnp.asarray(value) for key, value in batch.items()}, encoded, output))
-    rows = min([ROWS, *(len(batch.x) for batch in batches)])
+    rows = ROWS if min(len(batch.x) for batch in batches) >= 2 * ROWS else 1
     parts = [_Part(batch, first) for batch in batches for first in range(0, len(batch.x) - rows + 1, rows)]
     every = min(JUDGES, len(parts))
     judges = parts[every - 1 :: every]
     parts = [part for number, part in enumerate(parts, 1) if number % every]
     if not parts:
-        raise InputError(f"tune keeps rows back to judge itself by; give more than {rows} rows, better 64 or more")
+        raise InputError("tune keeps a row back to judge itself by and there is one row; give more, better 64 or more")
     missed = partial(_missed, shell, layer, side=stream.side, name=name, rows=rows)
     train = partial(_train, shell, layer, side=stream.side, name=name, rows=rows)
 

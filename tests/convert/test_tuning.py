@@ -85,7 +85,7 @@ def test_what_cannot_be_tuned_is_refused(teacher, rows):
     with pytest.raises(InputError, match=f"^{re.escape(message)}$"):
         convert_all(model, "svd+tune", None)
     one = [{name: array[:1] for name, array in rows[0].items()}]
-    with pytest.raises(InputError, match=r"^tune keeps rows back to judge itself by; give more than 1 rows"):
+    with pytest.raises(InputError, match=r"^tune keeps a row back to judge itself by and there is one row; "):
         convert_all(model, "svd+tune", one)
     assert Method.parse("svd+refit+tune") == Method.parse("svd+tune+refit")
     assert Method.parse("mean+tune").calibrated
