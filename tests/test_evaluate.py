@@ -211,6 +211,10 @@ def test_bad_arguments(seeds, files, call, tmp_path, config_file):
         ([t5], f"{modes} none"),
         ([t5, dev, "--harness=x"], f"{modes} --task_file and --harness"),
         ([t5, dev, "--config.train.steps=2"], "--config.train.steps=2 changes a configuration; expected --config=FILE"),
+        (
+            [t5, f"--config={config_file('t5')}", f"--output={tmp_path}"],
+            f"--output={tmp_path} is a folder; expected a file",
+        ),
         ([t5, dev, "--metrics=bleu", "--cross_attention"], "--cross_attention is a loss; expected it with --config"),
         ([t5, dev, output], f"{files[0]} has no metric of its own; expected --metrics=rouge|bleu|trivia_qa"),
         ([t5, dev, output, "--metrics=rogue"], "metric 'rogue' is unknown; expected one of rouge, bleu, trivia_qa"),
