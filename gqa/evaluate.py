@@ -120,6 +120,8 @@ def _losses(arguments: argparse.Namespace, raw_config, evaluated: dict[str, Path
     config = run_config.parse(raw_config)
     if arguments.output and not arguments.output.parent.is_dir():
         raise InputError(f"--output={arguments.output}: there is no folder {arguments.output.parent}")
+    if arguments.output and arguments.output.is_dir():
+        raise InputError(f"--output={arguments.output} is a folder; expected a file for the losses")
     weights = arguments.weights.split(",") if arguments.weights else []
     for name in weights:
         check_weights(name)
@@ -132,12 +134,12 @@ def _losses(arguments: argparse.Namespace, raw_config, evaluated: dict[str, Path
     def score(checkpoint: Path) -> dict:
         model = checkpoints.load(checkpoint, mesh=mesh, **config.model.run_choices())
         run_config.check_vocabulary(batches.manifest, model.config)
+        if arguments.cross_attention and not isinstance(model, models.t5.T5):
+            raise InputError(f"--cross_attention needs an encoder-decoder; {checkpoint} is a decoder")
         scores = loop.heldout_metrics(model, batches, mesh, show_progress=True)
         if arguments.cross_attention:
-            if not isinstance(model, models.t5.T5):
-                raise InputError(f"--cross_attention needs an encoder-decoder; {checkpoint} is a decoder")
             scores |= cross_attention_cost(model, batches, mesh)
-        scores = {"checkpoint": str(checkpoint), **scores, "perplexity": math.exp(scores["loss"])}
+        scores = {"checkpoint": str(checkpoint), **scores, "perplexity": _perplexity(scores["loss"])}
         scores |= {"unigram_loss": batches.manifest.unigram_cross_entropy, "corpus": batches.manifest.corpus_digests}
         for name, value in scores.items():
             print(f"{name:30} {value:.4f}" if isinstance(value, float) else f"{name:30} {value}")
@@ -151,6 +153,13 @@ def _losses(arguments: argparse.Namespace, raw_config, evaluated: dict[str, Path
     scores = next(iter(found.values())) if len(found) == 1 else runs.compared_losses(found, arguments.every_checkpoint)
     if arguments.output:
         files.write_json(arguments.output, scores)
+
+
+def _perplexity(loss: float) -> float:
+    try:
+        return math.exp(loss)
+    except OverflowError:  # of a model that has diverged
+        return math.inf
 
 
 if __name__ == "__main__":

@@ -157,6 +157,8 @@ class _Generator:
         """What the model reads for `prompt`; raises `InputError` where it cannot."""
         tokens = self.side.tokens(prompt)
         self.batches.check_prompt(self.config, tokens, self.settings.max_new_tokens)
+        if self.draft is not None:
+            self.batches.check_draft_prompt(self.draft.model.config, tokens, self.settings.max_new_tokens)
         return tokens
 
     def text(self, prompt: list[int], new: list[int]) -> str:
@@ -245,6 +247,8 @@ def _read_line(number: int, line: bytes, tokens_of: Callable[[str], list[int]]) 
         message = f"no JSON: {error.msg} at character {error.pos + 1}"
     except (InputError, RecursionError, UnicodeEncodeError) as error:
         message = str(error)
+    except ValueError as error:  # a number of thousands of digits
+        message = f"no JSON: {error}"
     return _Line({}, [], f"line {number}: {message}")
 
 
@@ -282,7 +286,8 @@ def _generate_file(generator: _Generator, source: Path, output: Path) -> None:
                 bar.update()
         seconds = time.perf_counter() - start
         finished = partial.with_suffix(".finished")
-        with open(finished, "w", encoding="utf-8") as file:
+        # Halves of surrogate pairs, which JSON may spell and UTF-8 has none of, become question marks.
+        with open(finished, "w", encoding="utf-8", errors="replace") as file:
             for number, line in lines.items():
                 if line.error:
                     entry = {"error": line.error}

@@ -198,6 +198,10 @@ def test_every_checkpoint_of_a_run(run, config_file, files, call, tmp_path):
     assert written["best"].endswith(max(written["average"], key=written["average"].get))
 
 
+def test_the_perplexity_of_a_model_that_has_diverged():
+    assert evaluate._perplexity(0.0) == 1 and evaluate._perplexity(800.0) == float("inf")
+
+
 def test_bad_arguments(seeds, files, call, tmp_path, config_file):
     t5, llama = f"--checkpoint={seeds / 'seed_0'}", f"--checkpoint={seeds / 'llama'}"
     dev, arxiv = (f"--task_file={file}" for file in files)
@@ -207,6 +211,10 @@ def test_bad_arguments(seeds, files, call, tmp_path, config_file):
         ([t5], f"{modes} none"),
         ([t5, dev, "--harness=x"], f"{modes} --task_file and --harness"),
         ([t5, dev, "--config.train.steps=2"], "--config.train.steps=2 changes a configuration; expected --config=FILE"),
+        (
+            [t5, f"--config={config_file('t5')}", f"--output={tmp_path}"],
+            f"--output={tmp_path} is a folder; expected a file",
+        ),
         ([t5, dev, "--metrics=bleu", "--cross_attention"], "--cross_attention is a loss; expected it with --config"),
         ([t5, dev, output], f"{files[0]} has no metric of its own; expected --metrics=rouge|bleu|trivia_qa"),
         ([t5, dev, output, "--metrics=rogue"], "metric 'rogue' is unknown; expected one of rouge, bleu, trivia_qa"),
@@ -251,6 +259,12 @@ def test_bad_arguments(seeds, files, call, tmp_path, config_file):
         (b'{"inputs": "x", "answers": "y"}', "answers is no list of texts; expected at least one"),
         (b'{"inputs": "x", "answers": ["y", 3]}', "answers holds something that is no text"),
         (b"", "no JSON: Expecting value at character 1"),
+        pytest.param(
+            b'{"inputs": ' + b"1" * 5000 + b"}",
+            "no JSON: Exceeds the limit (4300 digits) for integer string conversion: value has 5000 digits; use "
+            "sys.set_int_max_str_digits() to increase the limit",
+            id="digits",
+        ),
     ],
 )
 def test_a_bad_line(line, message, seeds, call, tmp_path):

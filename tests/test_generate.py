@@ -70,8 +70,10 @@ def test_prompt_file_and_terminal_agree(name, checkpoints, call, tmp_path):
     assert (code, out) == (0, expected[0][0] + "\n")
     assert f"{expected[0][1]} tokens, " in err and "tokens/s, the first after" in err
 
-    lines = [json.dumps({"prompt": prompt, "id": i}).encode() for i, prompt in enumerate(PROMPTS)]
-    bad = {2: b"nonsense", 4: b'{"prompt": "\xff"}', 5: b'{"text": "x"}', 6: b'{"prompt": ""}'}
+    # JSON may spell half a surrogate pair, which UTF-8 has none of.
+    lines = [json.dumps({"prompt": prompt, "id": f"{i}\ud800"}).encode() for i, prompt in enumerate(PROMPTS)]
+    digits = b'{"prompt": ' + b"1" * 5000 + b"}"
+    bad = {2: b"nonsense", 4: b'{"prompt": "\xff"}', 5: b'{"text": "x"}', 6: b'{"prompt": ""}', 7: digits}
     for number in sorted(bad):
         lines.insert(number - 1, bad[number])
     (tmp_path / "in.jsonl").write_bytes(b"\n".join(lines) + b"\n")
@@ -80,13 +82,15 @@ def test_prompt_file_and_terminal_agree(name, checkpoints, call, tmp_path):
     assert code == 2
     assert f"wrote {tmp_path / 'out.jsonl'}: 6 prompts, {sum(count for _, count in expected)} tokens, " in out
     last = err.splitlines()[-1]
-    assert last.startswith(f"error: 4 of 10 lines of {tmp_path / 'in.jsonl'} are bad, the rest is done; first: line 2")
+    assert last.startswith(f"error: 5 of 11 lines of {tmp_path / 'in.jsonl'} are bad, the rest is done; first: line 2")
     found = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert [entry for entry in found if "error" not in entry] == [
-        {"prompt": prompt, "id": i, "output": text, "num_tokens": count}
+        {"prompt": prompt, "id": f"{i}?", "output": text, "num_tokens": count}
         for i, (prompt, (text, count)) in enumerate(zip(PROMPTS, expected, strict=True))
     ]
-    assert {number: found[number - 1]["error"] for number in bad} == {
+    errors = {number: found[number - 1]["error"] for number in bad}
+    assert errors.pop(7).startswith("line 7: no JSON: Exceeds the limit")
+    assert errors == {
         2: "line 2: no JSON: Expecting value at character 1",
         4: "line 4: byte 13 is no UTF-8",
         5: 'line 5: expected a JSON object with a "prompt" that is text',

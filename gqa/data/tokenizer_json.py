@@ -33,6 +33,9 @@ class TokenizerJson:
             self._tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))
         except Exception as error:  # what the package raises has no type of its own
             raise InputError(f"{path} is no tokenizer: {error}") from error
+        # The file keeps how it was last called: texts are neither cut nor filled up, as transformers reads it.
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
         self.size = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
         config = _read_config(path.with_name(CONFIG))
         self.eos_id = self._named(config, "eos_token")

@@ -43,6 +43,8 @@ class Settings:
             raise InputError(f"beams={self.num_beams} with sampling; expected beams=1 or no temperature, top_k, top_p")
         if self.batch_size < 1:
             raise InputError(f"batch_size={self.batch_size} is below 1; expected 1 or more")
+        if not -(2**63) <= self.seed < 2**63:
+            raise InputError(f"seed={self.seed} has more than 64 bits; expected a smaller number")
         check_cache_dtype(self.cache_dtype)
 
 
@@ -62,7 +64,17 @@ def check_prompt(config: ModelConfig, tokens: Sequence[int], max_new_tokens: int
         raise InputError("the prompt is empty; expected some text")
     if max(tokens) >= config.vocab_size:
         raise InputError(f"token {max(tokens)} is none of the model's; expected ids below {config.vocab_size}")
+    if min(tokens) < 0:
+        raise InputError(f"token {min(tokens)} is none of the model's; expected ids of 0 or more")
     generate.check_lengths(config, len(tokens), max_new_tokens)
+
+
+def check_draft_prompt(config: ModelConfig, tokens: Sequence[int], max_new_tokens: int) -> None:
+    """Raises `InputError` for a prompt longer than the draft of architecture `config` allows."""
+    try:
+        generate.check_lengths(config, len(tokens), max_new_tokens)
+    except InputError as error:
+        raise InputError(f"the draft: {error}") from None
 
 
 def check_memory(model: Model, settings: Settings, length: int, draft: Draft | None = None) -> None:
@@ -98,8 +110,8 @@ def generate_all(
       settings: how to decode.
       draft: a model for speculative decoding, which takes batches of prompts of about one length; counts are added.
 
-    Raises `InputError` for a prompt that `check_prompt` refuses, for a batch that does not fit the memory, and for a
-    draft with beams or of another kind or vocabulary.
+    Raises `InputError` for a prompt that `check_prompt` refuses or that is too long for the draft, for a batch that
+    does not fit the memory, and for a draft with beams or of another kind or vocabulary.
     """
     if draft is not None:
         if settings.num_beams > 1:
@@ -107,6 +119,8 @@ def generate_all(
         speculative.check_draft(model.config, draft.model.config, draft.num_tokens)
     for tokens in prompts.values():
         check_prompt(model.config, tokens, settings.max_new_tokens)
+        if draft is not None:
+            check_draft_prompt(draft.model.config, tokens, settings.max_new_tokens)
     if not prompts:
         return
     settings = dataclasses.replace(settings, batch_size=min(settings.batch_size, len(prompts)))

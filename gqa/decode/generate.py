@@ -88,6 +88,8 @@ def check_lengths(config: ModelConfig, length: int, max_new_tokens: int) -> None
     """Raises `InputError` unless a prompt of `length` tokens and `max_new_tokens` fit the model's positions."""
     if max_new_tokens < 1:
         raise InputError(f"max_new_tokens={max_new_tokens} is below 1; expected 1 or more")
+    if max_new_tokens >= 2**31:
+        raise InputError(f"max_new_tokens={max_new_tokens} is no int32; expected fewer")
     if isinstance(config, llama.LlamaConfig) and length + max_new_tokens > config.max_position:
         room = config.max_position - max_new_tokens
         expected = f"at most {room} tokens" if room > 0 else f"max_new_tokens below {config.max_position}"

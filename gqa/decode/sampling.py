@@ -11,6 +11,8 @@ import jax.numpy as jnp
 
 from gqa.errors import InputError
 
+SMALLEST_TEMPERATURE = 1e-30  # logits over it are still finite in float32
+
 
 @functools.partial(
     jax.tree_util.register_dataclass, data_fields=["temperature", "top_p"], meta_fields=["top_k"]
@@ -28,11 +30,17 @@ def sampling(temperature: float, top_k: int | None = None, top_p: float | None =
     """The settings, checked: raises `InputError` for what no distribution can be drawn with."""
     if not 0 < temperature < float("inf"):
         raise InputError(f"temperature={temperature} is not above 0; leave it out for the most likely token every time")
+    if temperature < SMALLEST_TEMPERATURE:
+        raise InputError(
+            f"temperature={temperature} is below {SMALLEST_TEMPERATURE}, float32 cannot hold what it makes of logits; "
+            "leave it out for the most likely token every time"
+        )
     if top_k is not None and top_k < 1:
         raise InputError(f"top_k={top_k} is below 1; expected 1 or more, or none for all tokens")
     if top_p is not None and not 0 < top_p <= 1:
         raise InputError(f"top_p={top_p} is not above 0 and at most 1; nearest: {0.01 if top_p <= 0 else 1.0}")
-    return Sampling(temperature, top_k, top_p)
+    # All tokens hold 1, whatever a sum of rounded probabilities says.
+    return Sampling(temperature, top_k, None if top_p == 1 else top_p)
 
 
 def processed_logits(logits_BV: jax.Array, sampling: Sampling) -> jax.Array:

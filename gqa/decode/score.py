@@ -8,7 +8,7 @@ import numpy as np
 from tqdm import tqdm
 
 from gqa.decode.buckets import bucket, padded
-from gqa.decode.generate import PAD_ID, check_lengths
+from gqa.decode.generate import PAD_ID
 from gqa.errors import InputError
 from gqa.models import Model, t5
 from gqa.models.reward import RewardModel
@@ -48,8 +48,12 @@ def score_and_rank(
         for number, (prompt, continuation) in enumerate(zip(inputs, continuations, strict=True)):
             if not len(prompt):
                 raise InputError(f"prompt {number} is empty; expected at least one token, such as BOS")
-            # The last token is never read.
-            check_lengths(model.config, len(prompt), max(len(continuation) - 1, 1))
+            limit = model.config.max_position
+            if len(prompt) + max(len(continuation) - 1, 0) > limit:  # the last token is never read
+                raise InputError(
+                    f"prompt {number} and its continuation have {len(prompt)} + {len(continuation)} tokens; "
+                    f"expected at most one more than the model's {limit} positions"
+                )
     log_probs_BT, best_BT = jax.device_get(_score(model, inputs_BS, lengths_B, continuations_BT))
     lengths = map(len, continuations)
     return [(row[:length], best[:length]) for row, best, length in zip(log_probs_BT, best_BT, lengths, strict=True)]

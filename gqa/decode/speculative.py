@@ -75,6 +75,7 @@ def check_draft(config: ModelConfig, draft: ModelConfig, num_drafted: int) -> No
 def _generate(model, draft, state: State, draft_cache, eos_E, sampling, key, num_drafted: int) -> _Loop:
     B, N = state.tokens_BN.shape
     candidates = jnp.arange(num_drafted + 1)
+    draft_key, key = draft_and_own_key(key)
 
     def unfinished(loop: _Loop):
         return ~jnp.all(loop.state.finished_B)
@@ -82,8 +83,7 @@ def _generate(model, draft, state: State, draft_cache, eos_E, sampling, key, num
     def propose(carry, number):
         inputs_B1, cache, state = carry
         logits_B1V, cache = draft.decode_step(inputs_B1, cache)
-        keys = jax.random.fold_in(key, 1)  # apart from those that accept
-        tokens_B = next_tokens(logits_B1V[:, 0], sampling, keys, state.rows_B, state.counts_B + number)
+        tokens_B = next_tokens(logits_B1V[:, 0], sampling, draft_key, state.rows_B, state.counts_B + number)
         return (tokens_B[:, None], cache, state), (tokens_B, logits_B1V[:, 0])
 
     def round(loop: _Loop) -> _Loop:
@@ -128,6 +128,16 @@ def _generate(model, draft, state: State, draft_cache, eos_E, sampling, key, num
     state = state._replace(cache=state.cache._replace(index=index_B))
     # The caches go back out so that the donated buffers are used in place.
     return jax.lax.while_loop(unfinished, round, _Loop(state, draft_cache._replace(index=index_B), zero, zero))
+
+
+def draft_and_own_key(key: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Keys of the draft's draws and of the model's own.
+
+    No key made of one by rows, steps and splits is made of the other: draws of the draft that were known to what
+    accepts and replaces them would change the distribution.
+    """
+    draft_key, own_key = jax.random.split(key)
+    return draft_key, own_key
 
 
 def verify(

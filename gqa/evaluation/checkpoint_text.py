@@ -20,8 +20,9 @@ class CheckpointText:
     """What the model of a checkpoint reads for a text, and the text of what it writes.
 
     `vocabulary` is the SentencePiece file or `tokenizer.json` of the checkpoint, `eos_ids` the tokens that end a text,
-    `bos_ids` those that begin one. Raises `InputError` for a checkpoint without a tokenizer, with several, or with one
-    of more ids than the model has.
+    `eos_id` the tokenizer's own of them (the first where it names none, -1 where there is none), `bos_ids` those that
+    begin one. Raises `InputError` for a checkpoint without a tokenizer, with several, with one of more ids than the
+    model has, or for an encoder-decoder without EOS.
     """
 
     def __init__(self, checkpoint: Path, contents: Contents):
@@ -35,6 +36,14 @@ class CheckpointText:
         ids = _token_ids(checkpoint, contents)
         # What the tokenizer calls the end of a text ends it, whatever else does.
         self.eos_ids = tuple(sorted({*ids.get("eos_token_id", []), self.vocabulary.eos_id} - {-1}))
+        self.eos_id = self.vocabulary.eos_id
+        if self.eos_id < 0:
+            self.eos_id = ids.get("eos_token_id", [-1])[0]
+        if self.eos_id < 0 and not self.is_decoder:
+            raise InputError(
+                f"{self.vocabulary.path} names no EOS, which T5's inputs end with; expected eos_token in "
+                "tokenizer_config.json or eos_token_id in config.json"
+            )
         # Only a tokenizer with BOS belongs to a model that was trained with it.
         bos_id = self.vocabulary.bos_id
         self.bos_ids = [] if bos_id is None else ids.get("bos_token_id", [bos_id])[:1]
@@ -46,7 +55,7 @@ class CheckpointText:
         if self.is_decoder:
             return [*self.bos_ids, *self.vocabulary.encode(prompt)]
         # T5's inputs end with EOS.
-        return [*self.vocabulary.encode_with_sentinels(prompt), self.vocabulary.eos_id]
+        return [*self.vocabulary.encode_with_sentinels(prompt), self.eos_id]
 
     def text(self, prompt: Sequence[int], new: Sequence[int]) -> str:
         """The text of new tokens: after a decoder's prompt, whose end decides about a space between."""

@@ -57,6 +57,8 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
                 raise InputError(f"{path}:{number}: no JSON: {error.msg} at character {error.pos + 1}") from None
             except (InputError, RecursionError) as error:
                 raise InputError(f"{path}:{number}: {error}") from None
+            except ValueError as error:  # a number of thousands of digits
+                raise InputError(f"{path}:{number}: no JSON: {error}") from None
     if not rows:
         raise InputError(f"{path} is empty; expected a JSON object a line")
     return rows

@@ -47,7 +47,7 @@ class HarnessModel(TemplateLM):
     @property
     def eot_token_id(self) -> int:
         """The token that ends a text."""
-        return self._text.vocabulary.eos_id
+        return self._text.eos_id
 
     @property
     def prefix_token_id(self) -> int:

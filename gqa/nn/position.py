@@ -1,10 +1,10 @@
 """Positions: T5's relative position bias and rotary embeddings (RoPE) with Llama 3's frequency scaling."""
 
 import dataclasses
-import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from gqa.nn.layers import parameter
@@ -25,8 +25,11 @@ def relative_position_bucket(
     else:
         distance = jnp.maximum(-distance, 0)
     max_exact = num_buckets // 2
-    log_ratio = jnp.log(jnp.maximum(distance, 1).astype(jnp.float32) / max_exact) / math.log(max_distance / max_exact)
-    far = jnp.minimum(max_exact + (log_ratio * (num_buckets - max_exact)).astype(jnp.int32), num_buckets - 1)
+    # Where each further bucket begins, on the host: a device's logarithm may round to the wrong side of a beginning
+    # that is a whole number.
+    ratios = (max_distance / max_exact) ** (np.arange(1, num_buckets - max_exact) / (num_buckets - max_exact))
+    begins = np.minimum(np.ceil(max_exact * ratios * (1 - 1e-12)), np.iinfo(np.int32).max).astype(np.int32)
+    far = max_exact + jnp.sum(distance[..., None] >= begins, axis=-1, dtype=jnp.int32)
     return (bucket + jnp.where(distance < max_exact, distance, far)).astype(jnp.int32)
 
 

@@ -42,6 +42,16 @@ def test_ids(write, template, eos_token, bos_id, eos_id):
     assert found.decode([1, 3, 4, 2]) == "the cat"
 
 
+def test_a_file_that_cuts_or_fills_up_reads_whole_texts(write):
+    path = write("$A", "</s>")
+    tokenizer = tokenizers.Tokenizer.from_file(str(path))
+    tokenizer.enable_truncation(2)
+    tokenizer.enable_padding(length=5, pad_id=1, pad_token="<s>")
+    tokenizer.save(str(path))
+    found = TokenizerJson(path)
+    assert (found.encode("the"), found.encode("the cat sat"), found.bos_id) == ([3], [3, 4, 5], None)
+
+
 def test_bad_files(write):
     path = write("$A", "<end>")
     with pytest.raises(InputError, match=r"tokenizer_config.json: eos_token='<end>' is no token of tokenizer.json$"):

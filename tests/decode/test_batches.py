@@ -79,6 +79,7 @@ def test_buckets():
         ({"num_beams": 0}, r"num_beams=0 is below 1"),
         ({"length_penalty": float("nan")}, r"length_penalty=nan is not finite"),
         ({"batch_size": 0}, r"batch_size=0 is below 1"),
+        ({"seed": 2**64}, r"seed=18446744073709551616 has more than 64 bits; expected a smaller number"),
     ],
 )
 def test_settings_that_contradict_themselves(changes, message):
@@ -91,10 +92,16 @@ def test_prompts_that_are_refused():
     for prompt, message in (
         ([], "the prompt is empty; expected some text"),
         ([300], "token 300 is none of the model's; expected ids below 256"),
+        ([4, -1], "token -1 is none of the model's; expected ids of 0 or more"),
         ([3] * 4095, "a prompt of 4095 tokens and max_new_tokens=6 exceed the model's 4096 positions; .* at most 4090"),
     ):
         with pytest.raises(InputError, match=message):
             dict(generate_all(llama, {0: [3], 1: prompt}, GREEDY))
+    with pytest.raises(InputError, match="max_new_tokens=10000000000000000000 is no int32"):
+        batches.check_prompt(models.size("t5_1_1_mini"), [3], 10**19)
+    draft = Draft(model("llama_mini", max_position=16), 3)
+    with pytest.raises(InputError, match=r"the draft: a prompt of 11 tokens .* exceed the model's 16 positions"):
+        next(generate_all(llama, {0: [3], 1: [3] * 11}, dataclasses.replace(GREEDY, batch_size=1), draft))
 
 
 def test_a_batch_that_cannot_fit_says_the_largest_that_does():

@@ -81,6 +81,7 @@ def test_one_token_left_is_the_most_likely():
         (dict(temperature=0.0), "temperature=0.0 is not above 0; leave it out"),
         (dict(temperature=-1.0), "temperature=-1.0 is not above 0"),
         (dict(temperature=float("nan")), "temperature=nan is not above 0"),
+        (dict(temperature=1e-38), "temperature=1e-38 is below 1e-30, float32 cannot hold"),
         (dict(temperature=1.0, top_k=0), "top_k=0 is below 1; expected 1 or more"),
         (dict(temperature=1.0, top_p=0.0), "top_p=0.0 is not above 0 and at most 1; nearest: 0.01"),
         (dict(temperature=1.0, top_p=1.5), "top_p=1.5 is not above 0 and at most 1; nearest: 1.0"),
@@ -89,6 +90,11 @@ def test_one_token_left_is_the_most_likely():
 def test_settings_without_a_distribution(settings, message):
     with pytest.raises(InputError, match=f"^{message}"):
         sampling(**settings)
+
+
+def test_all_tokens_are_left_where_top_p_is_1():
+    logits = -jnp.arange(1000.0)[None] / 20  # the last are below a rounding of 1
+    assert jnp.isfinite(processed_logits(logits, sampling(1.0, top_p=1.0))).all()
 
 
 @pytest.mark.parametrize("settings", [dict(top_k=50), dict(top_k=50, top_p=0.9)], ids=lambda s: "_".join(s))

@@ -24,6 +24,16 @@ def test_scores_are_those_of_each_row_without_padding(name):
         np.testing.assert_allclose(scores, expected, rtol=1e-5, atol=1e-5)
 
 
+def test_a_row_may_fill_every_position():
+    llama = models.create(models.replace(models.size("llama_mini"), max_position=4, num_layers=1), jax.random.key(0))
+    [found] = score(llama, [[5, 6, 7, 8]], [[3]])
+    expected = jax.nn.log_softmax(llama(jnp.array([[5, 6, 7, 8]]))[0, -1])[3]
+    np.testing.assert_allclose(found, [expected], rtol=1e-5, atol=1e-5)
+    message = r"prompt 0 and its continuation have 4 \+ 2 tokens; expected at most one more than the model's 4 pos"
+    with pytest.raises(InputError, match=message):
+        score(llama, [[5, 6, 7, 8]], [[3, 4]])
+
+
 def test_bad_input():
     llama = models.create(models.size("llama_mini"), jax.random.key(0))
     assert score(llama, [], []) == []

@@ -6,9 +6,9 @@ import pytest
 from gqa import models
 from gqa.decode import speculative
 from gqa.decode.generate import generate
-from gqa.decode.sampling import next_tokens, processed_logits, sampling
+from gqa.decode.sampling import next_tokens, processed_logits, row_keys, sampling
 from gqa.decode.score import score
-from gqa.decode.speculative import verify
+from gqa.decode.speculative import draft_and_own_key, verify
 from gqa.errors import InputError
 
 N = 9
@@ -87,6 +87,14 @@ def test_draws_have_the_models_distribution_whatever_the_draft(settings, check_f
     # In expectation the sum of min(p, q) (Leviathan et al. 2023, corollary 3.6).
     of_draft = np.asarray(jax.nn.softmax(processed_logits(jnp.asarray(DRAFT[:1]), settings))[0])
     np.testing.assert_allclose(rate, np.minimum(expected, of_draft).sum(), atol=0.01)
+
+
+def test_no_draw_of_the_draft_has_a_key_of_the_models_own():
+    rows, steps = (axis.reshape(-1) for axis in jnp.mgrid[:4, :4])
+    draft, own = (row_keys(key, rows, steps) for key in draft_and_own_key(jax.random.key(0)))
+    own = jax.vmap(jax.random.split)(own).reshape(-1)  # as `verify` does
+    data = jax.random.key_data(jnp.concatenate([draft, own]))
+    assert len(np.unique(data, axis=0)) == 16 + 32
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -12,6 +12,7 @@ from gqa.nn.attention import (
     causal_mask,
     grouped_query_attention,
     padding_mask,
+    plain_attention,
     prefix_mask,
     segment_mask,
     sliding_window_mask,
@@ -61,6 +62,17 @@ def test_gradients_sum_over_a_group(K):
     repeated = jax.grad(loss, (0, 1))(np.repeat(key, H // K, 1), np.repeat(value, H // K, 1))
     for gradient, expected in zip(found, repeated, strict=True):
         np.testing.assert_allclose(gradient, expected.reshape(B, K, H // K, S, d).sum(2), rtol=1e-5, atol=1e-6)
+
+
+def test_gradients_of_a_bias_of_each_row():
+    query, key, value = normal(0, B, T, H, d), normal(1, B, 2, S, d), normal(2, B, 2, S, d)
+
+    def gradient(attend):
+        loss = lambda bias: jnp.sum(jnp.sin(attend(query, key, value, bias_HTS=bias, mask_BTS=None)))  # noqa: E731
+        return jax.grad(loss)(normal(3, B, H, T, S))
+
+    expected = gradient(plain_attention)
+    np.testing.assert_allclose(gradient(grouped_query_attention), expected, rtol=1e-4, atol=1e-6)
 
 
 def test_a_query_that_sees_nothing_stays_finite():

@@ -35,6 +35,15 @@ def test_causal_buckets():
     )
 
 
+@pytest.mark.parametrize(
+    ("distance", "bidirectional", "num_buckets", "max_distance", "expected"),
+    [([-10, -9, 9, 10], True, 6, 100, [2, 1, 4, 5]), ([-40, -39], False, 64, 50, [48, 46])],
+)
+def test_buckets_that_begin_at_a_whole_number(distance, bidirectional, num_buckets, max_distance, expected):
+    sizes = dict(bidirectional=bidirectional, num_buckets=num_buckets, max_distance=max_distance)
+    assert relative_position_bucket(jnp.array(distance), **sizes).tolist() == expected
+
+
 @pytest.fixture(params=[True, False], ids=["bidirectional", "causal"])
 def bias(request) -> RelativePositionBias:
     return RelativePositionBias(
