@@ -33,7 +33,7 @@ STYLES = (
 )
 WIDE = 30  # largest by smallest loss from which on an axis of losses is logarithmic
 # Of many methods, those that lines are drawn of.
-LINES = ("mean", "mean+refit", "procrustes+renorm", "svd", "svd+group+refit")
+LINES = ("mean", "mean+refit", "procrustes+renorm", "svd", "svd+group+refit", "svd+group+tune+refit")
 
 
 def save(figure: Figure, path: Path) -> None:
