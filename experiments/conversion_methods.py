@@ -196,7 +196,7 @@ class Bench:
             return
         best = {}
         for seed in range(seeds):  # of all cells the first one first: a command that is cut short leaves whole tables
-            for K in (self._num_heads, *(kv_heads[1:2] + kv_heads[:1] + kv_heads[2:])):
+            for K in (self._num_heads, kv_heads[1], kv_heads[2], kv_heads[0]):
                 for method in ("teacher",) if self._num_heads == K else UPTRAINED:
                     if method not in best:
                         best[method] = self._best_rate(Run(together, method, K, self._alphas[-1], 0, 1.0))

@@ -298,7 +298,8 @@ def _legend(figure: Figure) -> None:
     """One for all panels, under them, where it covers no point."""
     entries = [axis.get_legend_handles_labels() for axis in figure.axes]
     found = {name: handle for handles, names in entries for handle, name in zip(handles, names, strict=True)}
-    figure.legend(found.values(), found.keys(), loc="outside lower center", ncols=4, fontsize=8, frameon=False)
+    columns = min(4, int(figure.get_figwidth() / 2))
+    figure.legend(found.values(), found.keys(), loc="outside lower center", ncols=columns, fontsize=8, frameon=False)
 
 
 def _heads_axis(axis: Axes, kv_heads: Sequence[int]) -> None:
