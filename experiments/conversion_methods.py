@@ -44,7 +44,6 @@ METHODS = (
     "svd+refit",
     "svd+group",
     "svd+group+refit",
-    "mean+tune+refit",
     "svd+group+tune+refit",
 )
 APART = (
