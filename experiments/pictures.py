@@ -115,8 +115,13 @@ def methods(results: Results, score: str) -> Figure:
 
 
 def quality_against_alpha(results: Results, score: str) -> Figure:
-    """GQA fig. 5: one teacher's models against the share of the pre-training that uptraining takes."""
+    """GQA fig. 5: one teacher's models against the share of the pre-training that uptraining takes.
+
+    A model that was never uptrained is no line and is left out.
+    """
     cells = results.cells(score)
+    uptrained = {(method, K) for method, K, alpha in cells if alpha}
+    cells = {cell: values for cell, values in cells.items() if cell[:2] in uptrained}
     scale = _scale(cells, score)
     figure, (axis,) = _panels(1, (6.8, 4.4))
     kinds = list(dict.fromkeys((method, K) for method, K, _ in cells))
@@ -334,5 +339,6 @@ def _bar(values: np.ndarray, scale: str) -> tuple[float, float, float]:
 
 
 def _seeds(cells: Mapping[tuple[str, int, float], np.ndarray]) -> str:
-    most = max(map(len, cells.values()))
-    return f"mean and standard deviation of {most} seeds" if most > 1 else "one seed"
+    least, most = min(map(len, cells.values())), max(map(len, cells.values()))
+    number = f"{least} to {most}" if least < most else str(most)
+    return f"mean and standard deviation of {number} seeds" if most > 1 else "one seed"
