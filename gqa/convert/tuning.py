@@ -37,6 +37,14 @@ class _Batch(NamedTuple):
     output: jax.Array  # [B, T, D]
 
 
+class _Site(NamedTuple):
+    """What a compiled step is made for."""
+
+    side: str
+    name: str  # of the attention
+    rows: int  # of a step
+
+
 class _Part(NamedTuple):
     """Some rows of a batch."""
 
@@ -61,12 +69,11 @@ def tune(stream: walk.Stream, layer: nnx.Module, converted: GroupedQueryAttentio
     parts = [part for number, part in enumerate(parts, 1) if number % every]
     if not parts:
         raise InputError("tune keeps a row back to judge itself by and there is one row; give more, better 64 or more")
-    missed = partial(_missed, shell, layer, side=stream.side, name=name, rows=rows)
-    train = partial(_train, shell, layer, side=stream.side, name=name, rows=rows)
+    site = _Site(stream.side, name, rows)
 
     def judged(attention) -> float:
         """`‖made - output‖ / ‖output‖` on the rows kept back."""
-        sums = np.sum([missed(attention, *part.batch, part.first) for part in judges], axis=0)
+        sums = np.sum([_missed(attention, shell, layer, *part, site) for part in judges], axis=0)
         return float(np.sqrt(sums[0] / sums[1])) if sums[1] > 0 else 0.0
 
     attention = jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32), converted)  # copies: steps reuse their memory
@@ -81,7 +88,7 @@ def tune(stream: walk.Stream, layer: nnx.Module, converted: GroupedQueryAttentio
             part = parts[permuted[number % len(parts)]]
             # What is nearly right is moved little: at one rate for all, good conversions would be made worse first.
             rate = LEARNING_RATE * before * 0.5 * (1 + np.cos(np.pi * number / steps))
-            attention, state = train(attention, state, size, rate, *part.batch, part.first)
+            attention, state = _train(attention, state, size, rate, shell, layer, *part, site)
             bar.update()
     attention = jax.tree.map(lambda leaf, before: leaf.astype(before.dtype), attention, converted)
     # Not so where nothing was left to gain, nor where there are few rows for so many parameters.
@@ -93,25 +100,21 @@ def _output(shell, layer, x, batch, encoded, side, name):
     return walk.recorded(shell, layer, x, batch, encoded, side, {name: getattr(layer, name)})[1][0].output
 
 
-def _error(attention, shell, layer, x, batch, encoded, output, first, side, name, rows):
+@partial(jax.jit, static_argnames="site")
+def _missed(attention, shell, layer, batch: _Batch, first, site: _Site):
     """`‖made - output‖²` and `‖output‖²` of some rows' real tokens."""
-    x, batch, encoded, output = jax.tree.map(
-        lambda array: jax.lax.dynamic_slice_in_dim(array, first, rows), (x, batch, encoded, output)
+    x, of_rows, encoded, output = jax.tree.map(
+        lambda array: jax.lax.dynamic_slice_in_dim(array, first, site.rows), batch
     )
-    made = walk.recorded(shell, layer, x, batch, encoded, side, {name: attention})[1][0].output
-    real = walk.real_tokens(batch, side).reshape(*output.shape[:2], 1)
+    made = walk.recorded(shell, layer, x, of_rows, encoded, site.side, {site.name: attention})[1][0].output
+    real = walk.real_tokens(of_rows, site.side).reshape(*output.shape[:2], 1)
     return jnp.sum(jnp.square((made - output) * real)), jnp.sum(jnp.square(output * real))
 
 
-@partial(jax.jit, static_argnames=("side", "name", "rows"))
-def _missed(shell, layer, attention, x, batch, encoded, output, first, side, name, rows):
-    return _error(attention, shell, layer, x, batch, encoded, output, first, side, name, rows)
-
-
-@partial(jax.jit, static_argnames=("side", "name", "rows"), donate_argnums=(2, 3))
-def _train(shell, layer, attention, state, size, rate, x, batch, encoded, output, first, side, name, rows):
+@partial(jax.jit, static_argnames="site", donate_argnames=("attention", "state"))
+def _train(attention, state, size, rate, shell, layer, batch: _Batch, first, site: _Site):
     def loss(attention):
-        missed, there = _error(attention, shell, layer, x, batch, encoded, output, first, side, name, rows)
+        missed, there = _missed(attention, shell, layer, batch, first, site)
         return missed / (there + _TINY)
 
     # In units of each kernel's size, as if it were a kernel of size one.
