@@ -15,6 +15,8 @@ from pathlib import Path
 _UNOPTIMISED = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 _UNOPTIMISED += " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
 os.environ["XLA_FLAGS"] = f"{_UNOPTIMISED} {os.environ.get('XLA_FLAGS', '')}".rstrip()
+# Bars come after a second of work, so on a slow machine only: messages are compared to the letter without them.
+os.environ["TQDM_DISABLE"] = "1"
 
 import flax.serialization
 import jax
