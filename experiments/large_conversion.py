@@ -2,7 +2,8 @@
 
 What a calibrated conversion of a large model takes: random weights of the model's shapes, made one layer at a time,
 8 rows of 512 tokens, `svd+refit` by default. Prints seconds a layer and the peak of memory; with fewer `--layers` than
-the model has, the whole is what the measured layers make of it, and said to be so.
+the model has, each further one is taken to last as long as the last of its side, and the whole is said to be
+extrapolated: the first layers' compilation and the embedding come once, whatever the number of layers.
 """
 
 import argparse
@@ -60,7 +61,13 @@ def main() -> None:
     rows = {"inputs": tokens[0], "inputs_segments": real, "decoder_inputs": tokens[1], "targets_segments": real}
     batches = [rows]
     start = time.perf_counter()
-    shell, load_layer = walk.read_lazily(config, read)
+    begun: dict[str, dict[str, float]] = {"calibration": {}, "conversion": {}}  # when, by layer, such as decoder.2
+
+    def load_layer(side: str, number: int):
+        begun["calibration"][f"{side}.{number}"] = time.perf_counter()
+        return load(side, number)
+
+    shell, load = walk.read_lazily(config, read)
     moments = statistics.collect(shell, load_layer, batches, sites)
     calibrated = time.perf_counter()
     kv_heads = dict.fromkeys(sites, arguments.kv_heads)
@@ -72,8 +79,15 @@ def main() -> None:
         key=lambda path: (path.split(".")[0] == "decoder", int(path.split(".")[1])),
     )
     for path in paths:
+        begun["conversion"].setdefault(".".join(path.split(".")[:2]), time.perf_counter())
         read_new(path)
     end = time.perf_counter()
+    further = {"calibration": last_layers(begun["calibration"], calibrated)}
+    further["conversion"] = last_layers(begun["conversion"], end)
+    missing = {side: walk.num_layers(whole, side) - layers for side in walk.sides(whole)}
+    whole_seconds = end - start
+    for seconds in further.values():
+        whole_seconds += sum(seconds[side] * missing[side] for side in seconds)
     share = layers / max(getattr(whole, name) for name in names)
     result = {
         "size": arguments.size,
@@ -82,8 +96,9 @@ def main() -> None:
         "layers_measured": layers,
         "calibration_seconds": calibrated - start,
         "conversion_seconds": end - calibrated,
-        "whole_model_minutes": (end - start) / share / 60,
+        "whole_model_minutes": whole_seconds / 60,
         "extrapolated": share < 1,
+        "seconds_a_further_layer": further,
         "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
         "statistics_gib_of_the_whole": moments.nbytes / share / 2**30,
         "output_error": [entry["output_error"] for entry in report],
@@ -91,11 +106,17 @@ def main() -> None:
         "commit": commit(),
         "command": " ".join(["python -m experiments.large_conversion", *sys.argv[1:]]),
     }
-    for name in list(result)[:10]:
+    for name in list(result)[:11]:
         value = result[name]
         print(f"{name:30} {value:.2f}" if isinstance(value, float) else f"{name:30} {value}")
     if arguments.output:
         write_json(arguments.output, result)
+
+
+def last_layers(begun: dict[str, float], end: float) -> dict[str, float]:
+    """Seconds that the last layer of each side took, by side, of when each layer began, in order."""
+    times = [*begun.values(), end]
+    return {layer.split(".")[0]: times[number + 1] - times[number] for number, layer in enumerate(begun)}
 
 
 if __name__ == "__main__":

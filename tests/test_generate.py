@@ -61,7 +61,7 @@ def expected_outputs(checkpoints, name, prompts, max_new_tokens=8, weights=None,
     return [(vocabulary.decode([t for t in found[i] if t < vocabulary.size]), len(found[i])) for i in tokens]
 
 
-@pytest.mark.parametrize("name", ["t5", "llama"])
+@pytest.mark.parametrize("name", ["t5", pytest.param("llama", marks=pytest.mark.full)])
 def test_prompt_file_and_terminal_agree(name, checkpoints, call, tmp_path):
     expected = expected_outputs(checkpoints, name, PROMPTS)
     common = [f"--checkpoint={checkpoints / name}", "--max_new_tokens=8", "--batch_size=4"]

@@ -79,10 +79,11 @@ def write_heads(attention: GroupedQueryAttention, heads: Heads) -> GroupedQueryA
 
 @dataclasses.dataclass(frozen=True)
 class Moments:
-    """Second moments of what one attention reads: the mean of `[x, 1]ᵀ[x, 1]` over calibration tokens, float64.
+    """Second moments of what one attention reads: the mean of `[x, 1]ᵀ[x, 1]` over calibration tokens.
 
     From these follow, for any weights, the moments of queries, keys and values; their size does not depend on the
-    number of tokens. Self-attention has one matrix for both sides.
+    number of tokens. Self-attention has one matrix for both sides. In float32 or float64: the product with a kernel,
+    at widths of thousands most of a method's work, is taken in their precision and the rest in float64.
     """
 
     query: np.ndarray  # [D + 1, D + 1], of the inputs of queries
@@ -92,7 +93,7 @@ class Moments:
     def of_queries(self, heads: Heads) -> np.ndarray:
         """`E[qᵀq]` of each query head, summed over the query heads of a unit: `[K, d, d]`."""
         d = heads.query.shape[-1]
-        projected = np.tensordot(self.query, heads.query, axes=1)  # [A, H, d]
+        projected = _product(self.query, heads.query)
         per_head = np.matmul(heads.query.transpose(1, 2, 0), projected.transpose(1, 0, 2))
         return per_head.reshape(heads.num_kv_heads, -1, d, d).sum(1)
 
@@ -106,7 +107,7 @@ class Moments:
 
     def projected(self, kernel: np.ndarray) -> np.ndarray:
         """`E[[x, 1]ᵀ[x, 1] W]` of a kernel W of keys or values, `[A, K, d]`."""
-        return np.tensordot(self.key_value, kernel, axes=1)
+        return _product(self.key_value, kernel)
 
     def _of(self, kernel: np.ndarray, centred: bool) -> np.ndarray:
         flat, projected = (array.reshape(len(kernel), -1) for array in (kernel, self.projected(kernel)))
@@ -115,3 +116,8 @@ class Moments:
             mean = projected[-1]  # the last of [x, 1] is 1
             moments -= np.outer(mean, mean)
         return (moments + moments.T) / 2
+
+
+def _product(moments: np.ndarray, kernel: np.ndarray) -> np.ndarray:
+    """`[A, A]` times `[A, heads, d]`, in the precision of the moments, as float64."""
+    return np.tensordot(moments, kernel.astype(moments.dtype), axes=1).astype(np.float64)

@@ -35,9 +35,8 @@ class Statistics:
         """Of one attention; raises `InputError` where these statistics were collected for other sites."""
         if f"{path}.query" not in self._arrays:
             raise InputError(f"the statistics have no moments of {path}; collect them for the sites to convert")
-        query = self._arrays[f"{path}.query"].astype(np.float64)
-        shared = self._arrays.get(ENCODED) if path.endswith("cross_attention") else None
-        key_value = query if shared is None else shared.astype(np.float64)
+        query = self._arrays[f"{path}.query"]
+        key_value = self._arrays.get(ENCODED, query) if path.endswith("cross_attention") else query
         return Moments(query, key_value, self._tokens[path])
 
     def encoded(self, batches: Sequence[Mapping] | None) -> list | None:

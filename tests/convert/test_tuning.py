@@ -32,7 +32,9 @@ def text(rows):
     return [drawn(rows[number % 2], 5 if number == 7 else 8) for number in range(8)]
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", [case if case in ("t5, grouped", "qwen3") else pytest.param(case, marks=pytest.mark.full) for case in CASES]
+)
 def test_a_tuned_attention_is_nearer_to_the_teachers_on_other_text(case, teacher, text, rows, logits):
     model, expected = teacher(case), logits(teacher(case))
     base = "svd_values" if case == "qwen3" else "svd"
@@ -56,7 +58,7 @@ def test_a_tuned_attention_is_nearer_to_the_teachers_on_other_text(case, teacher
         np.testing.assert_array_equal(*(one[name] for one in arrays), err_msg=name)
 
 
-@pytest.mark.parametrize("case", ["t5", "llama"])
+@pytest.mark.parametrize("case", [pytest.param("t5", marks=pytest.mark.full), "llama"])
 def test_a_conversion_without_loss_is_left_alone(case, teacher, with_heads, copied, text, logits):
     model = with_heads(teacher(case), lambda heads, site, number: copied(heads, 2))
     new, report = convert_all(model, "svd+tune", text, kv_heads=2)

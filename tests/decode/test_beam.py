@@ -18,7 +18,7 @@ def model(name, **changes):
     return models.create(models.replace(models.size(name), **changes), jax.random.key(3)).unstacked()
 
 
-@pytest.mark.parametrize("name", ["t5_1_1_mini", "llama_mini"])
+@pytest.mark.parametrize("name", [pytest.param("t5_1_1_mini", marks=pytest.mark.full), "llama_mini"])
 def test_beams_wide_enough_find_the_best_of_all_sequences(name):
     # Four tokens and three steps: with 16 beams every prefix is kept.
     network = model(name, vocab_size=4)

@@ -57,7 +57,7 @@ def cut(tokens, eos_ids):
     return np.where(np.cumsum(is_eos, axis=1) - is_eos > 0, PAD_ID, tokens)
 
 
-@pytest.mark.parametrize("kv_heads", [4, 2, (4, 1)])
+@pytest.mark.parametrize("kv_heads", [pytest.param(4, marks=pytest.mark.full), 2, (4, 1)])
 def test_t5_equals_the_full_forward(kv_heads):
     t5 = model("t5_1_1_mini", decoder_self_kv_heads=kv_heads, cross_kv_heads=kv_heads)
     inputs = sequences(3, 7)
@@ -199,7 +199,7 @@ def test_calls_with_equal_shapes_compile_once(name, monkeypatch):
     assert not traces
 
 
-@pytest.mark.parametrize("kv_heads", [4, 1])
+@pytest.mark.parametrize("kv_heads", [pytest.param(4, marks=pytest.mark.full), 1])
 @pytest.mark.parametrize("name", NAMES)
 def test_the_cache_is_donated_and_written_in_place(name, kv_heads):
     network = model(name, decoder_self_kv_heads=kv_heads).unstacked()

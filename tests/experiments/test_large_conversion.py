@@ -11,3 +11,8 @@ def test_layers_are_those_of_the_model(monkeypatch, layers):
     monkeypatch.setattr(sys, "argv", ["large_conversion.py", "--size=llama_2_7b", "--kv_heads=8", f"--layers={layers}"])
     with pytest.raises(InputError, match=rf"--layers={layers}; expected 1 to 32"):
         large_conversion.main()
+
+
+def test_a_further_layer_takes_as_long_as_the_last_of_its_side():
+    begun = {"encoder.0": 10.0, "encoder.1": 15.0, "decoder.0": 17.0, "decoder.1": 27.0}
+    assert large_conversion.last_layers(begun, 31.5) == {"encoder": 2.0, "decoder": 4.5}

@@ -44,8 +44,17 @@ def test_every_kernel_and_no_more(kind):
 
 
 # Relative error of the logits of random weights, which are as hard as any.
-@pytest.mark.parametrize(("weights", "tolerance"), [("int8", 0.03), ("int4", 0.4)])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "weights", "tolerance"),
+    [
+        ("t5", "int8", 0.03),
+        ("llama", "int4", 0.4),
+        ("tied", "int8", 0.03),
+        pytest.param("t5", "int4", 0.4, marks=pytest.mark.full),
+        pytest.param("llama", "int8", 0.03, marks=pytest.mark.full),
+        pytest.param("tied", "int4", 0.4, marks=pytest.mark.full),
+    ],
+)
 def test_logits_are_near(kind, weights, tolerance):
     model = models.create(architecture(kind), jax.random.key(0))
     quantized = quantize(model, weights)

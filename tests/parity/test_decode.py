@@ -33,7 +33,15 @@ def with_repeated_heads(network):
     return network
 
 
-@pytest.fixture(params=[(name, K) for name in ("t5_1_1_mini", "llama_mini") for K in (8, 2, 1)], ids=str)
+# Multi-head with the long counts.
+CASES = [
+    pytest.param((name, K), marks=[pytest.mark.full] * (K == NUM_HEADS))
+    for name in ("t5_1_1_mini", "llama_mini")
+    for K in (8, 2, 1)
+]
+
+
+@pytest.fixture(params=CASES, ids=str)
 def pair(request, tmp_path):
     """A random model of ours and the same one of transformers."""
     name, K = request.param

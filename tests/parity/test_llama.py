@@ -39,7 +39,7 @@ def test_logits_and_gradients(seed, make_case, check_decoder_gradients):
     check_decoder_gradients(make_case(seed), scan_layers=seed % 2 == 0)
 
 
-@pytest.mark.parametrize("seed", [0, 1, 4, 7])
+@pytest.mark.parametrize("seed", [*(pytest.param(seed, marks=pytest.mark.full) for seed in (0, 1)), 4, 7])
 def test_cached_decoding(seed, make_case, check_decoder_cache):
     check_decoder_cache(make_case(seed))
 

@@ -46,7 +46,11 @@ def test_logits_and_gradients(variant, seed, make_case, check_decoder_gradients)
     check_decoder_gradients(make_case(variant, seed), scan_layers=seed % 2 == 0)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    "variant",
+    # With a window, or a scaled RoPE too; the plain ones with the long counts.
+    [variant if "," in variant else pytest.param(variant, marks=pytest.mark.full) for variant in VARIANTS],
+)
 def test_cached_decoding(variant, make_case, check_decoder_cache):
     check_decoder_cache(make_case(variant, 4))
 

@@ -148,7 +148,7 @@ def test_logits_and_gradients(seed, make_case, assert_close, reference_loss):
         assert_close(found[name], gradient, 1e-4, name)
 
 
-@pytest.mark.parametrize("seed", [0, 2, 4, 7])
+@pytest.mark.parametrize("seed", [*(pytest.param(seed, marks=pytest.mark.full) for seed in (0, 2)), 4, 7])
 def test_cached_decoding(seed, make_case, assert_close):
     case = make_case(seed)
     stacked = checkpoints.load(case.directory, scan_layers=True, **RUN)

@@ -137,6 +137,7 @@ def test_killed_in_each_phase(start, assert_same_end, tmp_path):
     assert_same_end(workdir)
 
 
+@pytest.mark.full
 def test_told_to_stop(start, assert_same_end, tmp_path):
     """Write 8 of the history is step 7's; the resumed run's are 8, 9, 10, 10 (held-out), 11, 12, …"""
     workdir = tmp_path / "run"
