@@ -51,8 +51,11 @@ def main() -> None:
         shape = shapes[path]
         if path.endswith("scale"):
             return np.ones(shape, np.float32)
-        rng = np.random.default_rng([*path.encode()])
-        return rng.standard_normal(shape, np.float32) * np.float32(config.d_model**-0.5)
+        # Uniform: made in a quarter of a normal's time, next to what a layer takes.
+        values = np.random.default_rng([*path.encode()]).random(shape, np.float32)
+        values -= 0.5
+        values *= np.float32((12 / config.d_model) ** 0.5)  # of the variance 1 / d_model
+        return values
 
     shapes = {path: each.layer_shape for each in parameters(models.abstract(config)) for path in each.paths}
     rng = np.random.default_rng(0)
