@@ -123,11 +123,13 @@ class Stream:
 
     def fit_sums(self, layer: nnx.Module, converted: GroupedQueryAttention, name: str) -> FitSums:
         """Of attention `name` of `layer` and of `converted` in its place, on the same activations."""
-        # Each batch's sums in float32 on the device, all batches' in float64.
-        batches = (
-            [np.asarray(part, np.float64) for part in _fit_sums(*arguments, side=self.side, name=name)]
-            for arguments in self.arguments((layer, converted))
-        )
+
+        def of_batch(arguments) -> list[np.ndarray]:
+            # Each batch's sums in float32 on the device, all batches' in float64.
+            zz, zy, y, made, tokens = _fit_sums(*arguments, side=self.side, name=name)
+            return [np.asarray(part, np.float64) for part in (zz, zy, *_squares(y, made), tokens)]
+
+        batches = map(of_batch, self.arguments((layer, converted)))
         return FitSums(*(sum(part) for part in zip(*batches, strict=True)))
 
     def advance(self, layer: nnx.Module) -> None:
@@ -230,5 +232,10 @@ def _fit_sums(shell, layer, converted, x, batch, encoded, side, name):
         for attention in (getattr(layer, name), converted)
     )
     y, z, made = (array.reshape(len(real), -1) * real for array in (teacher.output, student.heads, student.output))
-    products = [_product_of_columns(z, other) for other in (z, y)]
-    return *products, jnp.sum(y * y), jnp.sum(jnp.square(made - y)), jnp.sum(real)
+    return *(_product_of_columns(z, other) for other in (z, y)), y, made, jnp.sum(real)
+
+
+@jax.jit
+def _squares(y, made):
+    # Not in the program above: fused with their sum, XLA's products on CPUs take six times as long.
+    return jnp.sum(y * y), jnp.sum(jnp.square(made - y))
