@@ -2,13 +2,14 @@
 
 What a calibrated conversion of a large model takes: random weights of the model's shapes, made one layer at a time,
 8 rows of 512 tokens, `svd+refit` by default. Prints seconds a layer and the peak of memory; with fewer `--layers` than
-the model has, each further one is taken to last as long as the last of its side, and the whole is said to be
-extrapolated: the first layers' compilation and the embedding come once, whatever the number of layers.
+the model has, each further one is taken to last as long as those after the first of its side, and the whole is said
+to be extrapolated: compilation, which the first waits for, and the embedding come once.
 """
 
 import argparse
 import dataclasses
 import resource
+import statistics
 import sys
 import time
 from pathlib import Path
@@ -34,7 +35,8 @@ def main() -> None:
     from experiments.measure import commit, machine, write_json
     from gqa import convert, models
     from gqa.checkpoints.table import parameters
-    from gqa.convert import statistics, walk
+    from gqa.convert import walk
+    from gqa.convert.statistics import collect
 
     whole = models.replace(models.size(arguments.size), dtype="float32", tied_logits=True)
     family = models.family_of(whole)
@@ -71,7 +73,7 @@ def main() -> None:
         return load(side, number)
 
     shell, load = walk.read_lazily(config, read)
-    moments = statistics.collect(shell, load_layer, batches, sites)
+    moments = collect(shell, load_layer, batches, sites)
     calibrated = time.perf_counter()
     kv_heads = dict.fromkeys(sites, arguments.kv_heads)
     new_config, read_new, report = convert.convert_lazily(
@@ -85,8 +87,8 @@ def main() -> None:
         begun["conversion"].setdefault(".".join(path.split(".")[:2]), time.perf_counter())
         read_new(path)
     end = time.perf_counter()
-    further = {"calibration": last_layers(begun["calibration"], calibrated)}
-    further["conversion"] = last_layers(begun["conversion"], end)
+    further = {"calibration": further_layer(begun["calibration"], calibrated)}
+    further["conversion"] = further_layer(begun["conversion"], end)
     missing = {side: walk.num_layers(whole, side) - layers for side in walk.sides(whole)}
     whole_seconds = end - start
     for seconds in further.values():
@@ -116,10 +118,13 @@ def main() -> None:
         write_json(arguments.output, result)
 
 
-def last_layers(begun: dict[str, float], end: float) -> dict[str, float]:
-    """Seconds that the last layer of each side took, by side, of when each layer began, in order."""
+def further_layer(begun: dict[str, float], end: float) -> dict[str, float]:
+    """Mean seconds of a layer of each side but its first, by side, of when each layer began, in order."""
     times = [*begun.values(), end]
-    return {layer.split(".")[0]: times[number + 1] - times[number] for number, layer in enumerate(begun)}
+    seconds: dict[str, list[float]] = {}
+    for number, layer in enumerate(begun):
+        seconds.setdefault(layer.split(".")[0], []).append(times[number + 1] - times[number])
+    return {side: statistics.mean(each[1:] or each) for side, each in seconds.items()}
 
 
 if __name__ == "__main__":
