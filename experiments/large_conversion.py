@@ -69,6 +69,7 @@ def main() -> None:
     begun: dict[str, dict[str, float]] = {"calibration": {}, "conversion": {}}  # when, by layer, such as decoder.2
 
     def load_layer(side: str, number: int):
+        jax.block_until_ready(jax.live_arrays())  # the layer before is not waited for otherwise
         begun["calibration"][f"{side}.{number}"] = time.perf_counter()
         return load(side, number)
 

@@ -101,6 +101,8 @@ class Stream:
     def __init__(self, shell: models.Model, side: str, batches: Sequence[Mapping], encoded: Sequence | None):
         self._shell, self.side, self._batches = shell, side, batches
         self._encoded = encoded or [None] * len(batches)
+        # Head outputs `[B, T, H, d]` of the next layer's attentions that are converted already: by batch and name.
+        self._heads: list[dict[str, jax.Array]] = [{} for _ in batches]
         tokens = "inputs" if side == "encoder" else "decoder_inputs"
         self._x = [_embed(shell, batch[tokens]) for batch in batches]
 
@@ -112,7 +114,8 @@ class Stream:
         """
         sums = [0.0] * len(names)
         for number, arguments in enumerate(self.arguments((layer,))):
-            self._x[number], found = _observe(*arguments, side=self.side, names=names)
+            heads, self._heads[number] = self._heads[number], {}
+            self._x[number], found = _observe(*arguments, heads, side=self.side, names=names)
             sums = [total + np.asarray(part, np.float64) for total, part in zip(sums, found, strict=True)]
         return sums
 
@@ -122,14 +125,19 @@ class Stream:
         return sum(np.asarray(_moment_sums(x, real_tokens(batch, "encoder")), np.float64) for x, batch in pairs)
 
     def fit_sums(self, layer: nnx.Module, converted: GroupedQueryAttention, name: str) -> FitSums:
-        """Of attention `name` of `layer` and of `converted` in its place, on the same activations."""
+        """Of attention `name` of `layer` and of `converted` in its place, on the same activations.
 
-        def of_batch(arguments) -> list[np.ndarray]:
+        The layer that the activations then go through has `converted` there, but for its output's kernel: its heads are
+        not computed again.
+        """
+
+        def of_batch(heads: dict[str, jax.Array], arguments) -> list[np.ndarray]:
+            known = {other: array for other, array in heads.items() if other != name}
+            zz, zy, y, made, tokens, heads[name] = _fit_sums(*arguments, known, side=self.side, name=name)
             # Each batch's sums in float32 on the device, all batches' in float64.
-            zz, zy, y, made, tokens = _fit_sums(*arguments, side=self.side, name=name)
             return [np.asarray(part, np.float64) for part in (zz, zy, *_squares(y, made), tokens)]
 
-        batches = map(of_batch, self.arguments((layer, converted)))
+        batches = map(of_batch, self._heads, self.arguments((layer, converted)))
         return FitSums(*(sum(part) for part in zip(*batches, strict=True)))
 
     def advance(self, layer: nnx.Module) -> None:
@@ -170,6 +178,17 @@ class _Recorder:
         return self.output
 
 
+class _Known:
+    """Stands where an attention stood whose head outputs are known; what made them XLA leaves out as unused."""
+
+    def __init__(self, attention, heads):
+        self.attention, self.heads = attention, heads
+        self.project_query, self.project_key_value = attention.project_query, attention.project_key_value
+
+    def attend(self, *_, **__):
+        return self.attention.project_out(self.heads)
+
+
 def _layer_fn(shell: models.Model, side: str, batch: Mapping, encoded) -> Callable:
     if side == "encoder":
         return shell.encoder_layer_fn(batch["inputs"].shape[1], batch["inputs_segments"])
@@ -179,13 +198,19 @@ def _layer_fn(shell: models.Model, side: str, batch: Mapping, encoded) -> Callab
     return shell.decoder_layer_fn(T, segments, batch.get("prefix"))
 
 
-def recorded(shell, layer, x, batch, encoded, side: str, attentions: Mapping) -> tuple[jax.Array, list[_Recorder]]:
-    """What comes out of `layer`, and what its `attentions`, by name, read and made."""
+def recorded(
+    shell, layer, x, batch, encoded, side: str, attentions: Mapping, heads: Mapping[str, jax.Array] | None = None
+) -> tuple[jax.Array, list[_Recorder]]:
+    """What comes out of `layer`, and what its `attentions`, by name, read and made.
+
+    Of other attentions the outputs of `heads` may be known.
+    """
     layer = jax.tree.map(lambda leaf: leaf, layer)
     recorders = [_Recorder(attention) for attention in attentions.values()]
-    for name, recorder in zip(attentions, recorders, strict=True):
+    known = {name: _Known(getattr(layer, name), each) for name, each in (heads or {}).items()}
+    for name, stand_in in (*zip(attentions, recorders, strict=True), *known.items()):
         # Past nnx's bookkeeping: the layer is a copy that lives for this trace only.
-        object.__setattr__(layer, name, recorder)
+        object.__setattr__(layer, name, stand_in)
     return _layer_fn(shell, side, batch, encoded)(layer, x, None, 0)[0], recorders
 
 
@@ -217,22 +242,22 @@ def _product_of_columns(left: jax.Array, right: jax.Array) -> jax.Array:
 
 
 @partial(jax.jit, static_argnames=("side", "names"))
-def _observe(shell, layer, x, batch, encoded, side, names):
+def _observe(shell, layer, x, batch, encoded, heads, side, names):
     attentions = {name: getattr(layer, name) for name in names}
-    x, recorders = recorded(shell, layer, x, batch, encoded, side, attentions)
+    x, recorders = recorded(shell, layer, x, batch, encoded, side, attentions, heads)
     return x, [_moment_sums(recorder.query_inputs, real_tokens(batch, side)) for recorder in recorders]
 
 
 @partial(jax.jit, static_argnames=("side", "name"))
-def _fit_sums(shell, layer, converted, x, batch, encoded, side, name):
+def _fit_sums(shell, layer, converted, x, batch, encoded, heads, side, name):
     real = real_tokens(batch, side)[:, None]
     # XLA computes once what both read: before the attention the layers are the same.
     (teacher,), (student,) = (
-        recorded(shell, layer, x, batch, encoded, side, {name: attention})[1]
+        recorded(shell, layer, x, batch, encoded, side, {name: attention}, heads)[1]
         for attention in (getattr(layer, name), converted)
     )
     y, z, made = (array.reshape(len(real), -1) * real for array in (teacher.output, student.heads, student.output))
-    return *(_product_of_columns(z, other) for other in (z, y)), y, made, jnp.sum(real)
+    return *(_product_of_columns(z, other) for other in (z, y)), y, made, jnp.sum(real), student.heads
 
 
 @jax.jit
