@@ -93,7 +93,7 @@ class Moments:
     def of_queries(self, heads: Heads) -> np.ndarray:
         """`E[qᵀq]` of each query head, summed over the query heads of a unit: `[K, d, d]`."""
         d = heads.query.shape[-1]
-        projected = _product(self.query, heads.query)
+        projected = _product(self.query, heads.query)  # [A, H, d]
         per_head = np.matmul(heads.query.transpose(1, 2, 0), projected.transpose(1, 0, 2))
         return per_head.reshape(heads.num_kv_heads, -1, d, d).sum(1)
 
