@@ -171,7 +171,7 @@ def check_decoder_saved(tmp_path, assert_close):
         reread = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "saved").eval()
         assert type(reread) is type(case.reference)
         tokens = torch.tensor(case.tokens)
-        assert_close(reread(tokens).logits.detach(), case.reference(tokens).logits.detach(), 1e-6, "logits")
+        assert_close(reread(tokens).logits.detach(), case.reference(tokens).logits.detach(), 1e-5, "logits")
         assert reread.config.rope_parameters == case.reference.config.rope_parameters
         return reread
 

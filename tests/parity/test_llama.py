@@ -48,7 +48,7 @@ def test_scanned_layers_equal_unrolled_ones(make_case, assert_close):
     case = make_case(3)
     scanned, unrolled = (checkpoints.load(case.directory, scan_layers=scan, **RUN) for scan in (True, False))
     forward = jax.jit(lambda model: model(case.tokens))
-    assert_close(forward(scanned), forward(unrolled), 1e-6, "logits")
+    assert_close(forward(scanned), forward(unrolled), 1e-5, "logits")
 
 
 @pytest.mark.parametrize("theta", [10000.0, 500000.0])

@@ -178,7 +178,7 @@ def test_scanned_layers_equal_unrolled_ones(make_case, assert_close):
     scanned, unrolled = (checkpoints.load(case.directory, scan_layers=scan, **RUN) for scan in (True, False))
     assert replace(scanned.config, scan_layers=False) == unrolled.config
     forward = jax.jit(lambda model: model(case.inputs, case.decoder_inputs))
-    assert_close(forward(scanned), forward(unrolled), 1e-6, "logits")
+    assert_close(forward(scanned), forward(unrolled), 1e-5, "logits")
 
 
 @pytest.mark.parametrize("bidirectional", [True, False])
@@ -199,7 +199,7 @@ def test_stock_transformers_loads_what_is_saved(logits, make_case, tmp_path, ass
     hf.save(model, tmp_path / "saved", dtype="float32")
     reread = T5ForConditionalGeneration.from_pretrained(tmp_path / "saved").eval()
     tokens = dict(input_ids=torch.tensor(case.inputs), decoder_input_ids=torch.tensor(case.decoder_inputs))
-    assert_close(reread(**tokens).logits.detach(), case.reference(**tokens).logits.detach(), 1e-6, "logits")
+    assert_close(reread(**tokens).logits.detach(), case.reference(**tokens).logits.detach(), 1e-5, "logits")
     # Greedy decoding needs the start, end and padding tokens of config.json.
     generated = [m.generate(tokens["input_ids"], max_new_tokens=5, do_sample=False) for m in (reread, case.reference)]
     assert generated[0].tolist() == generated[1].tolist()
