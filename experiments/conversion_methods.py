@@ -143,6 +143,7 @@ class Bench:
 
         self._sites, self._workdir, self._rows = sites, workdir, rows
         self.tuning: dict[str, dict[str, float]] = {}  # of each method the losses by the rates that were tried
+        self._tried: tuple[float, dict[str, dict[str, float]]] = (0.0, {})  # in earlier results: the share, the same
         raw = command_line.load_config(config, [f"--config.model.checkpoint={teacher}"])
         self._raw, self._config = raw, run_config.parse(raw)
         self._mesh = sharding.make_mesh(sharding.MeshConfig(1, 1, 1), jax.devices()[:1])
@@ -169,6 +170,7 @@ class Bench:
             own = self._path(Run(*(run[name] for name in Run._fields)))
             if not own.exists():
                 write_json(own, run)
+        self._tried = (max(run["alpha"] for run in earlier["runs"]), earlier["tuning"])
 
     def all(self, alphas: list[float], seeds: int) -> Iterator[dict[str, Any]]:
         """Every run, done now or found done."""
@@ -205,10 +207,14 @@ class Bench:
     def _best_rate(self, run: Run) -> float:
         """The rate at which the next one, up or down, is worse on the split for tuning."""
         losses = {}
+        alpha, tried = self._tried
+        known = tried.get(run.method, {}) if alpha == run.alpha else {}
 
         def loss(number: int) -> float:
-            losses[RATES[number]] = self.once(run._replace(rate=RATES[number]))["tuning_loss"]
-            return losses[RATES[number]]
+            rate = RATES[number]
+            earlier = known.get(f"{rate:g}")
+            losses[rate] = self.once(run._replace(rate=rate))["tuning_loss"] if earlier is None else earlier
+            return losses[rate]
 
         best = RATES.index(run.rate)
         for step in (1, -1):

@@ -99,11 +99,18 @@ def test_uptraining(command, tmp_path):
 )
 def test_rates_are_tried_until_the_next_is_worse(losses, best, tried, monkeypatch):
     bench = conversion_methods.Bench.__new__(conversion_methods.Bench)
-    bench.tuning = {}
+    bench.tuning, bench._tried = {}, (0.01, {"mean": {"1": 0.0}})  # of another share: not asked
     monkeypatch.setattr(conversion_methods.Bench, "once", lambda self, run: {"tuning_loss": losses[run.rate]})
     run = conversion_methods.Run(TOGETHER, "mean", 2, 0.05, 0, 1.0)
     assert bench._best_rate(run) == best
     assert bench.tuning == {"mean": {f"{rate:g}": losses[rate] for rate in tried}}
+
+    # What earlier results say was tried is not run again.
+    bench._tried = (0.05, bench.tuning)
+    bench.tuning = {}
+    monkeypatch.setattr(conversion_methods.Bench, "once", lambda self, run: pytest.fail(f"{run} is done again"))
+    assert bench._best_rate(run) == best
+    assert bench.tuning == bench._tried[1]
 
 
 def test_a_run_that_was_stopped_is_no_result(tmp_path, command, monkeypatch):
