@@ -109,6 +109,7 @@ def convert_layers(
     # Rows pass the layers given, whatever the number of heads: so the programs that calibrated are used again.
     new_shell.config = config
     encoded = statistics.encoded(batches) if statistics and not _changes_encoder(config, plan) else None
+    last = list(sides(config))[-1], num_layers(config, list(sides(config))[-1]) - 1  # nothing reads what it gives
     with tqdm(total=num_all_layers(config), desc="convert", unit="layer", delay=1) as bar:
         for side, attentions in sides(config).items():
             known = side == "encoder" and encoded is not None
@@ -131,7 +132,7 @@ def convert_layers(
                     if "dead_heads" in found:
                         found["dead_heads"] = sorted(order[found["dead_heads"]].tolist())
                     report.append({"site": site, "layer": number, "kv_heads": wanted, "groups": groups} | found)
-                if stream:
+                if stream and (side, number) != last:
                     stream.advance(layer)
                 bar.update()
                 yield Converted(side, number, layer, report)

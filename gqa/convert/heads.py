@@ -99,23 +99,26 @@ class Moments:
 
     def of_keys(self, heads: Heads, *, centred: bool) -> np.ndarray:
         """`E[kᵀk]` of all units' keys side by side, `[K * d, K * d]`; `centred`: their covariance."""
-        return self._of(heads.key, centred)
+        return self.of_groups(heads.key, 1, centred=centred)[0]
 
     def of_values(self, heads: Heads) -> np.ndarray:
         """`E[vᵀv]` of all units' values side by side, `[K * d, K * d]`."""
-        return self._of(heads.value, centred=False)
+        return self.of_groups(heads.value, 1, centred=False)[0]
+
+    def of_groups(self, kernel: np.ndarray, num_groups: int, *, centred: bool) -> np.ndarray:
+        """The same within each of equal groups of the units of `kernel` `[A, K, d]`: `[num_groups, t * d, t * d]`."""
+        flat, projected = (
+            array.reshape(len(kernel), num_groups, -1).transpose(1, 0, 2) for array in (kernel, self.projected(kernel))
+        )
+        moments = np.matmul(flat.swapaxes(1, 2), projected)
+        if centred:
+            mean = projected[:, -1]  # the last of [x, 1] is 1
+            moments -= mean[:, :, None] * mean[:, None]
+        return (moments + moments.swapaxes(1, 2)) / 2
 
     def projected(self, kernel: np.ndarray) -> np.ndarray:
         """`E[[x, 1]ᵀ[x, 1] W]` of a kernel W of keys or values, `[A, K, d]`."""
         return _product(self.key_value, kernel)
-
-    def _of(self, kernel: np.ndarray, centred: bool) -> np.ndarray:
-        flat, projected = (array.reshape(len(kernel), -1) for array in (kernel, self.projected(kernel)))
-        moments = flat.T @ projected
-        if centred:
-            mean = projected[-1]  # the last of [x, 1] is 1
-            moments -= np.outer(mean, mean)
-        return (moments + moments.T) / 2
 
 
 def _product(moments: np.ndarray, kernel: np.ndarray) -> np.ndarray:

@@ -8,7 +8,7 @@ for each head and frequency: rotation and scale. The result is an ordinary group
 Derivations: `docs/conversion.md`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -36,12 +36,12 @@ def key_basis(heads: Heads, moments: Moments, num_kv_heads: int, rotary: bool) -
     queries = moments.of_queries(heads)
     if rotary:
         return rotary_basis(rotary_energy(queries), complex_moments(heads, moments), num_kv_heads)
-    return _shared_basis(heads, queries, lambda group: moments.of_keys(group, centred=True), num_kv_heads)
+    return _shared_basis(queries, moments.of_groups(heads.key, num_kv_heads, centred=True))
 
 
 def value_basis(heads: Heads, moments: Moments, num_kv_heads: int) -> Basis:
     """Of values: the shared ones lose the least energy of outputs; top eigenvectors of `M Σ_V M`, M² = W_O W_Oᵀ."""
-    return _shared_basis(heads, out_energy(heads), moments.of_values, num_kv_heads)
+    return _shared_basis(out_energy(heads), moments.of_groups(heads.value, num_kv_heads, centred=False))
 
 
 def share_keys(heads: Heads, basis: Basis) -> tuple[np.ndarray, np.ndarray]:
@@ -119,14 +119,14 @@ def as_real(projection: np.ndarray) -> np.ndarray:
     return np.concatenate([projection.real, projection.imag], axis=-1)
 
 
-def _shared_basis(heads: Heads, weights: np.ndarray, moments: Callable[[Heads], np.ndarray], K_new: int) -> Basis:
-    """The d best directions of each group, of `weights` M² `[K, d, d]` and the stacked `moments` of a group's units."""
+def _shared_basis(weights: np.ndarray, moments: np.ndarray) -> Basis:
+    """The d best directions of each group, of `weights` M² `[K, d, d]` and `moments` `[K new, t * d, t * d]`."""
     K, d = weights.shape[:2]
-    t = K // K_new
+    t = K // len(moments)
     root, inverse = _roots(weights)
     down, up, kept, total = [], [], [], []
-    for units in _group_indices(K, K_new):
-        seen = _seen(root[units], moments(heads.permuted(units)))
+    for units, sigma in zip(_group_indices(K, len(moments)), moments, strict=True):
+        seen = _seen(root[units], sigma)
         energy, best = scipy.linalg.eigh(seen, subset_by_index=(t * d - d, t * d - 1))
         best = best[:, ::-1].reshape(t, d, d)
         down.append(root[units] @ best)

@@ -65,7 +65,7 @@ def read_lazily(config: models.ModelConfig, read: Callable[[str], np.ndarray]) -
     abstract = models.abstract(config)
 
     def filled(module, prefix: str):
-        leaves = [read(f"{prefix}{name}").astype(np.float32) for name in parameter_names(module)]
+        leaves = [np.asarray(read(f"{prefix}{name}"), np.float32) for name in parameter_names(module)]
         return jax.tree.unflatten(jax.tree.structure(module), leaves)
 
     def load_layer(side: str, number: int):

@@ -13,6 +13,6 @@ def test_layers_are_those_of_the_model(monkeypatch, layers):
         large_conversion.main()
 
 
-def test_a_further_layer_takes_as_long_as_those_after_the_first_of_its_side():
+def test_a_further_layer_takes_as_long_as_those_between_first_and_last():
     begun = {"encoder.0": 10.0, "encoder.1": 15.0, "encoder.2": 17.0, "decoder.0": 21.0}
-    assert large_conversion.further_layer(begun, 31.5) == {"encoder": 3.0, "decoder": 10.5}
+    assert large_conversion.further_layer(begun, 31.5) == {"encoder": 2.0, "decoder": 10.5}
