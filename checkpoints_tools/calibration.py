@@ -19,7 +19,7 @@ from gqa.errors import InputError
 from gqa.models.heads import KVHeads
 
 TASKS = {"t5": "span_corruption", "llama": "causal_lm"}
-BATCH = 8  # rows that pass a layer together
+BATCH = 4  # rows that pass a layer together
 HELDOUT_ROWS = 64
 SCORED_BYTES = 2**32  # float32 parameters of a model up to which held-out losses are computed
 CHOICES = dict(dtype="float32", param_dtype="float32", scan_layers=True, remat="none", dropout_rate=0.0)

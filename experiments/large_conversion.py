@@ -36,6 +36,7 @@ def main() -> None:
     import jax
     import numpy as np
 
+    from checkpoints_tools.calibration import BATCH
     from experiments.measure import commit, machine, write_json
     from gqa import convert, models
     from gqa.checkpoints.table import parameters
@@ -68,7 +69,7 @@ def main() -> None:
     tokens = rng.integers(3, config.vocab_size, (2, ROWS, LENGTH), np.int32)
     real = np.ones((ROWS, LENGTH), np.int32)
     rows = {"inputs": tokens[0], "inputs_segments": real, "decoder_inputs": tokens[1], "targets_segments": real}
-    batches = [rows]
+    batches = [{name: array[first : first + BATCH] for name, array in rows.items()} for first in range(0, ROWS, BATCH)]
     start = time.perf_counter()
     begun: dict[str, dict[str, float]] = {"calibration": {}, "conversion": {}}  # when, by layer, such as decoder.2
 

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from gqa import models
 from gqa.convert import pooling, procrustes, svd, tuning
-from gqa.convert.heads import Heads, Moments, read_heads, write_heads
+from gqa.convert.heads import Heads, Moments, read_heads, with_out, write_heads
 from gqa.convert.plan import Plan, is_rotary, moments_of, permuted_layer, permuted_shell, with_attention
 from gqa.convert.statistics import Statistics
 from gqa.convert.walk import FitSums, LoadLayer, Stream, num_all_layers, num_layers, sides
@@ -163,18 +163,18 @@ def _convert(
         found["dead_heads"] = dead
     # Its number of heads comes with the kernels.
     attention = write_heads(before, new_heads)
+    del heads, new_heads  # a gigabyte at the widths of an 11B model, which the programs below want
     if stream:
         sums = stream.fit_sums(layer, attention, name)
         found["output_error"] = sums.error(sums.missed)
         if method.tune:
             attention = tuning.tune(stream, layer, attention, name)
-            new_heads = read_heads(attention)
             sums = stream.fit_sums(layer, attention, name)
             found["output_error_before_tune"] = found["output_error"]
             found["output_error"] = sums.error(sums.missed)
         if method.refit:
-            out, missed = _refit(sums, new_heads.out)
-            attention = write_heads(attention, new_heads._replace(out=out))
+            out, missed = _refit(sums, np.asarray(attention.out[...], np.float64))
+            attention = with_out(attention, out)
             found["output_error_before_refit"] = found["output_error"]
             found["output_error"] = sums.error(missed)
     return with_attention(layer, name, attention), found

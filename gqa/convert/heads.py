@@ -63,7 +63,7 @@ def read_heads(attention: GroupedQueryAttention) -> Heads:
 
 def write_heads(attention: GroupedQueryAttention, heads: Heads) -> GroupedQueryAttention:
     """A copy of `attention` with these heads, in its dtypes; norms of queries and keys stay."""
-    attention = jax.tree.map(lambda leaf: leaf, attention)
+    attention = with_out(attention, heads.out)
     for name in ("query", "key", "value"):
         kernel = getattr(attention, name)
         affine = getattr(heads, name)
@@ -73,7 +73,13 @@ def write_heads(attention: GroupedQueryAttention, heads: Heads) -> GroupedQueryA
             setattr(attention, f"{name}_bias", bias.replace(affine[-1].astype(bias.dtype)))
         elif np.any(affine[-1]):
             raise AssertionError(f"the method gave a {name} bias to an attention without biases")
-    attention.out = attention.out.replace(heads.out.astype(attention.out.dtype))
+    return attention
+
+
+def with_out(attention: GroupedQueryAttention, out: np.ndarray) -> GroupedQueryAttention:
+    """A copy of `attention` with the output's kernel `out` `[H, d, D]`, in its dtype."""
+    attention = jax.tree.map(lambda leaf: leaf, attention)
+    attention.out = attention.out.replace(out.astype(attention.out.dtype))
     return attention
 
 

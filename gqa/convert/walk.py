@@ -65,7 +65,8 @@ def read_lazily(config: models.ModelConfig, read: Callable[[str], np.ndarray]) -
     abstract = models.abstract(config)
 
     def filled(module, prefix: str):
-        leaves = [np.asarray(read(f"{prefix}{name}"), np.float32) for name in parameter_names(module)]
+        # On the device once, not once for each program that takes them.
+        leaves = [jnp.asarray(read(f"{prefix}{name}"), jnp.float32) for name in parameter_names(module)]
         return jax.tree.unflatten(jax.tree.structure(module), leaves)
 
     def load_layer(side: str, number: int):
@@ -131,14 +132,14 @@ class Stream:
         not computed again.
         """
 
-        def of_batch(heads: dict[str, jax.Array], arguments) -> list[np.ndarray]:
+        sums = [0.0] * len(FitSums._fields)
+        for heads, arguments in zip(self._heads, self.arguments((layer, converted)), strict=True):
             known = {other: array for other, array in heads.items() if other != name}
             zz, zy, y, made, tokens, heads[name] = _fit_sums(*arguments, known, side=self.side, name=name)
             # Each batch's sums in float32 on the device, all batches' in float64.
-            return [np.asarray(part, np.float64) for part in (zz, zy, *_squares(y, made), tokens)]
-
-        batches = map(of_batch, self._heads, self.arguments((layer, converted)))
-        return FitSums(*(sum(part) for part in zip(*batches, strict=True)))
+            found = zz, zy, *_squares(y, made), tokens
+            sums = [total + np.asarray(part, np.float64) for total, part in zip(sums, found, strict=True)]
+        return FitSums(*sums)
 
     def advance(self, layer: nnx.Module) -> None:
         """The activations go through `layer`."""
