@@ -132,8 +132,9 @@ def _losses(arguments: argparse.Namespace, raw_config, evaluated: dict[str, Path
     batches = loader.heldout_batches(records, config.train.batch_size, config.train.eval_examples)
 
     def score(checkpoint: Path) -> dict:
+        contents = checkpoints.read(checkpoint, **config.model.run_choices())
+        run_config.check_vocabulary(batches.manifest, contents.config, contents.companions)
         model = checkpoints.load(checkpoint, mesh=mesh, **config.model.run_choices())
-        run_config.check_vocabulary(batches.manifest, model.config)
         if arguments.cross_attention and not isinstance(model, models.t5.T5):
             raise InputError(f"--cross_attention needs an encoder-decoder; {checkpoint} is a decoder")
         scores = loop.heldout_metrics(model, batches, mesh, show_progress=True)

@@ -61,7 +61,10 @@ def _train(arguments: argparse.Namespace, raw_config: ConfigDict) -> None:
         records = config.prepared_records()
     manifest = prepare.read_manifest(records)
     run_config.check_task(manifest, architecture)
-    run_config.check_vocabulary(manifest, architecture)
+    contents = None
+    if config.model.checkpoint is not None:
+        contents = checkpoints.read(config.model.checkpoint, **config.model.run_choices())
+    run_config.check_vocabulary(manifest, architecture, contents.companions if contents else ())
 
     def initial_model():
         if config.model.checkpoint is None:
@@ -69,8 +72,8 @@ def _train(arguments: argparse.Namespace, raw_config: ConfigDict) -> None:
         weights = None if config.adapter is None else config.adapter.base
         return checkpoints.load(config.model.checkpoint, mesh=mesh, weights=weights, **config.model.run_choices())
 
-    if config.model.checkpoint is not None:
-        token_ids = checkpoints.read(config.model.checkpoint, **config.model.run_choices()).token_ids
+    if contents is not None:
+        token_ids = contents.token_ids
     elif models.family_of(architecture) == "t5":
         token_ids = None  # T5's own
     else:

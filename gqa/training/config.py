@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import ml_collections
 from gqa import checkpoints, models
 from gqa.adapters.lora import LoRAConfig
 from gqa.command_line import build, coerce, one_of
+from gqa.data import tokenizer_json
 from gqa.data.examples import DECODER_TASKS, TASKS
 from gqa.data.mixtures import MixtureConfig, prepare_mixture
 from gqa.data.prepare import Manifest, PrepareSpec, default_directory, prepare, read_manifest
@@ -275,12 +276,23 @@ class RunConfig:
             )
 
 
-def check_vocabulary(manifest: Manifest, architecture: models.ModelConfig) -> None:
-    """Raises `InputError` when records hold tokens that the model's embedding does not."""
+def check_vocabulary(manifest: Manifest, architecture: models.ModelConfig, companions: Sequence[Path] = ()) -> None:
+    """Raises `InputError` when records hold tokens that the model's embedding does not, or of another vocabulary.
+
+    Which vocabulary is a checkpoint's its tokenizer says, among the files beside its weights; without one, none.
+    """
     if manifest.vocabulary_size > architecture.vocab_size:
         raise InputError(
             f"the records' vocabulary has {manifest.vocabulary_size} pieces, the model's embedding "
             f"{architecture.vocab_size}; use the model's own vocabulary"
+        )
+    tokenizers = sorted(file for file in companions if file.suffix == ".model")
+    tokenizers += [file for file in companions if file.name == tokenizer_json.FILE]
+    digests = (tokenizer_json.open_vocabulary(file, foreign=True).sha256 for file in tokenizers)
+    if tokenizers and manifest.vocabulary_sha256 not in digests:
+        raise InputError(
+            "the records were prepared with another vocabulary than the checkpoint's; "
+            f"set data.vocabulary={tokenizers[0]}"
         )
 
 

@@ -273,6 +273,19 @@ def test_records_that_a_model_cannot_read_are_refused(tiny_run, tiny_records):
     )
 
 
+def test_records_of_another_vocabulary_than_the_checkpoints_are_refused(
+    tiny_run, tiny_records, tiny_vocabulary, tmp_path
+):
+    llama, manifest = tiny_run("llama").model.architecture(), read_manifest(tiny_records("causal_lm"))
+    other, weights = tmp_path / "other.model", tmp_path / "model.safetensors"
+    other.write_bytes(tiny_vocabulary.read_bytes() + b"\xf8\x3f\x01")
+    for companions in ((), (weights,), (tiny_vocabulary,), (other, tiny_vocabulary)):
+        run_config.check_vocabulary(manifest, llama, companions)
+    assert error_of(run_config.check_vocabulary, manifest, llama, (weights, other)) == (
+        f"the records were prepared with another vocabulary than the checkpoint's; set data.vocabulary={other}"
+    )
+
+
 def test_a_mixture_stands_where_records_do(tiny_run, tiny_records, tiny_config, tmp_path, monkeypatch):
     monkeypatch.setenv("GQA_CACHE", str(tmp_path))
     folder = str(tiny_records("causal_lm"))
