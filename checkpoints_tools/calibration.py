@@ -28,7 +28,7 @@ CHOICES = dict(dtype="float32", param_dtype="float32", scan_layers=True, remat="
 class Calibration:
     """What the text gives; without text nothing is measured."""
 
-    def __init__(self, source: Source, description: dict | None, records: Path | None, rows: int):
+    def __init__(self, source: Source, description: dict | None, records: Path | None, rows: int, seed: int):
         self._source, self._records = source, records
         self.description = description
         self.batches: list[Mapping] | None = None
@@ -36,11 +36,11 @@ class Calibration:
         if records is not None:
             from gqa.data import loader
 
-            batches = loader.train_batches(records, BATCH, seed=0)
+            batches = loader.train_batches(records, BATCH, seed)
             available = batches.manifest.num_records["train"]
             size = min(BATCH, available, rows)
             if size < BATCH:
-                batches = loader.train_batches(records, size, seed=0)
+                batches = loader.train_batches(records, size, seed)
             self.batches = [batches(step) for step in range(-(-min(rows, available) // size))]
 
     @staticmethod
@@ -67,7 +67,7 @@ class Calibration:
         if args.calibrate is None:
             if args.statistics:
                 raise InputError(f"--statistics={args.statistics} needs --calibrate=TEXT")
-            return cls(source, None, None, 0)
+            return cls(source, None, None, 0, 0)
         if args.calibration_rows < 1:
             raise InputError(f"--calibration_rows={args.calibration_rows}; expected at least 1")
         from gqa.data.examples import SMALLEST_ROW
@@ -81,11 +81,11 @@ class Calibration:
         manifest = dataclasses.asdict(read_manifest(records))
         text = {name: manifest[name] for name in ("task", "inputs_length", "targets_length", "corpus_digests")}
         description = {"text": args.calibrate, "rows": args.calibration_rows} | text
-        self = cls(source, description, records, args.calibration_rows)
+        self = cls(source, description, records, args.calibration_rows, args.seed)
         shell, load_layer = walk.read_lazily(source.config, source.read)
         if args.statistics:  # a fingerprint reads the whole model
             identity = json.dumps(
-                [statistics.fingerprint(shell, load_layer), manifest, args.calibration_rows, sorted(sites)]
+                [statistics.fingerprint(shell, load_layer), manifest, args.calibration_rows, sorted(sites), args.seed]
             )
         if args.statistics and Path(args.statistics).exists():
             self.statistics = statistics.Statistics.load(args.statistics, identity)

@@ -63,7 +63,12 @@ def main() -> int | None:
         help="attention sites to convert: encoder_self, decoder_self, cross (default: all but the encoder, GQA §2.2)",
     )
     Calibration.add_arguments(parser)
-    parser.add_argument("--seed", type=int, default=0, help="seed of the method random (default: 0)")
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        help="draws the rows of --calibrate and the heads of the method random (default: 0)",
+    )
     parser.add_argument("--dtype", metavar="TYPE", help="of the tensors: float32, bfloat16 (default: the source's)")
     args = parse_arguments(parser)
     keep_freed_memory()

@@ -88,8 +88,8 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of tables and pictures")
     arguments = command_line.parse_arguments(parser)
     alphas = sorted({_alpha(text) for text in arguments.alphas.split(",")})
-    if arguments.seeds < 1 or arguments.rows < 2:
-        raise InputError(f"--seeds={arguments.seeds} --rows={arguments.rows}; expected at least 1 and 2")
+    if arguments.seeds < 1 or arguments.rows < 2 * BATCH:
+        raise InputError(f"--seeds={arguments.seeds} --rows={arguments.rows}; expected at least 1 and {2 * BATCH}")
     teacher, config, sites = TEACHERS[arguments.teacher]
     for path in (teacher, config):
         if not path.exists():

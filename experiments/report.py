@@ -70,10 +70,14 @@ def measure(folders: dict[str, Path], run: dict) -> dict:
     from experiments.measure import commit, decode_times, machine
     from gqa import checkpoints, sharding
     from gqa.data import loader
+    from gqa.models.t5 import T5Config
     from gqa.training import config as run_config
     from gqa.training import loop
 
     config = run_config.parse(run)
+    teacher = folders["MHA"]
+    if not isinstance(checkpoints.read_config(teacher, **config.model.run_choices()), T5Config):
+        raise InputError(f"--teacher={teacher} is a decoder; expected the encoder-decoder of make quickstart")
     mesh = sharding.make_mesh(config.mesh)
     batches = loader.heldout_batches(config.prepared_records(), config.train.batch_size, config.train.eval_examples)
     models = {name: checkpoints.load(path, **config.model.run_choices()) for name, path in folders.items()}

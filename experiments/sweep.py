@@ -157,6 +157,11 @@ class Sweep:
         self._config, self._finetune = config, config.get("finetune") or {}
         self._teachers = {name: dict(teacher) for name, teacher in config.teachers.items()}
         for name, teacher in self._teachers.items():
+            if not isinstance(teacher.get("kv_heads"), int):
+                found = teacher.get("kv_heads")
+                raise InputError(
+                    f"teachers.{name}.kv_heads is {found}; expected the teacher's number of key/value heads"
+                )
             methods = set(config.runs.method)
             needed = ["pretrain"] * (SCRATCH in methods) + ["checkpoint", "uptrain"] * (methods != {SCRATCH})
             for key in needed:
@@ -286,7 +291,7 @@ class Sweep:
             result |= {f"{task} {name}": score["value"] for name, score in checkpoint["scores"][task].items()}
         files.write_json(folder / RESULT, result | {"seconds": sum(seconds.values()), "commands": list(seconds)})
         (folder / COMMANDS).unlink(missing_ok=True)
-        for name in () if self._config.keep_checkpoints else ("converted", "uptrained", *self._finetune):
+        for name in () if self._config.get("keep_checkpoints") else ("converted", "uptrained", *self._finetune):
             shutil.rmtree(folder / name, ignore_errors=True)
 
     def _commands(self, run: Run, folder: Path) -> Iterator[tuple[str, list[str]]]:
@@ -305,7 +310,8 @@ class Sweep:
                 arguments = [f"--source={source}", f"--output={checkpoint}", f"--kv_heads={run.kv_heads}"]
                 arguments += [f"--method={run.method}", f"--seed={run.seed}", "--dtype=float32"]
                 if {"group", "tune", "refit"} & set(run.method.split("+")):
-                    arguments += [f"--{name}={value}" for name, value in self._config.calibration.items()]
+                    calibration = self._config.get("calibration") or {}
+                    arguments += [f"--{name}={value}" for name, value in calibration.items()]
                 yield "checkpoints_tools.convert", arguments
         start = f"--config.model.checkpoint={checkpoint}"
         overrides = list(self._config.overrides)

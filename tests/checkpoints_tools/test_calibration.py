@@ -146,6 +146,12 @@ def test_statistics_are_kept_and_used_again(sources, tiny_records, convert_on_te
     assert "holds no statistics of calibration" in capsys.readouterr().err
 
 
+def test_a_seed_draws_other_rows(tiny_records, convert_on_text):
+    arguments = ("--kv_heads=2", "--method=svd", f"--calibrate={tiny_records('causal_lm')}")
+    outputs = [convert_on_text("llama", f"seed{seed}", *arguments, f"--seed={seed}")[1] for seed in (0, 1)]
+    assert bytes_of(outputs[0]) != bytes_of(outputs[1])
+
+
 def test_on_prepared_pairs(tmp_path, tiny_vocabulary, convert_on_text):
     table, records = tmp_path / "pairs.jsonl", tmp_path / "pairs"
     table.write_text("".join(f'{{"inputs": "function {i}", "targets": "{i} x"}}\n' for i in range(300)))

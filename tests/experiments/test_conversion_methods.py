@@ -129,6 +129,10 @@ def test_a_run_that_was_stopped_is_no_result(tmp_path, command, monkeypatch):
 
 
 def test_bad_input(command):
-    for option, message in (("--alphas=2", "'2' is no share"), ("--seeds=0", "expected at least 1 and 2")):
+    for option, message in (
+        ("--alphas=2", "'2' is no share"),
+        ("--seeds=0", "expected at least 1 and 8"),
+        ("--rows=7", "expected at least 1 and 8"),  # a batch for tuning and one to report
+    ):
         with pytest.raises(InputError, match=message):
             command(option)

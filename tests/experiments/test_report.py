@@ -144,6 +144,15 @@ def test_everything_is_measured(tiny_run, tmp_path, monkeypatch, capsys):
     assert sorted(path.name for path in output.iterdir()) == ["quality_vs_latency.png", "report.json", "report.md"]
     assert "| MQA best conversion | 1, 1 |" in capsys.readouterr().out
 
+    hf.save(
+        models.create(tiny_run("llama").model.architecture(), jax.random.key(0)), tmp_path / "llama", dtype="float32"
+    )
+    monkeypatch.setattr(
+        "sys.argv", [*arguments[:2], f"--output={tmp_path / 'other'}", f"--teacher={tmp_path / 'llama'}"]
+    )
+    with pytest.raises(report.InputError, match="llama is a decoder; expected the encoder-decoder"):
+        report.main()
+
 
 def test_results_are_json(results):
     assert json.loads(json.dumps(results)) == results

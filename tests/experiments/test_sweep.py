@@ -215,6 +215,22 @@ def test_from_scratch_needs_the_config_of_the_pre_training(sweep_file, tmp_path)
 ONE_RUN = ("--config.runs.kv_heads=2", "--config.runs.alpha=1.0", "--config.runs.seed=1")
 
 
+def test_what_a_config_need_not_say(sweep_file, tmp_path):
+    config = load_config(sweep_file)
+    config.unlock()
+    for name in ("calibration", "keep_checkpoints", "finetune"):
+        del config[name]
+    for run in (runs := sweep.Sweep(config, tmp_path)).runs:
+        assert {module for module, _ in runs._commands(run, tmp_path)} <= {
+            "checkpoints_tools.convert",
+            "gqa.train",
+            "gqa.evaluate",
+        }
+    del config.teachers.tiny["kv_heads"]
+    with pytest.raises(InputError, match=r"teachers\.tiny\.kv_heads is None; expected the teacher's number"):
+        sweep.Sweep(config, tmp_path)
+
+
 def test_fine_tuning_draws_without_uptraining(sweep_file, tmp_path):
     config = load_config(sweep_file)
     config.runs.update(kv_heads=(2,), alpha=(0.0,))
