@@ -28,12 +28,11 @@ from tqdm import tqdm
 
 from gqa import distributed
 from gqa.checkpoints.hf_config import read_json
-from gqa.checkpoints.sums import hash_files, read_sums
+from gqa.checkpoints.sums import hash_files
+from gqa.checkpoints.training_run import ARRAYS, SAVE, files_of, problem_of
 from gqa.checkpoints.writer import SUMS
 from gqa.errors import InputError
 
-_ARRAYS = "default"
-_SAVE = "save.json"
 # A step's folder under another name: not complete yet, or not wanted any more. Nobody reads it.
 _UNFINISHED, _UNWANTED = ".unfinished", ".unwanted"
 
@@ -110,7 +109,7 @@ class Store:
             if jax.process_index() == 0:
                 _delete(unfinished)  # of a save that failed
                 unfinished.mkdir()
-            self._checkpointer.save(unfinished / _ARRAYS, args=ocp.args.StandardSave(_flat(state)))
+            self._checkpointer.save(unfinished / ARRAYS, args=ocp.args.StandardSave(_flat(state)))
         except OSError as error:
             self._failed(step, error)
             return
@@ -155,7 +154,7 @@ class Store:
 
     def facts(self, step: int) -> dict[str, Any]:
         """What `save` was told about a restored step, with `time`, when it was saved (seconds since 1970)."""
-        return read_json(self.folder(step) / _SAVE)
+        return read_json(self.folder(step) / SAVE)
 
     def discard_after(self, step: int) -> None:
         """Removes every later step."""
@@ -179,7 +178,7 @@ class Store:
 
     def _load(self, step: int, like):
         self.wait()
-        path, wanted = self.folder(step) / _ARRAYS, _flat(like)
+        path, wanted = self.folder(step) / ARRAYS, _flat(like)
         expected = {key: tuple(leaf.shape) for key, leaf in wanted.items()}
         stored = self._checkpointer.metadata(path).item_metadata.tree
         found = {key: tuple(leaf.shape) for key, leaf in stored.items()}
@@ -196,8 +195,8 @@ class Store:
         """Why `step` cannot be restored, found by the first process for all; fetches it from the mirror if need be."""
         problem = None
         if jax.process_index() == 0:
-            problem = _verify(self.folder(step))
-            if problem and self._mirror and not _verify(self._mirror / str(step)):
+            problem = problem_of(self.folder(step))
+            if problem and self._mirror and not problem_of(self._mirror / str(step)):
                 _warn(f"{problem}; its copy in {self._mirror} is used")
                 _copy(self._mirror / str(step), self.folder(step))
                 problem = None
@@ -214,9 +213,9 @@ class Store:
                 return
             for file in files:
                 shutil.copyfile(file, unfinished / file.name)
-            sizes = {path.relative_to(unfinished).as_posix(): path.stat().st_size for path in _files(unfinished)}
-            (unfinished / _SAVE).write_text(json.dumps({**facts, "time": time.time(), "bytes": sizes}, indent=1))
-            sums = hash_files(unfinished, _files(unfinished), {})
+            sizes = {path.relative_to(unfinished).as_posix(): path.stat().st_size for path in files_of(unfinished)}
+            (unfinished / SAVE).write_text(json.dumps({**facts, "time": time.time(), "bytes": sizes}, indent=1))
+            sums = hash_files(unfinished, files_of(unfinished), {})
             (unfinished / SUMS).write_text("".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items())))
             _replace(unfinished, self._directory / str(step))
         except (OSError, ValueError) as error:  # TensorStore's are ValueErrors
@@ -248,7 +247,7 @@ class Store:
         times = {}
         for step in _steps(folder):
             with contextlib.suppress(InputError, KeyError):
-                times[step] = float(read_json(folder / str(step) / _SAVE)["time"])
+                times[step] = float(read_json(folder / str(step) / SAVE)["time"])
         wanted = retained(_steps(folder), self._keep, times, self._keep_minutes, losses)
         for step in set(_steps(folder)) - wanted:
             _remove(folder / str(step))
@@ -284,41 +283,13 @@ def retained(
     return wanted
 
 
-def _verify(folder: Path) -> str | None:
-    """What is wrong with a step's files, or None; the sizes are compared before anything large is read.
-
-    Hidden files that it was not saved with are no damage: desktops and network file systems leave them anywhere.
-    """
-    if not folder.is_dir():
-        return f"{folder} is missing"
-    try:
-        sums = read_sums(folder)
-        found = {path.relative_to(folder).as_posix(): path for path in _files(folder) if path.name != SUMS}
-        found = {name: path for name, path in found.items() if name in sums or not path.name.startswith(".")}
-        if not sums:
-            return f"{folder} has no {SUMS}"
-        for name in sorted({*sums, *found, _SAVE}):
-            if name not in found:
-                return f"{folder / name} is missing"
-            if name not in sums:
-                return f"{folder / name} is not in {SUMS}"
-        hash_files(folder, [found[_SAVE]], sums)
-        for name, size in read_json(folder / _SAVE)["bytes"].items():
-            if found[name].stat().st_size != size:
-                return f"{folder / name} has {found[name].stat().st_size} bytes; expected {size}"
-        hash_files(folder, list(found.values()), sums)
-    except (InputError, OSError) as error:
-        return str(error)
-    return None
-
-
 def _copy(source: Path, target: Path) -> None:
     """Copies a step's folder, complete and as its sums say or not at all."""
     unfinished = target.with_name(target.name + _UNFINISHED)
     shutil.rmtree(unfinished, ignore_errors=True)
     try:
         shutil.copytree(source, unfinished)
-        if problem := _verify(unfinished):
+        if problem := problem_of(unfinished):
             raise InputError(problem)
         _replace(unfinished, target)
     finally:
@@ -360,10 +331,6 @@ def _steps(folder: Path) -> list[int]:
     if not folder.is_dir():
         return []
     return [int(path.name) for path in folder.iterdir() if path.name.isdecimal() and path.is_dir()]
-
-
-def _files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
 def _flat(tree) -> dict:

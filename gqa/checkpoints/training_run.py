@@ -4,8 +4,8 @@ The architecture is in the run's `architecture.json`, keys as in a Hugging Face 
 model's parameters are read, each when it is asked for. Our names: `gqa.checkpoints.store` writes them.
 """
 
-from collections.abc import Mapping
-from functools import partial
+from collections.abc import Callable, Mapping
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +16,17 @@ import tensorstore
 from gqa import models
 from gqa.checkpoints import hf_config
 from gqa.checkpoints.source import Contents, companions, match
+from gqa.checkpoints.sums import hash_files, read_sums
 from gqa.checkpoints.table import SAME, Row, parameters
 from gqa.checkpoints.tensor import Tensor
+from gqa.checkpoints.writer import SUMS
 from gqa.errors import InputError
 
 ARCHITECTURE = "architecture.json"
 CONFIG, MODEL, STEPS = "config.json", "model", "checkpoints"  # of a run's folder
 _TOKENIZERS = ("tokenizer.json", "tokenizer_config.json")
-_ARRAYS = "default"  # where Orbax puts the arrays of a step
+ARRAYS = "default"  # of a step: where Orbax puts its arrays
+SAVE = "save.json"  # of a step: what there is to know of it
 _MODEL_KEY, _POLICY_KEY = ".model", ".policy.model"  # the second of a run of gqa.ppo
 # A stack of layers is one chunk of its file, and layers are asked for one by one.
 _CACHE_BYTES = 1 << 29
@@ -57,10 +60,9 @@ def read(directory: Path, run_choices: Mapping[str, Any]) -> Contents:
     choices = {**run_choices, "tied_logits": hf_config.ties_logits(raw)}
     config = hf_config.read(raw, workdir / ARCHITECTURE, choices)
     key = _POLICY_KEY if "ppo" in _run_config(workdir) else _MODEL_KEY
-    table, tensors = _table(config, key), _open(step / _ARRAYS, key)
+    table, tensors = _table(config, key), _open(step, key)
     sources = match(step, table, tensors, ignored=lambda name: False)
-    files = sorted(path for path in step.rglob("*") if path.is_file())
-    return Contents(config, sources, files, hf_config.token_ids_of(raw), _companions(workdir))
+    return Contents(config, sources, files_of(step), hf_config.token_ids_of(raw), _companions(workdir))
 
 
 def step_folders(workdir: Path) -> list[Path]:
@@ -73,9 +75,42 @@ def step_folders(workdir: Path) -> list[Path]:
     return found
 
 
+def problem_of(folder: Path) -> str | None:
+    """What is wrong with a step's files, or None; the sizes are compared before anything large is read.
+
+    Hidden files that it was not saved with are no damage: desktops and network file systems leave them anywhere.
+    """
+    if not folder.is_dir():
+        return f"{folder} is missing"
+    try:
+        sums = read_sums(folder)
+        found = {path.relative_to(folder).as_posix(): path for path in files_of(folder) if path.name != SUMS}
+        found = {name: path for name, path in found.items() if name in sums or not path.name.startswith(".")}
+        if not sums:
+            return f"{folder} has no {SUMS}"
+        for name in sorted({*sums, *found, SAVE}):
+            if name not in found:
+                return f"{folder / name} is missing"
+            if name not in sums:
+                return f"{folder / name} is not in {SUMS}"
+        hash_files(folder, [found[SAVE]], sums)
+        for name, size in hf_config.read_json(folder / SAVE)["bytes"].items():
+            if found[name].stat().st_size != size:
+                return f"{folder / name} has {found[name].stat().st_size} bytes; expected {size}"
+        hash_files(folder, list(found.values()), sums)
+    except (InputError, OSError) as error:
+        return str(error)
+    return None
+
+
+def files_of(folder: Path) -> list[Path]:
+    """All files below `folder`, in order."""
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
 def _is_step(directory: Path) -> bool:
     # A step under way has a longer name.
-    return directory.name.isdecimal() and (directory / _ARRAYS / "manifest.ocdbt").is_file()
+    return directory.name.isdecimal() and (directory / ARRAYS / "manifest.ocdbt").is_file()
 
 
 def _steps(directory: Path) -> list[Path]:
@@ -98,8 +133,9 @@ def _name(key: str, layer: int) -> str:
     return f"{key}[{layer}]"
 
 
-def _open(arrays: Path, model_key: str) -> dict[str, Tensor]:
-    """The model's parameters in the folder of a step's arrays, those of a stack one by one."""
+def _open(step: Path, model_key: str) -> dict[str, Tensor]:
+    """The model's parameters in a step's folder, those of a stack one by one; the first to be read checks all sums."""
+    arrays, check = step / ARRAYS, cache(partial(_check, step))
     context = tensorstore.Context({"cache_pool": {"total_bytes_limit": _CACHE_BYTES}})
     base = f"file://{arrays.absolute()}/"
     tensors = {}
@@ -112,16 +148,25 @@ def _open(arrays: Path, model_key: str) -> dict[str, Tensor]:
             dtype, shape = array.dtype.numpy_dtype, tuple(array.shape)
             if key.startswith((f"{model_key}.encoder[", f"{model_key}.decoder[")):
                 for layer in range(shape[0]):
-                    read = partial(_read, arrays, key, array, layer)
+                    read = partial(_read, check, arrays, key, array, layer)
                     tensors[_name(key, layer)] = Tensor(_name(key, layer), arrays, shape[1:], dtype, read)
             else:
-                tensors[key] = Tensor(key, arrays, shape, dtype, partial(_read, arrays, key, array, ...))
+                tensors[key] = Tensor(key, arrays, shape, dtype, partial(_read, check, arrays, key, array, ...))
     except (ValueError, OSError) as error:
         raise InputError(f"{arrays} cannot be read: {error}") from error
     return tensors
 
 
-def _read(arrays: Path, key: str, array: tensorstore.TensorStore, index) -> np.ndarray:
+def _check(step: Path) -> None:
+    """Orbax restores flipped bits without a word."""
+    if problem := problem_of(step):
+        others = sorted((path.name for path in _steps(step.absolute().parent) if path.name != step.name), key=int)
+        instead = f"expected a whole step, such as {step.parent / others[-1]}" if others else "it is the only step"
+        raise InputError(f"{problem}; {instead}")
+
+
+def _read(check: Callable[[], None], arrays: Path, key: str, array: tensorstore.TensorStore, index) -> np.ndarray:
+    check()
     try:
         return array[index].read().result()
     except (ValueError, OSError) as error:

@@ -131,5 +131,21 @@ def test_a_damaged_array_is_one_line(run):
         raw = bytearray(file.read_bytes())
         raw[len(raw) // 2 :] = b"\0" * (len(raw) - len(raw) // 2)
         file.write_bytes(raw)
-    with pytest.raises(InputError, match="cannot be read"):
+    with pytest.raises(InputError, match="is damaged: its sha256|cannot be read"):
         checkpoints.load(workdir, **CHOICES)
+
+
+def test_flipped_bits_are_found(run):
+    workdir, _ = run(CONFIGS["llama"], (5, 6, 7))
+    rng = np.random.default_rng(0)
+    for step, other in (("7", "6"), ("6", "7")):
+        file = max((workdir / "checkpoints" / step / "default").rglob("d/*"), key=lambda file: file.stat().st_size)
+        raw = bytearray(file.read_bytes())
+        raw[rng.integers(len(raw))] ^= 1 << rng.integers(8)
+        file.write_bytes(raw)
+        with pytest.raises(InputError) as error:
+            checkpoints.load(workdir / "checkpoints" / step, **CHOICES)
+        line = str(error.value)
+        assert line.startswith(f"{file} is damaged: its sha256 is ")
+        assert line.endswith(f"; expected a whole step, such as {workdir / 'checkpoints' / other}")
+    checkpoints.load(workdir / "checkpoints" / "5", **CHOICES)
