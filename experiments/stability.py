@@ -32,16 +32,18 @@ class Curve(NamedTuple):
 
 def spikes(losses: np.ndarray) -> np.ndarray:
     """Indices of the losses that jump up: more than `FACTOR` robust standard deviations above the median of the
-    `WINDOW` before them (1.4826 times the median of |loss - that median| over the run), or no number at all.
+    `WINDOW` before them, or no number at all.
+
+    The deviation is that of the window, 1.4826 times the median of |loss - its median|, but no less than windows of the
+    run have by their median: a curve that still falls does not hide spikes, nor does chance in few lines make any.
     """
     known = np.isfinite(losses)
-    usual = np.array(
-        [np.median(losses[i - WINDOW : i][known[i - WINDOW : i]]) for i in range(WINDOW, len(losses)) if known[i]]
-    )
     later = np.flatnonzero(known)[np.flatnonzero(known) >= WINDOW]
-    above = losses[later] - usual
-    scale = 1.4826 * np.median(np.abs(above)) if len(above) else 0.0
-    return np.sort(np.concatenate([np.flatnonzero(~known), later[above > FACTOR * scale]]))
+    windows = [losses[i - WINDOW : i][known[i - WINDOW : i]] for i in later]
+    usual = np.array([np.median(window) for window in windows])
+    spread = np.array([1.4826 * np.median(np.abs(window - np.median(window))) for window in windows])
+    scale = np.maximum(spread, np.median(spread)) if len(later) else spread
+    return np.sort(np.concatenate([np.flatnonzero(~known), later[losses[later] - usual > FACTOR * scale]]))
 
 
 def read(folders: Sequence[Path], alpha: float | None) -> list[Curve]:

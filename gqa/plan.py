@@ -53,7 +53,13 @@ def main() -> None:
 
     bar = tqdm(total=1, desc=f"compiling for {topology}", delay=1, bar_format="{desc}: {elapsed}", leave=False)
     with contextlib.closing(bar):
-        plan, text = make_plan(raw_config.to_dict(), topology, search=arguments.search, price=arguments.price)
+        plan, text = make_plan(
+            raw_config.to_dict(),
+            topology,
+            search=arguments.search,
+            price=arguments.price,
+            named=":" in arguments.topology,
+        )
     usage = resource.getrusage(resource.RUSAGE_SELF)
     plan["planning"] = {
         "command": " ".join(["python -m gqa.plan", *sys.argv[1:]]),
@@ -74,17 +80,19 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def make_plan(raw: dict, topology, *, search: bool, price: float | None) -> tuple[dict, str]:
-    """The plan of a config as plain values and as a text."""
+def make_plan(raw: dict, topology, *, search: bool, price: float | None, named: bool = True) -> tuple[dict, str]:
+    """The plan of a config as plain values and as a text; not `named`: a GPU topology is of the GPUs that are here."""
     import jax
 
     from gqa.planning import chips, decode, report, train
     from gqa.planning import search as searching
     from gqa.training import config as run_config
 
-    found = topology.chip.platform != "gpu" or jax.default_backend() == "gpu"
-    if found and topology.chip.platform == "gpu":
-        topology = chips.local_gpus(topology, jax.devices()[0].device_kind)
+    found = True
+    if topology.chip.platform == "gpu":
+        kinds = [device.device_kind for device in jax.devices() if device.platform == "gpu"]
+        local = chips.local_gpus(topology, kinds, named=named)
+        found, topology = local is not None, local or topology
     given = price is not None
     price = price if given else topology.chip.price
     if "train" not in raw:

@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import logging
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 
 import jax
 import numpy as np
@@ -70,7 +70,7 @@ class MeshConfig:
         if math.prod(sizes) != num_devices:
             raise InputError(
                 f"mesh {describe_mesh(sizes)} needs {math.prod(sizes)} device(s), found {num_devices}; "
-                "set one size to -1"
+                f"nearest: {describe_mesh(_nearest_mesh(sizes, num_devices))}"
             )
         return tuple(sizes)
 
@@ -80,6 +80,26 @@ def describe_mesh(sizes: Iterable[int]) -> str:
     named = zip(MESH_AXES, sizes, strict=True)
     shown = ((name, size) for name, size in named if size != 1 or name in ("data", "fsdp", "tensor"))
     return " x ".join(f"{name}={size}" for name, size in shown)
+
+
+def _nearest_mesh(sizes: Sequence[int], num_devices: int) -> Sequence[int]:
+    """Sizes that multiply to `num_devices`: with other replicas alone if that can be, else of the least ratios."""
+    data = MESH_AXES.index("data")
+    model = math.prod(sizes) // sizes[data]
+    if num_devices % model == 0:
+        return [*sizes[:data], num_devices // model, *sizes[data + 1 :]]
+
+    def meshes(count: int, axes: int) -> Iterator[tuple[int, ...]]:
+        if axes == 1:
+            yield (count,)
+            return
+        for size in (n for n in range(1, count + 1) if count % n == 0):
+            yield from ((size, *rest) for rest in meshes(count // size, axes - 1))
+
+    def distance(mesh: tuple[int, ...]) -> float:
+        return sum(abs(math.log(found / wanted)) for found, wanted in zip(mesh, sizes, strict=True))
+
+    return min(meshes(num_devices, len(sizes)), key=distance)
 
 
 def _nearest_divisor(value: int, total: int) -> int:

@@ -52,6 +52,7 @@ def _train(arguments: argparse.Namespace, raw_config: ConfigDict) -> None:
     architecture = config.model.architecture()
     config.check_devices(jax.device_count())
     mesh = sharding.make_mesh(config.mesh)
+    run_config.check_heads(architecture, mesh.shape["tensor"])
     parent = _existing_parent(arguments.workdir)
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise InputError(f"workdir {arguments.workdir}: {parent} is no folder to write in; choose another")

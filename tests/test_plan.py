@@ -261,7 +261,7 @@ def test_without_libtpu_one_line_says_how_to_get_it(error_of, monkeypatch):
         ({"cache_dtype": "int4"}, "cache type 'int4' is unknown; expected int8, or none for the model's own"),
         (
             {"mesh": dict(data=8, fsdp=1, tensor=1)},
-            "mesh data=8 x fsdp=1 x tensor=1 needs 8 device(s), found 2; set one size to -1",
+            "mesh data=8 x fsdp=1 x tensor=1 needs 8 device(s), found 2; nearest: data=2 x fsdp=1 x tensor=1",
         ),
     ],
 )

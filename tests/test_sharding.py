@@ -109,8 +109,16 @@ def test_sizes_of_a_mesh(sizes, num_devices, expected):
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
-        ((2, 2, 1), "mesh data=2 x fsdp=2 x tensor=1 needs 4 device(s), found 8; set one size to -1"),
-        ((2, 1, 1, 2), "mesh slice=2 x data=2 x fsdp=1 x tensor=1 needs 4 device(s), found 8; set one size to -1"),
+        ((2, 2, 1), "mesh data=2 x fsdp=2 x tensor=1 needs 4 device(s), found 8; nearest: data=4 x fsdp=2 x tensor=1"),
+        (
+            (3, 1, 3),
+            "mesh data=3 x fsdp=1 x tensor=3 needs 9 device(s), found 8; nearest: data=2 x fsdp=1 x tensor=4",
+        ),
+        (
+            (2, 1, 1, 2),
+            "mesh slice=2 x data=2 x fsdp=1 x tensor=1 needs 4 device(s), found 8; "
+            "nearest: slice=2 x data=4 x fsdp=1 x tensor=1",
+        ),
         ((-1, 3, 1), "mesh data=-1 x fsdp=3 x tensor=1 does not fit 8 device(s): 3 does not divide it; nearest: 2"),
         ((-1, -1, 1), "mesh data=-1 x fsdp=-1 x tensor=1: sizes are positive, at most one is -1 (the rest of …)"),
         ((0, 1, 8), "mesh data=0 x fsdp=1 x tensor=8: sizes are positive, at most one is -1 (the rest of …)"),

@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import math
 import re
+from collections.abc import Sequence
 
 from gqa.command_line import nearest
 from gqa.errors import InputError
@@ -108,9 +109,10 @@ def parse_topology(text: str) -> Topology:
         kind = kind or DEFAULT_GPU
         kinds = [chip.name for chip in CHIPS.values() if chip.platform == "gpu"]
         if kind not in kinds:
+            instead = f"gpu:{DEFAULT_GPU}:{kind}" if kind.isdecimal() else nearest(kind.lower(), kinds)
             raise InputError(
                 f"--topology={text}: no GPU {kind!r} in the table; expected one of {', '.join(kinds)}; "
-                f"nearest: {nearest(kind.lower(), kinds)}"
+                f"nearest: {instead}"
             )
         return Topology(CHIPS[kind], (_count(text, count or "1", f"gpu:{kind}"),))
     if name == "cpu":
@@ -135,10 +137,17 @@ def parse_topology(text: str) -> Topology:
     return Topology(chip, shape)
 
 
-def local_gpus(topology: Topology, device_kind: str) -> Topology:
-    """The topology with the figures of the GPU that is there, such as `NVIDIA H200`, where the table has it."""
-    known = [chip for chip in CHIPS.values() if chip.platform == "gpu" and chip.name in device_kind.lower()]
-    return dataclasses.replace(topology, chip=known[0]) if known else topology
+def local_gpus(topology: Topology, device_kinds: Sequence[str], *, named: bool) -> Topology | None:
+    """The topology with the figures of the GPUs that are there, such as `NVIDIA H200`; those asked for, where `named`.
+
+    None where there are fewer, others, or none of the table: no program can be compiled for the topology here.
+    """
+    if len(device_kinds) < topology.num_devices:
+        return None
+    known = [chip for chip in CHIPS.values() if chip.platform == "gpu" and chip.name in device_kinds[0].lower()]
+    if not known or (named and topology.chip not in known):
+        return None
+    return dataclasses.replace(topology, chip=known[0])
 
 
 def _example(chip: Chip) -> str:

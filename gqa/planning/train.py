@@ -25,7 +25,7 @@ from gqa.planning.programs import (
     train_program,
 )
 from gqa.training import optimizer as optimizers
-from gqa.training.config import RunConfig
+from gqa.training.config import RunConfig, check_heads
 from gqa.training.flops import train_step_flops
 from gqa.training.state import abstract_state
 
@@ -53,10 +53,7 @@ def check_covered(config: RunConfig) -> None:
 
 def head_notes(architecture: models.ModelConfig, tensor: int) -> list[str]:
     """Raises `InputError` where `tensor` does not divide the query heads; a line for each K that it replicates."""
-    heads = architecture.num_heads
-    if heads % tensor:
-        nearest = min(divisors(heads), key=lambda n: (abs(n - tensor), n))
-        raise InputError(f"mesh.tensor={tensor} does not divide num_heads={heads}; nearest: {nearest}")
+    check_heads(architecture, tensor)
     notes = []
     for site in models.FAMILIES[models.family_of(architecture)].sites:
         for K in sorted(set(architecture.kv_heads(site))):

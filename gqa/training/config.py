@@ -296,6 +296,14 @@ def check_vocabulary(manifest: Manifest, architecture: models.ModelConfig, compa
         )
 
 
+def check_heads(architecture: models.ModelConfig, tensor: int) -> None:
+    """Raises `InputError` where a mesh's `tensor` does not divide the query heads, which it cuts."""
+    heads = architecture.num_heads
+    if heads % tensor:
+        nearest = min(divisors(heads), key=lambda n: (abs(n - tensor), n))
+        raise InputError(f"mesh.tensor={tensor} does not divide num_heads={heads}; nearest: {nearest}")
+
+
 def check_task(manifest: Manifest, architecture: models.ModelConfig) -> None:
     """Raises `InputError` when records are of the other kind of model: with inputs for a decoder, or without."""
     has_encoder, has_inputs = isinstance(architecture, models.t5.T5Config), manifest.inputs_length > 0

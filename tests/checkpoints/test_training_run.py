@@ -131,7 +131,7 @@ def test_a_damaged_array_is_one_line(run):
         raw = bytearray(file.read_bytes())
         raw[len(raw) // 2 :] = b"\0" * (len(raw) - len(raw) // 2)
         file.write_bytes(raw)
-    with pytest.raises(InputError, match="is damaged: its sha256|cannot be read"):
+    with pytest.raises(InputError, match=r"is damaged: its sha256|cannot be read"):
         checkpoints.load(workdir, **CHOICES)
 
 

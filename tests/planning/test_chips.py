@@ -41,6 +41,7 @@ def test_topologies(text, chip, shape, devices):
         ("cpu", "'' is no number of devices; nearest: cpu:8"),
         ("gpu:h100:x", "'x' is no number of devices; nearest: gpu:h100:8"),
         ("gpu:b1", "no GPU 'b1' in the table; expected one of a100, h100, h200; nearest: h100"),
+        ("gpu:8", "no GPU '8' in the table; expected one of a100, h100, h200; nearest: gpu:h100:8"),
         ("gpu:H200:8", "no GPU 'H200' in the table; expected one of a100, h100, h200; nearest: h200"),
         ("gpu:h100:16384", "16384 devices; expected at most 9999; nearest: gpu:h100:9999"),
         (
@@ -84,5 +85,13 @@ def test_links_that_a_group_keeps_busy(text, group, links):
 
 def test_local_gpus_bring_their_own_figures():
     four = parse_topology("gpu:h100:4")
-    assert str(local_gpus(four, "NVIDIA H200")) == "gpu:h200:4"
-    assert local_gpus(four, "Tesla T4") == four
+    assert str(local_gpus(four, ["NVIDIA H200"] * 8, named=False)) == "gpu:h200:4"
+    assert local_gpus(four, ["NVIDIA H100 80GB HBM3"] * 4, named=True) == four
+
+
+@pytest.mark.parametrize(
+    ("kinds", "named"),
+    [(["NVIDIA H200"] * 4, True), (["NVIDIA H100"] * 3, True), (["Tesla T4"] * 4, False), ([], False)],
+)
+def test_gpus_that_are_not_here(kinds, named):
+    assert local_gpus(parse_topology("gpu:h100:4"), kinds, named=named) is None

@@ -207,7 +207,12 @@ def test_changes_and_choices_reach_the_architecture(tiny_run):
             (2, -1, 1, 2),
             "train.batch_size=6 in 1 micro-batch(es) is not divisible by slice*data*fsdp=8 devices; nearest: 8",
         ),
-        (8, 1, (3, 1, 1), "mesh data=3 x fsdp=1 x tensor=1 needs 3 device(s), found 8; set one size to -1"),
+        (
+            8,
+            1,
+            (3, 1, 1),
+            "mesh data=3 x fsdp=1 x tensor=1 needs 3 device(s), found 8; nearest: data=8 x fsdp=1 x tensor=1",
+        ),
     ],
 )
 def test_batches_and_devices(tiny_run, batch_size, accumulation, mesh, message):
@@ -271,6 +276,15 @@ def test_records_that_a_model_cannot_read_are_refused(tiny_run, tiny_records):
     assert error_of(run_config.check_vocabulary, causal, models.replace(llama, vocab_size=146)) == (
         "the records' vocabulary has 147 pieces, the model's embedding 146; use the model's own vocabulary"
     )
+
+
+def test_heads_that_a_mesh_cannot_cut_are_refused(tiny_run):
+    t5 = tiny_run("t5").model.architecture()  # of 8 heads
+    for tensor in (1, 2, 8):
+        run_config.check_heads(t5, tensor)
+    for tensor, nearest in ((3, 2), (16, 8)):
+        expected = f"mesh.tensor={tensor} does not divide num_heads=8; nearest: {nearest}"
+        assert error_of(run_config.check_heads, t5, tensor) == expected
 
 
 def test_records_of_another_vocabulary_than_the_checkpoints_are_refused(
