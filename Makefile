@@ -38,14 +38,14 @@ miniature: .venv/.core  ## the paper's sweeps on the shipped teacher, and their 
 	mkdir -p $(MINIATURE)
 	test -e runs/recall/records/manifest.json || $(RUN) -m experiments.recall
 	test -e runs/recall/teacher/finished.json || $(RUN) -m gqa.train --config=configs/recall/teacher.py --workdir=runs/recall/teacher
-	$(SWEEP)/recall.py --workdir=$(MINIATURE)/recall
-	$(SWEEP)/scratch.py --workdir=$(MINIATURE)/scratch
-	$(SWEEP)/methods.py --workdir=$(MINIATURE)/methods
-	$(SWEEP)/alpha.py --workdir=$(MINIATURE)/alpha --known=$(MINIATURE)/methods/results.json
-	$(SWEEP)/groups.py --workdir=$(MINIATURE)/groups --known=$(MINIATURE)/methods/results.json
+	-$(SWEEP)/recall.py --workdir=$(MINIATURE)/recall
+	-$(SWEEP)/scratch.py --workdir=$(MINIATURE)/scratch
+	-$(SWEEP)/methods.py --workdir=$(MINIATURE)/methods
+	-$(SWEEP)/alpha.py --workdir=$(MINIATURE)/alpha --known=$(MINIATURE)/methods/results.json
+	-$(SWEEP)/groups.py --workdir=$(MINIATURE)/groups --known=$(MINIATURE)/methods/results.json
 	test -e runs/teacher_small/finished.json || $(RUN) -m gqa.train --config=configs/teacher_t5_small.py --workdir=runs/teacher_small
-	$(SWEEP)/sizes.py --workdir=$(MINIATURE)/sizes --known=$(MINIATURE)/methods/results.json
-	$(SWEEP)/docstring.py --workdir=$(MINIATURE)/docstring
+	-$(SWEEP)/sizes.py --workdir=$(MINIATURE)/sizes --known=$(MINIATURE)/methods/results.json
+	-$(SWEEP)/docstring.py --workdir=$(MINIATURE)/docstring
 	test -e $(MINIATURE)/timing/t5/timing.png || { rm -rf $(MINIATURE)/timing/t5; $(RUN) -m experiments.timing --config=configs/timing/teacher_t5.py --output=$(MINIATURE)/timing/t5; }
 	test -e $(MINIATURE)/timing/t5_small/timing.png || { rm -rf $(MINIATURE)/timing/t5_small; $(RUN) -m experiments.timing --config=configs/timing/teacher_t5_small.py --output=$(MINIATURE)/timing/t5_small; }
 	$(RUN) -m experiments.figures --runs=$(MINIATURE) --output=$(MINIATURE)/figures

@@ -100,6 +100,7 @@ def main() -> None:
     for seconds in further.values():
         whole_seconds += sum(seconds[side] * missing[side] for side in seconds)
     share = layers / max(getattr(whole, name) for name in names)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     result = {
         "size": arguments.size,
         "kv_heads": arguments.kv_heads,
@@ -110,14 +111,16 @@ def main() -> None:
         "whole_model_minutes": whole_seconds / 60,
         "extrapolated": share < 1,
         "seconds_a_further_layer": further,
-        "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+        "peak_gib": peak,
+        # Of layers that were not measured the statistics would stay in memory; everything else is of one layer.
+        "peak_gib_of_the_whole": peak + moments.nbytes * (1 / share - 1) / 2**30,
         "statistics_gib_of_the_whole": moments.nbytes / share / 2**30,
         "output_error": [entry["output_error"] for entry in report],
         "machine": machine(),
         "commit": commit(),
         "command": " ".join(["python -m experiments.large_conversion", *sys.argv[1:]]),
     }
-    for name in list(result)[:11]:
+    for name in list(result)[:12]:
         value = result[name]
         print(f"{name:30} {value:.2f}" if isinstance(value, float) else f"{name:30} {value}")
     if arguments.output:

@@ -1,7 +1,7 @@
 """python -m experiments.report --runs=runs/quickstart --output=runs/quickstart/report
 
 The quickstart's report: held-out loss and decoding time of the teacher, of its GQA-2 and MQA conversions (mean pooled,
-and by the best method) and of the uptrained GQA-2, measured now, beside the committed results of α = 5 % uptraining
+and by a calibrated method) and of the uptrained GQA-2, measured now, beside the committed results of α = 5 % uptraining
 (`make uptrain-full`). Writes report.md, report.json and quality_vs_latency.png into the output folder and prints the
 table.
 """
