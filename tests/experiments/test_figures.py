@@ -278,6 +278,15 @@ def test_command(folder, tmp_path, monkeypatch, capsys):
     assert left_out.startswith("stability: ") and "configs/sweeps/alpha.py" in left_out
 
 
+def test_what_is_committed_is_of_the_committed_results(tmp_path, monkeypatch):
+    committed, output = figures.RESULTS / "figures", tmp_path / "figures"
+    monkeypatch.setattr(pictures, "save", lambda figure, path: path.touch())  # what pictures show has tests of its own
+    run_figures(monkeypatch, f"--output={output}")
+    assert sorted(path.name for path in output.iterdir()) == sorted(path.name for path in committed.iterdir())
+    for table in committed.glob("*.md"):
+        assert (output / table.name).read_text() == table.read_text()
+
+
 def test_bad_input(folder, tmp_path, monkeypatch):
     with pytest.raises(
         InputError, match=r"--score=los is in no results; expected one of accuracy, loss; nearest: loss"
