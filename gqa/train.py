@@ -41,7 +41,7 @@ def _train(arguments: argparse.Namespace, raw_config: ConfigDict) -> None:
     from gqa.checkpoints import hf, reward
     from gqa.data import prepare
     from gqa.training import config as run_config
-    from gqa.training import loop, signals
+    from gqa.training import loop, run_folder, signals
     from gqa.training.watch import Trace
 
     trace = None if arguments.profile is None else Trace.parse(arguments.profile)
@@ -49,6 +49,8 @@ def _train(arguments: argparse.Namespace, raw_config: ConfigDict) -> None:
     config.check_start()
     if trace is not None:
         trace.check(config.steps)
+    if not jax.distributed.is_initialized():  # of several processes the first one locks, later
+        run_folder.check_free(arguments.workdir)  # before a device or memory is asked for that a living run has
     architecture = config.model.architecture()
     config.check_devices(jax.device_count())
     mesh = sharding.make_mesh(config.mesh)

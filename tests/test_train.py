@@ -187,7 +187,8 @@ def test_folders_of_other_runs(error_of, tiny_run, tmp_path):
     assert error_of("t5").startswith(f"{workdir}/config.json is not readable JSON: ")
 
 
-def test_a_folder_that_a_living_run_has(error_of, tmp_path):
+def test_a_folder_that_a_living_run_has(error_of, tmp_path, monkeypatch):
+    monkeypatch.setattr("jax.device_count", lambda: pytest.fail("devices are asked for"))
     with run_folder.locked(tmp_path / "run"):
         found = error_of("t5")
     assert found.startswith(f"workdir {tmp_path / 'run'} is in use by a living run (process {os.getpid()} on ")

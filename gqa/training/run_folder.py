@@ -91,6 +91,13 @@ def locked(workdir: Path) -> Iterator[None]:
         yield
 
 
+def check_free(workdir: Path) -> None:
+    """Raises the `InputError` of `locked` when a living run has `workdir`; makes nothing."""
+    if (workdir / LOCK).is_file():
+        with locked(workdir):
+            pass
+
+
 def replace(workdir: Path, name: str, export: Callable[[Path], None]) -> None:
     """Puts the folder that `export` writes at `workdir/name`, there when it is complete."""
     unfinished = workdir / UNFINISHED
