@@ -3,7 +3,8 @@
 Will it fit, and how fast will it be? Compiles the very training step of the config (or, for a config of decoding, the
 very loop) for a topology that need not be there, and says per device: memory by part, FLOPs and memory traffic with
 scans counted in full, collectives by kind and bytes, the step's time at the chips' peaks and what binds it, the time
-and cost of the run.
+and cost of the run. It is compiled without the flags by which a run's collectives overlap with computation
+(`gqa/compiler_flags.py`): their buffers come on top, and what they cut into pieces is counted whole.
 
 Topologies: v4:4x4x8, v5p:4x4x8 (3D), v5e:16x16, v6e:16x16 (2D): compiled by libtpu, `pip install 'jax[tpu]'`, no TPU
 needed; cpu:8: forced host devices; gpu or gpu:h100:8: compiled where the GPUs are, else an estimate, labelled so.
