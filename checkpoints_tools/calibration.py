@@ -37,11 +37,12 @@ class Calibration:
             from gqa.data import loader
 
             batches = loader.train_batches(records, BATCH, seed)
-            available = batches.manifest.num_records["train"]
-            size = min(BATCH, available, rows)
+            rows = min(rows, batches.manifest.num_records["train"])
+            size = min(BATCH, rows)
             if size < BATCH:
                 batches = loader.train_batches(records, size, seed)
-            self.batches = [batches(step) for step in range(-(-min(rows, available) // size))]
+            self.batches = [batches(step) for step in range(rows // size)]  # each row once
+            self.description = description | {"rows": rows // size * size}
 
     @staticmethod
     def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -80,7 +81,7 @@ class Calibration:
         records = _records(args, source)
         manifest = dataclasses.asdict(read_manifest(records))
         text = {name: manifest[name] for name in ("task", "inputs_length", "targets_length", "corpus_digests")}
-        description = {"text": args.calibrate, "rows": args.calibration_rows} | text
+        description = {"text": args.calibrate} | text
         self = cls(source, description, records, args.calibration_rows, args.seed)
         shell, load_layer = walk.read_lazily(source.config, source.read)
         if args.statistics:  # a fingerprint reads the whole model

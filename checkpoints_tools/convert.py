@@ -74,8 +74,8 @@ def main() -> int | None:
     keep_freed_memory()
     output = Path(args.output)
     check_output(output, args.dtype)
-    if not 0 <= args.seed < 2**63:
-        raise InputError(f"--seed={args.seed}; expected 0..{2**63 - 1}")
+    if not 0 <= args.seed < 2**32:
+        raise InputError(f"--seed={args.seed}; expected 0..{2**32 - 1}")
     method = Method.parse(args.method)
     if (args.kv_heads is None) == (args.kv_budget is None):
         raise InputError("--kv_heads=K or --kv_budget=P%: give exactly one of them")

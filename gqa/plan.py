@@ -21,6 +21,7 @@ from pathlib import Path
 
 from gqa import command_line, files
 from gqa.errors import InputError
+from gqa.training.memory import share_heaps
 
 
 def main() -> None:
@@ -34,6 +35,7 @@ def main() -> None:
     parser.add_argument("--price", type=float, help="USD per chip-hour, instead of the list price")
     parser.add_argument("--output", type=Path, help="file for the plan as JSON")
     arguments, raw_config = command_line.parse(parser)
+    share_heaps()
     from gqa.planning import chips
 
     topology = chips.parse_topology(arguments.topology)

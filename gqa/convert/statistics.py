@@ -57,6 +57,7 @@ class Statistics:
         return (
             f"{path} was calibrated on {tokens} tokens for a width of {width}; expected {ENOUGH * width} or more: "
             "give more text or rows"
+            + ("" if tokens >= width else ", or none: weights alone say more than so few tokens")
         )
 
     def save(self, path: str | os.PathLike, fingerprint: str) -> None:

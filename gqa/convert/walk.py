@@ -104,6 +104,7 @@ class Stream:
         self._encoded = encoded or [None] * len(batches)
         # Head outputs `[B, T, H, d]` of the next layer's attentions that are converted already: by batch and name.
         self._heads: list[dict[str, jax.Array]] = [{} for _ in batches]
+        self._number = 0  # of the next layer
         tokens = "inputs" if side == "encoder" else "decoder_inputs"
         self._x = [_embed(shell, batch[tokens]) for batch in batches]
 
@@ -118,6 +119,7 @@ class Stream:
             heads, self._heads[number] = self._heads[number], {}
             self._x[number], found = _observe(*arguments, heads, side=self.side, names=names)
             sums = [total + np.asarray(part, np.float64) for total, part in zip(sums, found, strict=True)]
+        self._number += 1
         return sums
 
     def encoded_sums(self) -> np.ndarray:
@@ -129,7 +131,7 @@ class Stream:
         """Of attention `name` of `layer` and of `converted` in its place, on the same activations.
 
         The layer that the activations then go through has `converted` there, but for its output's kernel: its heads are
-        not computed again.
+        not computed again. Raises `InputError`, naming the layer, where outputs are not finite.
         """
 
         sums = [0.0] * len(FitSums._fields)
@@ -137,8 +139,10 @@ class Stream:
             known = {other: array for other, array in heads.items() if other != name}
             zz, zy, y, made, tokens, heads[name] = _fit_sums(*arguments, known, side=self.side, name=name)
             # Each batch's sums in float32 on the device, all batches' in float64.
-            found = zz, zy, *_squares(y, made), tokens
-            sums = [total + np.asarray(part, np.float64) for total, part in zip(sums, found, strict=True)]
+            found = [np.asarray(part, np.float64) for part in (zz, zy, *_squares(y, made), tokens)]
+            for part in found:
+                check_finite(part, f"outputs of {self.side}.{self._number}.{name} on the calibration text")
+            sums = [total + part for total, part in zip(sums, found, strict=True)]
         return FitSums(*sums)
 
     def advance(self, layer: nnx.Module) -> None:

@@ -325,6 +325,20 @@ def test_weights_that_are_not_numbers_are_refused(teacher, with_heads):
             converted(model, 2, method)
 
 
+@pytest.mark.parametrize("size", [1e22, 1e38])  # squares overflow, or outputs
+def test_outputs_that_are_not_numbers_are_refused(size, teacher, with_heads, rows):
+    """Nothing else reads those of the last attention."""
+
+    def spoil(heads, site, number):
+        return heads._replace(out=heads.out * size) if (site, number) == ("cross", 1) else heads
+
+    model = with_heads(teacher("t5"), spoil)
+    expected = r"^outputs of decoder\.1\.cross_attention on the calibration text are NaN or infinite; check "
+    for method in ("svd", "mean+refit"):
+        with pytest.raises(InputError, match=expected):
+            converted(model, 2, method, batches=rows, statistics=measured(model, rows))
+
+
 def test_budgets_go_where_heads_differ(teacher, with_heads, copied, rebased):
     rng = np.random.default_rng(0)
 
