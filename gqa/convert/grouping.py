@@ -14,7 +14,7 @@ import numpy as np
 from gqa.convert.heads import Heads, Moments
 from gqa.convert.svd import kept_energy, seen_keys, seen_values
 
-MAX_PARTITIONS = 200  # up to which all are tried
+MAX_PARTITIONS = 20_000  # up to which all are tried: of 12 heads into groups of any size, of 16 not
 MAX_GROUPS = 2000  # of one size, up to which groups are scored whole; above, by their pairs
 RESTARTS = 8  # of the search by swaps, the first from neighbours
 
