@@ -32,7 +32,6 @@ from gqa.checkpoints.sums import hash_files
 from gqa.checkpoints.training_run import ARRAYS, SAVE, files_of, problem_of
 from gqa.checkpoints.writer import SUMS
 from gqa.errors import InputError
-from gqa.files import sync
 
 # A step's folder under another name: not complete yet, or not wanted any more. Nobody reads it.
 _UNFINISHED, _UNWANTED = ".unfinished", ".unwanted"
@@ -218,11 +217,7 @@ class Store:
             (unfinished / SAVE).write_text(json.dumps({**facts, "time": time.time(), "bytes": sizes}, indent=1))
             sums = hash_files(unfinished, files_of(unfinished), {})
             (unfinished / SUMS).write_text("".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items())))
-            # A power failure then leaves this step or, whole, the ones before.
-            for path in (*files_of(unfinished), *filter(Path.is_dir, unfinished.rglob("*")), unfinished):
-                sync(path)
             _replace(unfinished, self._directory / str(step))
-            sync(self._directory)
         except (OSError, ValueError) as error:  # TensorStore's are ValueErrors
             self._failed(step, error)
             return
