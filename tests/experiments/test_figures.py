@@ -244,7 +244,7 @@ def test_results_of_every_experiment_are_read(tmp_path):
     assert scores.mean_and_spread(cells["mean", 2, 0.05]) == pytest.approx((row["loss_mean"], row["loss_spread"]))
     assert cells["none", 8, 0.0].tolist() == [raw["teacher_loss"]]
     conversions = scores.read(committed / "conversion_methods" / "t5.json")
-    assert conversions.name == "conversion_methods_t5" and conversions.alpha is None
+    assert conversions.name == "conversion_methods_t5" and conversions.alpha == 0.05
     raw = json.loads((committed / "conversion_methods" / "t5.json").read_text())
     runs = [run for run in raw["runs"] if (run["method"], run["kv_heads"]) == ("svd+group", 2)]
     assert conversions.cells("loss")["svd+group", 2, 0.0].tolist() == [run["loss"] for run in runs]
