@@ -28,6 +28,11 @@ from gqa.errors import InputError
 RESULTS = Path(__file__).parent / "results" / "conversion_methods"
 TEACHERS = {
     "t5": (Path("assets/teacher"), Path("configs/uptrain_t5_teacher.py"), ("decoder_self", "cross")),
+    "t5_annealed": (
+        Path("assets/teacher_annealed"),
+        Path("configs/uptrain_t5_annealed.py"),
+        ("decoder_self", "cross"),
+    ),
     "llama": (Path("assets/teacher_llama"), Path("configs/uptrain_llama_teacher.py"), ("decoder_self",)),
 }
 METHODS = (
@@ -55,7 +60,7 @@ APART = (
 )  # also at self- and at cross-attention alone
 UPTRAINED = ("mean", "svd+group+tune+refit")
 DETERMINISTIC = ("mean", "first", "svd without text")  # one run whatever the number of seeds
-RATES = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)  # multiples of the schedule's learning rate
+RATES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)  # multiples of the schedule's learning rate
 CALIBRATION_ROWS, BATCH = 256, 32
 
 
@@ -141,7 +146,7 @@ class Bench:
         from gqa.data import loader
         from gqa.training import config as run_config
 
-        self._sites, self._workdir, self._rows = sites, workdir, rows
+        self._uptraining, self._sites, self._workdir, self._rows = config, sites, workdir, rows
         self.tuning: dict[str, dict[str, float]] = {}  # of each method the losses by the rates that were tried
         self._tried: tuple[float, dict[str, dict[str, float]]] = (0.0, {})  # in earlier results: the share, the same
         raw = command_line.load_config(config, [f"--config.model.checkpoint={teacher}"])
@@ -296,7 +301,6 @@ class Bench:
             model, _ = self.model(run)
             hf.save(model, start, dtype="float32")
         rate = self._config.optimizer.learning_rate * run.rate
-        config = TEACHERS["t5" if len(self._sites) > 1 else "llama"][1]
         for alpha in self._alphas:
             path = self._path(run._replace(alpha=alpha))
             if path.exists():
@@ -305,7 +309,8 @@ class Bench:
             if _finished(folder / "run") < steps:
                 code = subprocess.run(
                     [
-                        *(sys.executable, "-m", "gqa.train", f"--config={config}", f"--workdir={folder / 'run'}"),
+                        *(sys.executable, "-m", "gqa.train"),
+                        *(f"--config={self._uptraining}", f"--workdir={folder / 'run'}"),
                         *(f"--config.model.checkpoint={start}", f"--config.train.seed={run.seed + 1}"),
                         *(f"--config.uptrain.alpha={alpha}", f"--config.optimizer.learning_rate={rate}"),
                         "--config.train.eval_every=1000000",

@@ -16,22 +16,23 @@ from gqa.decode import generate
 
 def machine() -> dict[str, str | int]:
     """The machine and versions that a result comes from."""
-    cpu = platform.processor()
-    if Path("/proc/cpuinfo").exists():
-        names = [
-            line.split(":", 1)[1].strip()
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
-            if "model name" in line
-        ]
-        cpu = names[0] if names else cpu
     return {
         "device": jax.devices()[0].device_kind,
         "num_devices": jax.device_count(),
-        "cpu": cpu,
+        "cpu": cpu(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "python": platform.python_version(),
         "jax": jax.__version__,
     }
+
+
+def cpu() -> str:
+    """The processor's name."""
+    if not Path("/proc/cpuinfo").exists():
+        return platform.processor()
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    names = [line.split(":", 1)[1].strip() for line in lines if "model name" in line]
+    return names[0] if names else platform.processor()
 
 
 def commit() -> str:

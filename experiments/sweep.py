@@ -264,6 +264,8 @@ class Sweep:
             return True
 
     def _work(self, run: Run, folder: Path, lock: int) -> None:
+        from experiments import measure
+
         (folder / FAILED).unlink(missing_ok=True)
         log, seconds = folder / LOG, _read(folder / COMMANDS) or {}
         failure = None
@@ -289,7 +291,9 @@ class Sweep:
         for task in self._finetune:
             (checkpoint,) = json.loads((folder / f"{task}-scores" / "scores.json").read_text())["checkpoints"].values()
             result |= {f"{task} {name}": score["value"] for name, score in checkpoint["scores"][task].items()}
-        files.write_json(folder / RESULT, result | {"seconds": sum(seconds.values()), "commands": list(seconds)})
+        # The processor, not the accelerator: to ask for one would take it from the commands.
+        origin = {"seconds": sum(seconds.values()), "cpu": measure.cpu(), "commit": measure.commit()}
+        files.write_json(folder / RESULT, result | origin | {"commands": list(seconds)})
         (folder / COMMANDS).unlink(missing_ok=True)
         for name in () if self._config.get("keep_checkpoints") else ("converted", "uptrained", *self._finetune):
             shutil.rmtree(folder / name, ignore_errors=True)

@@ -25,7 +25,7 @@ ENOUGH = 4  # tokens for each dimension of the inputs, below which moments are s
 
 
 class Statistics:
-    """Moments by the path of an attention, `decoder.3.cross_attention`; kept in float32, summed in float64."""
+    """Moments by the path of an attention, `decoder.3.cross_attention`; kept packed in float32, summed in float64."""
 
     def __init__(self, arrays: Mapping[str, np.ndarray], tokens: Mapping[str, int]):
         self._arrays, self._tokens = dict(arrays), dict(tokens)
@@ -35,9 +35,9 @@ class Statistics:
         """Of one attention; raises `InputError` where these statistics were collected for other sites."""
         if f"{path}.query" not in self._arrays:
             raise InputError(f"the statistics have no moments of {path}; collect them for the sites to convert")
-        query = self._arrays[f"{path}.query"]
-        key_value = self._arrays.get(ENCODED, query) if path.endswith("cross_attention") else query
-        return Moments(query, key_value, self._tokens[path])
+        query = unpacked(self._arrays[f"{path}.query"])
+        of_encoded = path.endswith("cross_attention") and ENCODED in self._arrays
+        return Moments(query, unpacked(self._arrays[ENCODED]) if of_encoded else query, self._tokens[path])
 
     def encoded(self, batches: Sequence[Mapping] | None) -> list | None:
         """The encoder's outputs, if these are the very rows that the statistics were collected on just now."""
@@ -51,7 +51,7 @@ class Statistics:
     def few(self) -> str | None:
         """A warning where there are too few tokens for the dimension, else None."""
         path = min(self._tokens, key=self._tokens.get)
-        tokens, width = self._tokens[path], self._arrays[f"{path}.query"].shape[0] - 1
+        tokens, width = self._tokens[path], _side(self._arrays[f"{path}.query"]) - 1
         if tokens >= ENOUGH * width:
             return None
         return (
@@ -85,7 +85,56 @@ class Statistics:
             )
         if metadata.get("digest") != _digest(arrays, tokens):
             raise InputError(f"{path} is damaged; delete it, and the statistics are collected again")
+        if any(array.shape != _packed_shape(_side(array)) for array in arrays.values()):
+            raise InputError(f"{path} is of an earlier version; delete it, and the statistics are collected again")
         return cls(arrays, tokens)
+
+
+def packed(symmetric: np.ndarray) -> np.ndarray:
+    """A symmetric matrix `[n, n]` in half the memory: `[n, (n + 1) / 2]` for an odd n, else `[n + 1, n / 2]`.
+
+    The left half is kept whole; the lower right corner's triangle lies where the left half repeats itself, as in
+    LAPACK's rectangular full packed format.
+    """
+    n = len(symmetric)
+    rectangle = np.empty(_packed_shape(n), symmetric.dtype)
+    left = rectangle.shape[1]
+    rectangle[-n:] = symmetric[:, :left]
+    np.copyto(_corner(rectangle), symmetric[left:, left:], where=np.tri(n - left, dtype=bool).T)
+    return rectangle
+
+
+def unpacked(rectangle: np.ndarray) -> np.ndarray:
+    """The symmetric matrix that `packed` made `rectangle` of."""
+    n, left = _side(rectangle), rectangle.shape[1]
+    symmetric = np.empty((n, n), rectangle.dtype)
+    symmetric[:left, :left] = _mirrored(rectangle[-n:][:left])
+    symmetric[left:, :left] = rectangle[-n:][left:]
+    symmetric[:left, left:] = symmetric[left:, :left].T
+    symmetric[left:, left:] = _mirrored(_corner(rectangle).T)
+    return symmetric
+
+
+def _packed_shape(n: int) -> tuple[int, int]:
+    return n + 1 - n % 2, (n + 1) // 2
+
+
+def _side(rectangle: np.ndarray) -> int:
+    """n of the `[n, n]` that is packed in `rectangle`."""
+    rows, columns = rectangle.shape
+    return rows - (rows > 2 * columns)
+
+
+def _corner(rectangle: np.ndarray) -> np.ndarray:
+    """Where the upper triangle of the lower right corner lies in a packed matrix."""
+    left = rectangle.shape[1]
+    size = _side(rectangle) - left
+    return rectangle[:size, left - size :]
+
+
+def _mirrored(lower: np.ndarray) -> np.ndarray:
+    """The symmetric matrix of a lower triangle."""
+    return np.where(np.tri(len(lower), dtype=bool), lower, lower.T)
 
 
 def fingerprint(shell: models.Model, load_layer: LoadLayer) -> str:
@@ -145,9 +194,9 @@ def collect(shell: models.Model, load_layer: LoadLayer, batches: Sequence[Mappin
                     tokens[path] = int(min(query[-1, -1], key_value[-1, -1]))
                     if not tokens[path]:
                         raise InputError(f"{path} reads no token of the calibration text; give more text or rows")
-                    arrays[f"{path}.query"] = (query / query[-1, -1]).astype(np.float32)
-                    if site == "cross":
-                        arrays.setdefault(ENCODED, (key_value / key_value[-1, -1]).astype(np.float32))
+                    arrays[f"{path}.query"] = packed((query / query[-1, -1]).astype(np.float32))
+                    if site == "cross" and ENCODED not in arrays:
+                        arrays[ENCODED] = packed((key_value / key_value[-1, -1]).astype(np.float32))
                 bar.update()
             encoded = stream.encoded() if side == "encoder" else encoded
     statistics = Statistics(arrays, tokens)

@@ -7,7 +7,7 @@ import pytest
 from gqa import models
 from gqa.convert import walk
 from gqa.convert.heads import read_heads
-from gqa.convert.statistics import Statistics, assumed, collect, fingerprint
+from gqa.convert.statistics import Statistics, assumed, collect, fingerprint, packed, unpacked
 from gqa.convert.svd import complex_moments
 from gqa.errors import InputError
 
@@ -115,6 +115,23 @@ def test_saved_and_loaded(teacher, rows, tmp_path):
             Statistics.load(file, "of this model")
     with pytest.raises(InputError, match="holds no statistics of calibration: No such file"):
         Statistics.load(tmp_path / "nothing", "of this model")
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 7, 64, 65])
+def test_symmetric_matrices_take_half(n):
+    matrix = np.random.default_rng(n).normal(size=(n, n)).astype(np.float32)
+    matrix += matrix.T
+    half = packed(matrix)
+    assert half.size == n * (n + 1) // 2
+    np.testing.assert_array_equal(unpacked(half), matrix)
+
+
+def test_files_of_whole_matrices_are_refused(teacher, rows, tmp_path):
+    statistics = measured(teacher("llama"), rows)
+    whole = {name: unpacked(array) for name, array in statistics._arrays.items()}
+    Statistics(whole, statistics._tokens).save(tmp_path / "moments.safetensors", "of this model")
+    with pytest.raises(InputError, match=r"moments\.safetensors is of an earlier version; delete it"):
+        Statistics.load(tmp_path / "moments.safetensors", "of this model")
 
 
 def test_fingerprints_tell_checkpoints_apart(teacher, with_heads, random_model):

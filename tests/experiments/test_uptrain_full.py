@@ -60,7 +60,7 @@ def test_a_command_that_fails_is_named(tmp_path, monkeypatch):
         uptrain_full.run("gqa.evaluate", "--output=scores.json")
     run = conversion_methods.Run("cross", "mean", 2, 0.05, 1, 1.0)
     bench = object.__new__(conversion_methods.Bench)
-    bench._workdir, bench._sites, bench._alphas = tmp_path, ("cross",), [0.05]
+    bench._workdir, bench._uptraining, bench._alphas = tmp_path, tmp_path / "config.py", [0.05]
     bench._config = SimpleNamespace(
         optimizer=SimpleNamespace(learning_rate=1.0), uptrain=SimpleNamespace(original_steps=100)
     )
