@@ -24,6 +24,15 @@ def whole(path: Path, *, shared: bool = False) -> Iterator[Path]:
         unfinished.unlink(missing_ok=True)
 
 
+def sync(path: Path) -> None:
+    """Waits until the file, or the names in the folder, at `path` are on the disk: a power failure keeps them."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def write_text(path: Path, text: str, *, shared: bool = False) -> None:
     """Writes a text in UTF-8 as `whole`; surrogates, which UTF-8 has none of, become question marks."""
     with whole(path, shared=shared) as unfinished:

@@ -32,6 +32,7 @@ from gqa.checkpoints.sums import hash_files
 from gqa.checkpoints.training_run import ARRAYS, SAVE, files_of, problem_of
 from gqa.checkpoints.writer import SUMS
 from gqa.errors import InputError
+from gqa.files import sync
 
 # A step's folder under another name: not complete yet, or not wanted any more. Nobody reads it.
 _UNFINISHED, _UNWANTED = ".unfinished", ".unwanted"
@@ -297,9 +298,13 @@ def _copy(source: Path, target: Path) -> None:
 
 
 def _replace(unfinished: Path, target: Path) -> None:
+    # On the disk before anything older goes: a power failure leaves this step or, whole, the ones before.
+    for path in (*unfinished.rglob("*"), unfinished):
+        sync(path)
     if target.exists():
         _remove(target)
     unfinished.rename(target)
+    sync(target.parent)
 
 
 def _remove(folder: Path) -> None:

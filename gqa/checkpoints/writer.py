@@ -23,6 +23,7 @@ from tqdm import tqdm
 from gqa.checkpoints.append import AppendedFile
 from gqa.checkpoints.tensor import SAFETENSORS_DTYPES
 from gqa.errors import InputError
+from gqa.files import sync
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 SUMS = "SHA256SUMS"  # as `sha256sum --check` reads it
@@ -84,7 +85,7 @@ def write(
             _write_file(partial / SUMS, "".join(lines).encode())
             (partial / _JOURNAL).unlink()
             partial.rename(directory)
-            _sync(directory.parent)
+            sync(directory.parent)
         except BaseException as error:
             # An interrupted conversion is worth its bytes; whatever else went wrong would go wrong again.
             if identity is None or not isinstance(error, KeyboardInterrupt):
@@ -268,11 +269,3 @@ def _write_file(path: Path, content: bytes) -> None:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _sync(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -185,10 +185,10 @@ def main() -> None:
         if moment in ("any", name) and reached == number:
             os.kill(os.getpid(), signal.Signals[signal_name])
 
-    def moment_of(event: str, path: Path) -> str:
+    def moment_of(event: str, path: Path, flags: int) -> str:
         if path.is_relative_to(cache_of(workdir)):
             return "prepare"
-        if path.name == "SHA256SUMS" and path.parent.suffix == ".unfinished":
+        if path.name == "SHA256SUMS" and path.parent.suffix == ".unfinished" and flags & os.O_WRONLY:
             return "sums"
         # The rename that makes a checkpoint appear.
         return "commit" if event == "os.rename" and path.suffix == ".unfinished" else event
@@ -197,7 +197,7 @@ def main() -> None:
         if event in ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir") and isinstance(arguments[0], str | Path):
             path = Path(arguments[0])
             if path.is_relative_to(workdir) or path.is_relative_to(cache_of(workdir)):
-                happens(moment_of(event, path))
+                happens(moment_of(event, path, arguments[2] if event == "open" else 0))
 
     prefetch = loader.Batches.prefetch
 
