@@ -45,6 +45,8 @@ SCORES = ("loss", "accuracy", "target_tokens")
 SCRATCH = "scratch"  # a method; its α is 1
 DRAWN = ("random", "+")  # methods, or marks of methods, whose conversion depends on the seed
 RESULT, FAILED, LOG, LOCK, METRICS = "result.json", "failed.json", "log.txt", ".lock", "metrics.jsonl"
+FINETUNING = ("config", "rows", "metrics", "inputs_length", "max_new_tokens")  # of each task
+EXAMPLES = {"alpha": "0.05", "kv_heads": "2", "seed": "1"}
 COMMANDS = "commands.json"  # those that are over of a run at work, and their seconds
 SETTINGS = "sweep.json"  # of the sweep whose runs the folder holds
 
@@ -155,6 +157,12 @@ class Sweep:
             raise InputError(f"the config has no {missing[0]}; expected a sweep's, such as configs/sweeps/groups.py")
         self.workdir = workdir
         self._config, self._finetune = config, config.get("finetune") or {}
+        for task, choice in self._finetune.items():
+            lacking = [name for name in FINETUNING if choice.get(name) is None]
+            if lacking or not Path(choice.config).exists():
+                name, found = (lacking or ["config"])[0], choice.get("config")
+                reason = "is not set" if lacking else f"is {found}, which is missing; run from the project's root"
+                raise InputError(f"finetune.{task}.{name} {reason}; a task has {', '.join(FINETUNING)}")
         self._teachers = {name: dict(teacher) for name, teacher in config.teachers.items()}
         for name, teacher in self._teachers.items():
             if not isinstance(teacher.get("kv_heads"), int):
@@ -174,7 +182,15 @@ class Sweep:
         self.runs = list(dict.fromkeys(self._runs()))
 
     def _runs(self) -> Iterator[Run]:
+        from gqa.convert.calibrated import Method
+
         axes = self._config.runs
+        for method in axes.method:
+            if method != SCRATCH:
+                Method.parse(method)
+        for name, kind in (("alpha", int | float), ("kv_heads", int), ("seed", int)):
+            if wrong := [value for value in axes[name] if not isinstance(value, kind) or isinstance(value, bool)]:
+                raise InputError(f"runs.{name} holds {wrong[0]!r}; expected numbers such as {EXAMPLES[name]}")
         for teacher in self._teachers:
             combinations = itertools.product(axes.seed, axes.alpha, axes.kv_heads, axes.method)
             for seed, alpha, kv_heads, method in combinations:
@@ -268,35 +284,44 @@ class Sweep:
 
         (folder / FAILED).unlink(missing_ok=True)
         log, seconds = folder / LOG, _read(folder / COMMANDS) or {}
-        failure = None
+        command = failure = None
         try:
             for module, arguments in self._commands(run, folder):
                 command, start = shlex.join(["python", "-m", module, *arguments]), time.time()
                 before = log.stat().st_size if log.exists() else 0
                 code = _call(module, arguments, log, lock)
                 if code:
-                    failure = {"command": command, "code": code, "reason": _last_line(log, before)}
+                    failure = {"command": command, "code": code, "reason": _reason(log, before, code)}
                     break
                 seconds[command] = seconds.get(command, 0.0) + time.time() - start
                 files.write_json(folder / COMMANDS, seconds)
+            else:
+                result = run._asdict() | self._scores(folder)
         except InputError as error:  # a command that cannot be made
             failure = {"command": None, "code": 2, "reason": " ".join(str(error).splitlines())}
+        except Exception as error:  # whatever else it is, the other runs go on
+            reason = f"{type(error).__name__}: {' '.join(str(error).splitlines())}"
+            failure = {"command": command, "code": 1, "reason": reason}
         if failure:
             files.write_json(folder / FAILED, run._asdict() | failure)
             return
         if (history := folder / "uptrained" / METRICS).exists():
             shutil.copy(history, folder)  # for the figure of stability
-        scores = json.loads((folder / "evaluation.json").read_text())
-        result = run._asdict() | {name: scores[name] for name in SCORES}
-        for task in self._finetune:
-            (checkpoint,) = json.loads((folder / f"{task}-scores" / "scores.json").read_text())["checkpoints"].values()
-            result |= {f"{task} {name}": score["value"] for name, score in checkpoint["scores"][task].items()}
         # The processor, not the accelerator: to ask for one would take it from the commands.
         origin = {"seconds": sum(seconds.values()), "cpu": measure.cpu(), "commit": measure.commit()}
         files.write_json(folder / RESULT, result | origin | {"commands": list(seconds)})
         (folder / COMMANDS).unlink(missing_ok=True)
         for name in () if self._config.get("keep_checkpoints") else ("converted", "uptrained", *self._finetune):
             shutil.rmtree(folder / name, ignore_errors=True)
+
+    def _scores(self, folder: Path) -> dict[str, float]:
+        """What the commands of a run have found."""
+        scores = json.loads((folder / "evaluation.json").read_text())
+        found = {name: scores[name] for name in SCORES}
+        for task in self._finetune:
+            (checkpoint,) = json.loads((folder / f"{task}-scores" / "scores.json").read_text())["checkpoints"].values()
+            found |= {f"{task} {name}": score["value"] for name, score in checkpoint["scores"][task].items()}
+        return found
 
     def _commands(self, run: Run, folder: Path) -> Iterator[tuple[str, list[str]]]:
         """The commands still to do of a run: module and arguments."""
@@ -448,12 +473,15 @@ def _read(path: Path) -> dict[str, Any] | None:
     return content if isinstance(content, dict) else None
 
 
-def _last_line(log: Path, start: int) -> str:
-    """What a command said last, in the log from the byte `start` on; of a progress bar's line, its last state."""
+def _reason(log: Path, start: int, code: int) -> str:
+    """Why a command ended with `code`: its error, else what it said last, in the log from the byte `start` on."""
     text = log.read_bytes()[start:].decode(errors="replace")
-    lines = [line for line in text.replace("\r", "\n").splitlines() if line.strip()]
+    lines = [line.strip() for line in text.replace("\r", "\n").splitlines() if line.strip()]  # of a bar its last state
     errors = [line for line in lines if line.startswith("error:")]
-    return (errors or lines or ["it said nothing"])[-1].strip()
+    if errors:
+        return errors[-1]
+    ended = f"ended by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+    return f"{ended}; it said last: {lines[-1]}" if lines else f"{ended}; it said nothing"
 
 
 if __name__ == "__main__":

@@ -42,6 +42,16 @@ def sweep_file(tmp_path, random_model, config_file):
 
 
 @pytest.fixture
+def finetuning(tmp_path):
+    """Of a task in a sweep's config."""
+    path = tmp_path / "finetune.py"
+    path.write_text(
+        "from ml_collections import ConfigDict\n\nget_config = lambda: ConfigDict(dict(data=dict(source='texts')))\n"
+    )
+    return dict(config=str(path), rows=9, inputs_length=256, max_new_tokens=64, metrics="rouge")
+
+
+@pytest.fixture
 def called(monkeypatch):
     """The commands so far, which write what theirs would: module and options."""
     called = []
@@ -152,15 +162,10 @@ def test_processes_that_end_together_write_whole_tables(sweep_file, tmp_path):
     assert sorted(path.name for path in tmp_path.glob("*results*")) == ["results.csv", "results.json"]
 
 
-def test_fine_tunes_and_scores(sweep_file, tmp_path, called):
-    finetuning = tmp_path / "finetune.py"
-    finetuning.write_text(
-        "from ml_collections import ConfigDict\n\nget_config = lambda: ConfigDict(dict(data=dict(source='texts')))\n"
-    )
+def test_fine_tunes_and_scores(sweep_file, tmp_path, called, finetuning):
     config = load_config(sweep_file)
-    choice = dict(config=str(finetuning), rows=9, inputs_length=256, max_new_tokens=64, metrics="rouge")
     config.runs.update(kv_heads=(2,), alpha=(1.0,), seed=(3,))
-    config.finetune = ConfigDict({"docstring": choice})
+    config.finetune = ConfigDict({"docstring": finetuning})
     workdir = tmp_path / "runs"
     workdir.mkdir()
     runs = sweep.Sweep(config, workdir)
@@ -231,11 +236,11 @@ def test_what_a_config_need_not_say(sweep_file, tmp_path):
         sweep.Sweep(config, tmp_path)
 
 
-def test_fine_tuning_draws_without_uptraining(sweep_file, tmp_path):
+def test_fine_tuning_draws_without_uptraining(sweep_file, tmp_path, finetuning):
     config = load_config(sweep_file)
     config.runs.update(kv_heads=(2,), alpha=(0.0,))
     assert [run.seed for run in sweep.Sweep(config, tmp_path).runs] == [1]
-    config.finetune = ConfigDict({"docstring": {}})
+    config.finetune = ConfigDict({"docstring": finetuning})
     assert [run.seed for run in sweep.Sweep(config, tmp_path).runs] == [1, 2]
 
 
@@ -252,14 +257,14 @@ def test_commands_that_cannot_be_made_fail_their_run_alone(start, called, monkey
     assert code == 1 and "failed: tiny-mean-k2-a1-s1: 3 heads do not divide 8\n1 done, 1 failed, 0 waiting" in out
 
 
-def test_known_runs_without_the_sweeps_scores_are_not_taken(start, tmp_path, sweep_file):
+def test_known_runs_without_the_sweeps_scores_are_not_taken(start, tmp_path, sweep_file, finetuning):
     axes = dict(teacher="tiny", method="mean", kv_heads=2, alpha=1.0)
     scores = dict(loss=1.0, accuracy=0.5, target_tokens=7)
     rows = [axes | scores | {"seed": 1}, axes | scores | {"seed": 2, "loss": None}, axes | {"seed": 3}]
     rows.append(axes | scores | {"seed": 4, "docstring rouge1": 20.0})
     known, tuned = tmp_path / "results.json", tmp_path / "tuned.py"
     known.write_text(json.dumps({"runs": rows}))
-    tuned.write_text(sweep_file.read_text().replace("'finetune': {}", "'finetune': {'docstring': {}}"))
+    tuned.write_text(sweep_file.read_text().replace("'finetune': {}", f"'finetune': {{'docstring': {finetuning!r}}}"))
     arguments = (*ONE_RUN[:2], "--config.runs.seed=1,2,3,4", f"--known={known}", "--list")
     for config, taken in ((tuned, 1), (sweep_file, 2)):
         listed = start(*arguments, config=config)[1]
@@ -304,7 +309,12 @@ def test_seconds_and_commands_are_those_of_all_sessions(start, called, tmp_path,
     result = json.loads((folder / "result.json").read_text())
     modules = [command.split()[2] for command in result["commands"]]
     assert modules == ["checkpoints_tools.convert", "gqa.train", "gqa.evaluate"]
-    assert 200 <= result["seconds"] < 300 and not (folder / "commands.json").exists()
+    assert (
+        200 <= result["seconds"] < 300
+        and result["cpu"]
+        and result["commit"]
+        and not (folder / "commands.json").exists()
+    )
 
 
 @pytest.mark.parametrize("content", ["{", "[]", "{}", '{"loss": null}'])
@@ -318,16 +328,58 @@ def test_damaged_results_are_done_again(content, start, called, tmp_path):
 
 
 def test_a_failed_run_is_listed_with_its_last_reason(start, monkeypatch):
-    said = iter(["error: no room on the disk\n", "step 1\rstep 2\rKilled\n"])
+    ends = iter([("error: no room on the disk\n", 1), ("step 1\rstep 2\n", 3), ("train: 40%", -9), ("", -15)])
 
     def call(module, arguments, log, lock):
+        said, code = next(ends)
         with log.open("a") as file:
-            file.write(next(said))
-        return 1
+            file.write(said)
+        return code
 
     monkeypatch.setattr(sweep, "_call", call)
-    reasons = [start(*ONE_RUN)[1].splitlines()[-2] for _ in range(2)]
-    assert reasons == [f"failed: tiny-mean-k2-a1-s1: {reason}" for reason in ("error: no room on the disk", "Killed")]
+    reasons = [start(*ONE_RUN)[1].splitlines()[-2].partition("-s1: ")[2] for _ in range(4)]
+    assert reasons == [
+        "error: no room on the disk",
+        "exit code 3; it said last: step 2",
+        "ended by SIGKILL; it said last: train: 40%",
+        "ended by SIGTERM; it said nothing",
+    ]
+
+
+def test_scores_that_cannot_be_read_fail_their_run_alone(start, called, tmp_path, monkeypatch):
+    whole = sweep._call
+
+    def call(module, arguments, log, lock):
+        code = whole(module, arguments, log, lock)
+        if module == "gqa.evaluate" and "s1" in str(log):
+            (log.parent / "evaluation.json").write_text("{}")
+        return code
+
+    monkeypatch.setattr(sweep, "_call", call)
+    code, out = start(*ONE_RUN[:2])
+    assert code == 1 and "failed: tiny-mean-k2-a1-s1: KeyError: 'loss'\n1 done, 1 failed, 0 waiting" in out
+    assert (
+        "python -m gqa.evaluate"
+        in json.loads((tmp_path / "runs/tiny-mean-k2-a1-s1/failed.json").read_text())["command"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (dict(runs=dict(method=("meen",))), r"method='meen' is unknown; expected one of mean, first"),
+        (dict(runs=dict(alpha=("5%",))), r"runs\.alpha holds '5%'; expected numbers such as 0\.05"),
+        (dict(runs=dict(kv_heads=(2.5,))), r"runs\.kv_heads holds 2\.5; expected numbers such as 2"),
+        (dict(finetune=dict(rows=None)), r"finetune\.docstring\.rows is not set; a task has config, rows, metrics"),
+        (dict(finetune=dict(config="no.py")), r"finetune\.docstring\.config is no\.py, which is missing; run from"),
+    ],
+)
+def test_what_no_run_could_do_is_said_before_the_first(change, reason, sweep_file, finetuning, tmp_path):
+    config = ConfigDict(load_config(sweep_file).to_dict())
+    config.runs = ConfigDict(config.runs.to_dict() | change.get("runs", {}))
+    config.finetune = ConfigDict({"docstring": finetuning | change.get("finetune", {})})
+    with pytest.raises(InputError, match=reason):
+        sweep.Sweep(config, tmp_path)
 
 
 def test_the_array_does_not_write_itself_and_fails_with_its_workers(start, tmp_path, monkeypatch):
