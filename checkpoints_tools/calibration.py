@@ -19,6 +19,7 @@ from gqa.errors import InputError
 from gqa.models.heads import KVHeads
 
 TASKS = {"t5": "span_corruption", "llama": "causal_lm"}
+ROWS, LENGTH = 64, 512
 BATCH = 4  # rows that pass a layer together
 HELDOUT_ROWS = 64
 SCORED_BYTES = 2**32  # float32 parameters of a model up to which held-out losses are computed
@@ -35,14 +36,13 @@ class Calibration:
         self.statistics: statistics.Statistics | None = None
         if records is not None:
             from gqa.data import loader
+            from gqa.data.prepare import read_manifest
 
-            batches = loader.train_batches(records, BATCH, seed)
-            rows = min(rows, batches.manifest.num_records["train"])
-            size = min(BATCH, rows)
-            if size < BATCH:
-                batches = loader.train_batches(records, size, seed)
+            rows = min(rows, read_manifest(records).num_records["train"])
+            size = next(size for size in range(BATCH, 0, -1) if rows % size == 0)
+            batches = loader.train_batches(records, size, seed)
             self.batches = [batches(step) for step in range(rows // size)]  # each row once
-            self.description = description | {"rows": rows // size * size}
+            self.description = description | {"rows": rows}
 
     @staticmethod
     def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -54,27 +54,32 @@ class Calibration:
             help="text that the model is for: a file, a folder, a folder of prepared records, embedded (Python's "
             "standard library) or embedded_large",
         )
-        group.add_argument("--calibration_rows", type=int, default=64, metavar="N", help="rows read (default: 64)")
+        group.add_argument("--calibration_rows", type=int, metavar="N", help=f"rows read (default: {ROWS})")
         group.add_argument(
-            "--calibration_length", type=int, default=512, metavar="N", help="tokens of a row (default: 512)"
+            "--calibration_length",
+            type=int,
+            metavar="N",
+            help=f"tokens of a row, of text that is not prepared (default: {LENGTH}, or a decoder's positions)",
         )
         group.add_argument(
             "--statistics", metavar="FILE", help="where the statistics of the text are kept: read if there, else made"
         )
 
     @classmethod
-    def of(cls, args: argparse.Namespace, source: Source, sites: list[str]) -> "Calibration":
-        """Reads the text and collects its statistics; raises `InputError` for text that gives none."""
+    def of(cls, args: argparse.Namespace, source: Source, sites: list[str], least_rows: int) -> "Calibration":
+        """Reads the text and collects its statistics; raises `InputError` for text of fewer rows."""
         if args.calibrate is None:
-            if args.statistics:
-                raise InputError(f"--statistics={args.statistics} needs --calibrate=TEXT")
+            for name in ("statistics", "calibration_rows", "calibration_length"):
+                if (given := getattr(args, name)) is not None:
+                    raise InputError(f"--{name}={given} needs --calibrate=TEXT")
             return cls(source, None, None, 0, 0)
-        if args.calibration_rows < 1:
-            raise InputError(f"--calibration_rows={args.calibration_rows}; expected at least 1")
+        rows = ROWS if args.calibration_rows is None else args.calibration_rows
+        if rows < 1:
+            raise InputError(f"--calibration_rows={rows}; expected at least 1")
         from gqa.data.examples import SMALLEST_ROW
         from gqa.data.prepare import read_manifest
 
-        if args.calibration_length < SMALLEST_ROW:
+        if args.calibration_length is not None and args.calibration_length < SMALLEST_ROW:
             raise InputError(f"--calibration_length={args.calibration_length}; expected at least {SMALLEST_ROW}")
         if args.statistics and not Path(args.statistics).absolute().parent.is_dir():
             raise InputError(f"--statistics={args.statistics}: its folder does not exist")
@@ -82,12 +87,14 @@ class Calibration:
         manifest = dataclasses.asdict(read_manifest(records))
         text = {name: manifest[name] for name in ("task", "inputs_length", "targets_length", "corpus_digests")}
         description = {"text": args.calibrate} | text
-        self = cls(source, description, records, args.calibration_rows, args.seed)
+        if (found := min(rows, manifest["num_records"]["train"])) < least_rows:
+            raise InputError(
+                f"--calibrate={args.calibrate}: {found} row of text; {args.method} needs {least_rows} or more"
+            )
+        self = cls(source, description, records, rows, args.seed)
         shell, load_layer = walk.read_lazily(source.config, source.read)
         if args.statistics:  # a fingerprint reads the whole model
-            identity = json.dumps(
-                [statistics.fingerprint(shell, load_layer), manifest, args.calibration_rows, sorted(sites), args.seed]
-            )
+            identity = json.dumps([statistics.fingerprint(shell, load_layer), manifest, rows, sorted(sites), args.seed])
         if args.statistics and Path(args.statistics).exists():
             self.statistics = statistics.Statistics.load(args.statistics, identity)
         else:
@@ -132,6 +139,11 @@ def _records(args: argparse.Namespace, source: Source) -> Path:
     companions = source.contents.companions
     if (given / "manifest.json").is_file():
         records, manifest = given, read_manifest(given)
+        if args.calibration_length is not None:
+            raise InputError(
+                f"--calibration_length={args.calibration_length} is for text; {given} holds rows of "
+                f"{manifest.inputs_length or manifest.targets_length}: leave it out"
+            )
         if (manifest.inputs_length > 0) != (family == "t5") or manifest.task == "preferences":
             raise InputError(
                 f"--calibrate={given} holds {manifest.task}; expected rows for a {family} model, such as those of "
@@ -146,8 +158,11 @@ def _records(args: argparse.Namespace, source: Source) -> Path:
     else:
         vocabulary = tokenizer_file(source.directory, companions)
         length = args.calibration_length
-        if family == "llama":
-            length = min(length, source.config.max_position)
+        most = source.config.max_position if family == "llama" else None
+        if most is not None and length is not None and length > most:
+            raise InputError(f"--calibration_length={length}; the model has {most} positions; nearest: {most}")
+        if length is None:
+            length = LENGTH if most is None else min(LENGTH, most)
         spec = PrepareSpec(TASKS[family], args.calibrate, str(vocabulary), length, None)
         records = default_directory(spec)
         manifest = prepare(spec, records)

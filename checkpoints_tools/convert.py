@@ -3,8 +3,9 @@ python -m checkpoints_tools.convert --source=DIR --output=DIR --kv_heads=8 --met
 
 Converts a checkpoint to fewer key/value heads (GQA §2.1). What is in the source's folder says its format. The new
 checkpoint has the layout of Hugging Face, the source's tokenizer files, sums, and provenance.json, which says what it
-was made from and how. Tensors pass one by one, or with --calibrate layer by layer: memory does not grow with the
-model. Interrupted and run again, it goes on.
+was made from and how. Tensors pass one by one: memory does not grow with the model. With --calibrate they pass layer by
+layer, beside the statistics of all layers (for a width D, 2 D² bytes an attention), and below 4 GiB of float32
+parameters both models are scored whole. Interrupted and run again, it goes on.
 
 methods: mean, first, random (the paper's); procrustes (heads are turned towards each other before their mean), svd
 (keys and values of least error), svd_values (values so, keys by their mean). Steps, joined by +: group (choose which
@@ -86,7 +87,8 @@ def main() -> int | None:
     if kv_heads is not None:
         converted_config(source.config, kv_heads, args.method)  # refused before any work
     budget = None if args.kv_budget is None else _budget(args.kv_budget, source.config, sites)
-    calibration = Calibration.of(args, source, list(kv_heads or sites))
+    # `tune` judges itself by rows that it keeps back.
+    calibration = Calibration.of(args, source, list(kv_heads or sites), least_rows=2 if method.tune else 1)
     if budget is not None:
         kv_heads = calibration.spend(budget, sites)
     dtype = args.dtype or source.dtype

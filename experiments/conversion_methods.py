@@ -7,8 +7,9 @@ at 4:1: from the schedule's own up or down until the next is worse. The unconver
 run that ends at the largest share passes the smaller ones: the schedules of uptraining do not know where they end.
 
 Each finished run is one JSON file in the working folder: started again, the command goes on. Tables, a picture and all
-runs go to experiments/results/conversion_methods/, after every run; what that folder holds of the same teacher on the
-same held-out rows is not run again.
+runs go to --results (experiments/results/conversion_methods/), after every run; what that folder holds of the same
+teacher on the same held-out rows is not run again, and stays there whatever this command runs. Each run says the
+processor and the commit that made it.
 """
 
 import argparse
@@ -106,6 +107,7 @@ def main() -> None:
     from experiments.measure import commit, machine, write_json
 
     path = arguments.results / f"{arguments.teacher}.json"
+    earlier = _earlier(path, arguments.rows)
     bench = Bench(teacher, config, sites, arguments.rows, arguments.workdir / arguments.teacher)
     results = {
         "command": " ".join(["python -m experiments.conversion_methods", *sys.argv[1:]]),
@@ -115,15 +117,45 @@ def main() -> None:
         "tuning": bench.tuning,
         "runs": [],
     }
-    bench.know(path, results["teacher"])
-    text = ""
+    if earlier:
+        bench.know(earlier, path, results["teacher"])
+    done = []
+
+    def write() -> str:
+        names = {_run_of(run) for run in done}
+        rates = {(run["method"], run["alpha"]): run["rate"] for run in done}  # a method has one
+        results["runs"] = done + [
+            run
+            for run in (earlier["runs"] if earlier else [])
+            if _run_of(run) not in names and rates.get((run["method"], run["alpha"]), run["rate"]) == run["rate"]
+        ]
+        results["tuning"] = (earlier["tuning"] if earlier else {}) | bench.tuning
+        write_json(path, results)
+        return report(results, arguments.results, arguments.teacher)
+
     for run in bench.all(alphas, arguments.seeds):
-        results["runs"].append(run)
+        done.append(run)
         if run["alpha"] > 0:
-            write_json(path, results)
-            text = report(results, arguments.results, arguments.teacher)
-    write_json(path, results)
-    print(text or report(results, arguments.results, arguments.teacher))
+            write()
+    print(write())
+
+
+def _run_of(row: Mapping[str, Any]) -> Run:
+    return Run(*(row[name] for name in Run._fields))
+
+
+def _earlier(path: Path, rows: int) -> dict[str, Any] | None:
+    """The results that `path` holds; raises `InputError` where they are of other held-out rows."""
+    from gqa.checkpoints import hf_config
+
+    if not path.exists():
+        return None
+    earlier = hf_config.read_json(path)
+    if earlier["teacher"]["rows"] != rows:
+        raise InputError(
+            f"--rows={rows}: {path} holds runs on {earlier['teacher']['rows']} rows; expected as many, or --results=DIR"
+        )
+    return earlier
 
 
 def _alpha(text: str) -> float:
@@ -157,22 +189,18 @@ class Bench:
         self._teacher = checkpoints.load(teacher, mesh=self._mesh, **self._config.model.run_choices())
         self._num_heads = max(self._teacher.config.kv_heads(sites[0]))
 
-    def know(self, path: Path, description: Mapping) -> None:
-        """Takes over the runs of a results file whose teacher has the same losses on the same rows."""
+    def know(self, earlier: Mapping, path: Path, description: Mapping) -> None:
+        """Takes over the runs of earlier results in `path`; raises `InputError` where the teacher had other losses."""
         from experiments.measure import write_json
-        from gqa.checkpoints import hf_config
 
-        if not path.exists():
-            return
-        earlier = hf_config.read_json(path)
-        if earlier["teacher"]["rows"] != self._rows:
-            return
         of = [found["heldout"] for found in (earlier["teacher"], description)]
         if not all(np.isclose(of[0][name], of[1][name], rtol=1e-5) for name in of[1]):
-            print(f"{path} is of another teacher or of other text: nothing of it is kept", flush=True)
-            return
+            raise InputError(
+                f"{path} is of another teacher or of other text: its loss is {of[0]['loss']:.4f}, this one's "
+                f"{of[1]['loss']:.4f}; give another folder by --results=DIR"
+            )
         for run in earlier["runs"]:
-            own = self._path(Run(*(run[name] for name in Run._fields)))
+            own = self._path(_run_of(run))
             if not own.exists():
                 write_json(own, run)
         self._tried = (max(run["alpha"] for run in earlier["runs"]), earlier["tuning"])
@@ -239,7 +267,7 @@ class Bench:
             if run.alpha > 0:
                 self._uptrain(run._replace(alpha=self._alphas[-1]))
             else:
-                write_json(self._path(run), run._asdict() | self._converted(run))
+                write_json(self._path(run), run._asdict() | self._converted(run) | _origin())
         return json.loads(self._path(run).read_text())
 
     @lru_cache(maxsize=4)  # noqa: B019 - one bench a process
@@ -321,7 +349,7 @@ class Bench:
                 if code or _finished(folder / "run") < steps:  # stopped by a signal it saves and ends with 0
                     raise InputError(f"gqa.train ended with exit code {code}; started again, the runs go on from there")
             model = checkpoints.load(folder / "run" / "model", mesh=self._mesh, **self._config.model.run_choices())
-            write_json(path, run._replace(alpha=alpha)._asdict() | self.losses(model))
+            write_json(path, run._replace(alpha=alpha)._asdict() | self.losses(model) | _origin())
         shutil.rmtree(folder)
 
     def describe(self) -> dict[str, Any]:
@@ -353,6 +381,12 @@ class Bench:
                 )
                 directions[site].append([_directions(sigma) for sigma in sides])
         return {"heldout": teacher, "cost_without": cost, "directions_of_99_percent": directions, "rows": self._rows}
+
+
+def _origin() -> dict[str, str]:
+    from experiments import measure
+
+    return {"cpu": measure.cpu(), "commit": measure.commit()}
 
 
 def _finished(run: Path) -> int:

@@ -31,7 +31,9 @@ def report(results: dict[str, Any], folder: Path, name: str) -> str:
             lines += ["", *_table(cells, teacher, sites, alpha)]
     text = "\n".join(lines)
     folder.mkdir(parents=True, exist_ok=True)
-    files.write_text(folder / f"{name}.md", text + f"\n\n`{results['command']}`, commit {results['commit']}.\n")
+    made = dict.fromkeys((run["commit"], run["cpu"]) for run in results["runs"] if "commit" in run)
+    origins = "; ".join(f"commit {commit} on {cpu}" for commit, cpu in made)
+    files.write_text(folder / f"{name}.md", text + f"\n\n`{results['command']}`; {origins}.\n")
     draw(results, folder / f"{name}.png")
     return text
 

@@ -100,6 +100,9 @@ def main() -> None:
     for seconds in further.values():
         whole_seconds += sum(seconds[side] * missing[side] for side in seconds)
     share = layers / max(getattr(whole, name) for name in names)
+    # Of layers that were not measured the statistics would stay in memory; all else is of one layer or there once.
+    each = moments.nbytes / (layers * len(sites) + ("cross" in sites))
+    missing_bytes = each * layers * len(sites) * (1 / share - 1)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     result = {
         "size": arguments.size,
@@ -112,9 +115,8 @@ def main() -> None:
         "extrapolated": share < 1,
         "seconds_a_further_layer": further,
         "peak_gib": peak,
-        # Of layers that were not measured the statistics would stay in memory; everything else is of one layer.
-        "peak_gib_of_the_whole": peak + moments.nbytes * (1 / share - 1) / 2**30,
-        "statistics_gib_of_the_whole": moments.nbytes / share / 2**30,
+        "peak_gib_of_the_whole": peak + missing_bytes / 2**30,
+        "statistics_gib_of_the_whole": (moments.nbytes + missing_bytes) / 2**30,
         "output_error": [entry["output_error"] for entry in report],
         "machine": machine(),
         "commit": commit(),

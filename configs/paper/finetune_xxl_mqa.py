@@ -2,8 +2,8 @@
 
 The commands are those of finetune_xxl_gqa8.py with `finetune_xxl_mqa`, runs/paper/xxl-mqa and this checkpoint:
 runs/paper/xxl-mqa/uptrained/model. The cost is at most that of finetune_xxl_gqa8.py. To expect (Table 1):
-CNN/DailyMail ROUGE-1 43.0, arXiv 45.0, PubMed 47.2, MediaSum 36.1, Multi-News 46.5, WMT BLEU 28.5, TriviaQA F1 81.3,
-average 46.5.
+CNN/DailyMail ROUGE-1 43.0, arXiv 45.0, PubMed 46.9, MediaSum 36.1, Multi-News 46.5, WMT BLEU 28.5, TriviaQA F1 81.3,
+average 46.6.
 """
 
 from pathlib import Path

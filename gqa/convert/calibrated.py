@@ -196,7 +196,7 @@ def _rebased(heads: Heads, moments: Moments, wanted: int, base: str, rotary: boo
 
 def _share(basis: svd.Basis) -> float:
     total = basis.total.sum()
-    return float(basis.kept.sum() / total) if total > 0 else 1.0
+    return min(float(basis.kept.sum() / total), 1.0) if total > 0 else 1.0
 
 
 def _dead(heads: Heads) -> list[int]:

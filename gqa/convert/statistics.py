@@ -80,7 +80,7 @@ class Statistics:
             raise InputError(f"{path} holds no statistics of calibration: {error}") from error
         if metadata.get("fingerprint") != fingerprint:
             raise InputError(
-                f"{path} holds the statistics of another checkpoint, text or choice of sites; "
+                f"{path} holds the statistics of another checkpoint, text, number of rows, seed or choice of sites; "
                 "delete it or name another file"
             )
         if metadata.get("digest") != _digest(arrays, tokens):

@@ -160,7 +160,8 @@ def kept_energy(seen: np.ndarray, group: Sequence[int], d: int) -> float:
         rows = (np.asarray(group)[:, None] * d + np.arange(d)).reshape(-1)
         part, rank = seen[np.ix_(rows, rows)], d
     total = np.trace(seen, axis1=-2, axis2=-1).real.sum()
-    return float(np.linalg.eigvalsh(part)[..., -rank:].sum() / total) if total > 0 else len(group) / units
+    # Where nothing but rounding is there, it must not be more than all.
+    return min(float(np.linalg.eigvalsh(part)[..., -rank:].sum() / total), 1.0) if total > 0 else len(group) / units
 
 
 def _roots(weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -108,7 +108,8 @@ def _missed(attention, shell, layer, batch: _Batch, first, site: _Site):
     )
     made = walk.recorded(shell, layer, x, of_rows, encoded, site.side, {site.name: attention})[1][0].output
     real = walk.real_tokens(of_rows, site.side).reshape(*output.shape[:2], 1)
-    return jnp.sum(jnp.square((made - output) * real)), jnp.sum(jnp.square(output * real))
+    made, output = (array.astype(jnp.float32) * real for array in (made, output))
+    return jnp.sum(jnp.square(made - output)), jnp.sum(jnp.square(output))
 
 
 @partial(jax.jit, static_argnames="site", donate_argnames=("attention", "state"))

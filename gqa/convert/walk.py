@@ -261,7 +261,10 @@ def _fit_sums(shell, layer, converted, x, batch, encoded, heads, side, name):
         recorded(shell, layer, x, batch, encoded, side, {name: attention}, heads)[1]
         for attention in (getattr(layer, name), converted)
     )
-    y, z, made = (array.reshape(len(real), -1) * real for array in (teacher.output, student.heads, student.output))
+    y, z, made = (
+        array.astype(jnp.float32).reshape(len(real), -1) * real
+        for array in (teacher.output, student.heads, student.output)
+    )
     return *(_product_of_columns(z, other) for other in (z, y)), y, made, jnp.sum(real), student.heads
 
 

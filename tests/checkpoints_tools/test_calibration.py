@@ -4,6 +4,7 @@ import itertools
 import json
 import re
 import shutil
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -46,7 +47,10 @@ def convert_on_text(sources, tmp_path, call, cache, monkeypatch):
 
     def run(family, name, *arguments):
         common = (f"--source={sources[family]}", f"--output={tmp_path / name}")
-        lengths = ("--calibration_length=32", "--calibration_rows=8")
+        text = next((word.partition("=")[2] for word in arguments if word.startswith("--calibrate=")), None)
+        lengths = () if text is None else ("--calibration_rows=8",)
+        if text is not None and not (Path(text) / "manifest.json").exists():
+            lengths += ("--calibration_length=32",)
         return call("convert", *common, *lengths, *arguments), tmp_path / name
 
     return run
@@ -136,7 +140,9 @@ def test_statistics_are_kept_and_used_again(sources, tiny_records, convert_on_te
     code, second = convert_on_text("llama", "second", "--kv_budget=75%", *arguments)
     assert code == 0 and bytes_of(first) == bytes_of(second)
     capsys.readouterr()
-    message = f"error: {file} holds the statistics of another checkpoint, text or choice of sites; "
+    message = (
+        f"error: {file} holds the statistics of another checkpoint, text, number of rows, seed or choice of sites; "
+    )
     for change in ("--calibration_rows=4", f"--source={first}"):
         code, output = convert_on_text("llama", "other", "--kv_heads=2", *arguments, change)
         assert code == 2 and not output.exists()
@@ -144,6 +150,14 @@ def test_statistics_are_kept_and_used_again(sources, tiny_records, convert_on_te
     file.write_bytes(file.read_bytes()[:-9])
     assert convert_on_text("llama", "other", "--kv_budget=75%", *arguments)[0] == 2
     assert "holds no statistics of calibration" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("rows", [1, 6, 7])
+def test_all_rows_asked_for_are_read(rows, tiny_records, convert_on_text):
+    records = tiny_records("causal_lm")
+    arguments = ("--kv_heads=2", "--method=svd", f"--calibrate={records}", f"--calibration_rows={rows}")
+    code, output = convert_on_text("llama", "new", *arguments)
+    assert code == 0 and json.loads((output / "provenance.json").read_text())["calibration"]["rows"] == rows
 
 
 def test_a_seed_draws_other_rows(tiny_records, convert_on_text):
@@ -258,6 +272,19 @@ HEADS = "--kv_heads=2"
             "method='svd+norm' has the step 'norm'; expected each of +group, +renorm, +tune, +refit once at most",
         ),
         ([HEADS, "--method=svd", "--statistics=x"], "--statistics=x needs --calibrate=TEXT"),
+        ([HEADS, "--method=svd", "--calibration_rows=9"], "--calibration_rows=9 needs --calibrate=TEXT"),
+        (
+            [HEADS, "--method=svd+tune", "--calibrate={corpus}", "--calibration_rows=1"],
+            "--calibrate={corpus}: 1 row of text; svd+tune needs 2 or more",
+        ),
+        (
+            [HEADS, "--method=svd", "--calibrate={corpus}", "--calibration_length=9999"],
+            "--calibration_length=9999; the model has 4096 positions; nearest: 4096",
+        ),
+        (
+            [HEADS, "--method=svd", "--calibrate={records}", "--calibration_length=32"],
+            "--calibration_length=32 is for text; {records} holds rows of 32: leave it out",
+        ),
         (
             [HEADS, "--method=svd", "--calibrate={corpus}", "--statistics={texts}/no/file"],
             "--statistics={texts}/no/file: its folder does not exist",

@@ -101,7 +101,7 @@ def test_saved_and_loaded(teacher, rows, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["moments.safetensors"]
     assert_equal(Statistics.load(file, "of this model"), statistics, model, rtol=0)
     with pytest.raises(
-        InputError, match=f"^{re.escape(str(file))} holds the statistics of another checkpoint, text or "
+        InputError, match=f"^{re.escape(str(file))} holds the statistics of another checkpoint, text, number "
     ):
         Statistics.load(file, "of another model")
     whole = file.read_bytes()

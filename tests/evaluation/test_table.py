@@ -9,7 +9,7 @@ from gqa.evaluation.table import average, headlines, labels, mean_and_spread, ta
 COLUMNS = "CNN R1 | arXiv R1 | PubMed R1 | MediaSum R1 | Multi-News R1 | WMT BLEU | TriviaQA F1"
 SCORES = {
     "MHA-XXL": [43.8, 45.6, 47.5, 36.4, 46.9, 28.4, 81.9],
-    "MQA-XXL": [43.0, 45.0, 47.2, 36.1, 46.5, 28.5, 81.3],
+    "MQA-XXL": [43.0, 45.0, 46.9, 36.1, 46.5, 28.5, 81.3],
     "GQA-8-XXL": [43.5, 45.4, 47.7, 36.3, 47.2, 28.4, 81.6],
 }
 TASKS = ["cnn_dailymail", "arxiv", "pubmed", "media_sum", "multi_news", "wmt14_en_de", "trivia_qa"]
@@ -22,7 +22,7 @@ def test_the_papers_table():
         f"| model | avg | {COLUMNS} |",
         "|---|---|---|---|---|---|---|---|---|",
         "| MHA-XXL | 47.2 | 43.8 | 45.6 | 47.5 | 36.4 | 46.9 | 28.4 | 81.9 |",
-        "| MQA-XXL | 46.8 | 43.0 | 45.0 | 47.2 | 36.1 | 46.5 | 28.5 | 81.3 |",
+        "| MQA-XXL | 46.8 | 43.0 | 45.0 | 46.9 | 36.1 | 46.5 | 28.5 | 81.3 |",
         "| GQA-8-XXL | 47.2 | 43.5 | 45.4 | 47.7 | 36.3 | 47.2 | 28.4 | 81.6 |",
     ]
     assert average(rows["MQA-XXL"]) == pytest.approx(327.6 / 7)

@@ -68,6 +68,28 @@ def test_without_uptraining(command, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(conversion_methods.Bench, "_converted", lambda self, run: pytest.fail(f"{run} is done again"))
     again = command("--alphas=0", "--seeds=2", f"--workdir={tmp_path / 'other'}")
     assert again["runs"] == results["runs"]
+    assert all(run["cpu"] and run["commit"] for run in results["runs"])
+
+    # What this command does not run stays; of other rows or another teacher nothing is written over.
+    path = tmp_path / "results" / "t5.json"
+    uptrained = results["runs"][1] | {"alpha": 0.05, "rate": 3.0}
+    path.write_text(json.dumps(results | {"runs": [*results["runs"], uptrained], "tuning": {"mean": {"3": 1.0}}}))
+    kept = command("--alphas=0", "--seeds=1", f"--workdir={tmp_path / 'other'}")
+    assert kept["runs"][-1] == uptrained and kept["tuning"] == {"mean": {"3": 1.0}}
+    assert cells(kept) == cells(results) | cells({"runs": [uptrained]})
+    before = path.read_text()
+    with pytest.raises(
+        InputError, match=r"--rows=16: .*t5\.json holds runs on 8 rows; expected as many, or --results="
+    ):
+        command("--alphas=0", "--rows=16", f"--workdir={tmp_path / 'other'}")
+    of_another = json.loads(before)
+    of_another["teacher"]["heldout"]["loss"] += 1
+    path.write_text(json.dumps(of_another))
+    with pytest.raises(
+        InputError, match=r"t5\.json is of another teacher or of other text: its loss is .*--results=DIR"
+    ):
+        command("--alphas=0", f"--workdir={tmp_path / 'other'}")
+    assert json.loads(path.read_text()) == of_another
 
 
 @pytest.mark.full
