@@ -25,7 +25,7 @@ def test_the_papers_table():
         "| MQA-XXL | 46.8 | 43.0 | 45.0 | 46.9 | 36.1 | 46.5 | 28.5 | 81.3 |",
         "| GQA-8-XXL | 47.2 | 43.5 | 45.4 | 47.7 | 36.3 | 47.2 | 28.4 | 81.6 |",
     ]
-    assert average(rows["MQA-XXL"]) == pytest.approx(327.6 / 7)
+    assert average(rows["MQA-XXL"]) == pytest.approx(327.3 / 7)
 
 
 def test_headlines_stand_in_the_papers_order():
