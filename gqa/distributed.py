@@ -104,16 +104,19 @@ def _join(arguments: argparse.Namespace, expected_backend: str) -> bool:
     if not explicit and not in_cluster(os.environ, expected_backend):
         return False
     settings = {}
-    if explicit:
-        host, port = _check(given)
-        settings = dict(coordinator_address=given["coordinator"], **{name: given[name] for name in list(given)[1:]})
+    if not explicit and expected_backend != "tpu":  # hosts of a pod are there together
+        given, settings = _detected(arguments.start_timeout)
     print(f"waiting up to {arguments.start_timeout} s for all processes to start", file=sys.stderr)
-    if explicit:
+    if given["coordinator"] is not None:
         # JAX aborts a process that does not find the others: they meet before.
+        host, port = _check(given)
+        settings |= dict(coordinator_address=given["coordinator"], **{name: given[name] for name in list(given)[1:]})
         if given["process_id"] == 0:
             _gather(port, given["num_processes"], arguments.start_timeout)
         else:
             _greet(host, port, given["process_id"], given["num_processes"], arguments.start_timeout)
+    elif explicit:
+        _check(given)  # says what is missing
     import jax
 
     try:
@@ -124,11 +127,30 @@ def _join(arguments: argparse.Namespace, expected_backend: str) -> bool:
             shutdown_timeout_seconds=arguments.heartbeat_timeout,
         )
     except (RuntimeError, ValueError, OSError) as error:
-        raise InputError(
-            f"the processes do not find each other: {error}; give --coordinator, --num_processes and --process_id, "
-            "or --num_processes=1 for this one alone"
-        ) from error
+        raise _not_found(error) from error
     return True
+
+
+def _not_found(reason: object) -> InputError:
+    return InputError(
+        f"the processes do not find each other: {reason}; give --coordinator, --num_processes and --process_id, "
+        "or --num_processes=1 for this one alone"
+    )
+
+
+def _detected(seconds: int) -> tuple[dict, dict]:
+    """What the scheduler says of the run's processes, as the options would, and which devices are this one's."""
+    # JAX reads it in `initialize`, which aborts; it has no public access to it.
+    from jax._src.clusters import ClusterEnv
+
+    try:
+        found = ClusterEnv.auto_detect_unset_distributed_params(None, None, None, None, None, seconds)
+    except (RuntimeError, ValueError, OSError, LookupError) as error:
+        raise _not_found(error) from error
+    if None in found[:3]:
+        raise _not_found("the scheduler does not say who they are")
+    given = dict(zip(("coordinator", "num_processes", "process_id"), found[:3], strict=True))
+    return given, {"local_device_ids": found[3]}
 
 
 def in_cluster(environment: Mapping[str, str], expected_backend: str) -> bool:

@@ -168,6 +168,29 @@ def test_processes_that_cannot_be(options, message, free_port):
     assert str(caught.value).startswith(message.format(port=free_port).partition("…")[0])
 
 
+def slurm(port: int, number: int) -> dict[str, str]:
+    """The environment of a process of two under SLURM, whose first host is this machine."""
+    values = {"JOB_ID": 7, "STEP_NODELIST": "127.0.0.1", "NTASKS": 2, "PROCID": number, "LOCALID": 0}
+    return {f"SLURM_{name}": str(value) for name, value in values.items()} | {"JAX_COORDINATOR_PORT": str(port)}
+
+
+def test_a_schedulers_coordinator_that_is_not_there(free_port, monkeypatch):
+    parser = argparse.ArgumentParser()
+    distributed.add_arguments(parser)
+    arguments = parser.parse_args(["--start_timeout=1"])
+    for number, message in (
+        (1, rf"--coordinator=127\.0\.0\.1:{free_port} does not answer within 1 s"),
+        (0, r"--num_processes=2: process 1 did not come within 1 s"),
+    ):
+        for name, value in slurm(free_port, number).items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(InputError, match=message), distributed.running(arguments):
+            pass
+    monkeypatch.setenv("SLURM_LOCALID", "no number")
+    with pytest.raises(InputError, match=r"^the processes do not find each other: .*; give --coordinator, --num_proc"):
+        distributed._detected(1)
+
+
 def test_a_port_that_is_taken():
     parser = argparse.ArgumentParser()
     distributed.add_arguments(parser)
