@@ -56,7 +56,7 @@ def quality_against_time(results: Results, times: Mapping[tuple[str, str], Seque
         cells, compared = own.cells(score), own.compared()
         kinds = list(dict.fromkeys(method for method, _, _ in compared))
         for method, kv_heads, alpha in compared:
-            model = "MHA" if method == TEACHER else model_name(kv_heads)
+            model = own.model(method, kv_heads)
             # Beside models that were uptrained stands the teacher that was, where there is one.
             if (teacher, model) not in times or (alpha == 0 and (method, kv_heads, own.alpha) in compared):
                 continue
@@ -130,7 +130,7 @@ def quality_against_alpha(results: Results, score: str) -> Figure:
             (alpha, *_bar(values, scale)) for (*kind, alpha), values in cells.items() if kind == [method, K]
         )
         alphas, quality, *spread = zip(*points, strict=True)
-        name = "MHA" if method == TEACHER else f"{model_name(K)}, {method}"
+        name = results.model(method, K) + ("" if method == TEACHER else f", {method}")
         axis.errorbar([100 * alpha for alpha in alphas], quality, spread, label=name, **_style(number))
     _titles(axis, _seeds(cells), "α: share of the pre-training steps, %", label(score))
     axis.set_yscale(scale)
