@@ -87,10 +87,9 @@ def mean_and_spread(values: np.ndarray) -> tuple[float, float]:
 
 
 def size_name(config: Mapping[str, Any], folder: str | None = None) -> str:
-    """What `experiments.timing` or `throughput` measured: the size, or where its shapes are changed the folder too."""
-    if not config["changes"]:
-        return config["size"]
-    return f"{folder} ({config['size']}, changed)" if folder else f"{config['size']}, changed"
+    """What `experiments.timing` or `throughput` measured: the size, and its folder: one may be measured twice."""
+    size = config["size"] + (", changed" if config["changes"] else "")
+    return size if folder in (None, size) else f"{folder} ({size})"
 
 
 def label(name: str) -> str:
