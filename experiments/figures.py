@@ -108,7 +108,8 @@ def draw(paths: Sequence[Path], folders: Sequence[Path], score: str, output: Pat
     for name, results in timings.items():
         yield from _save("fig6", name, pictures.time_against_groups(results, name), output)
     alpha = next((results.alpha for results in found if results.alpha is not None), None)
-    if curves := stability.read(folders, alpha):
+    heads = {teacher: number for results in found for teacher, number in results.heads.items()}
+    if curves := stability.read(folders, alpha, heads):
         yield from _save("stability", "runs", pictures.stability(curves), output)
 
 
