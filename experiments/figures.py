@@ -88,6 +88,7 @@ def draw(paths: Sequence[Path], folders: Sequence[Path], score: str, output: Pat
     _check_names("timings", [path.parent.name for path in timed])
     timings = {path.parent.name: _timing(path) for path in timed}
     found = [results for path in paths if path.name != "timing.json" and (results := scores.read(path))]
+    found = scores.share_heads(found)
     _check_names("results", [results.name for results in found])
     known = sorted({name for results in found for name in results.names})
     if known and score not in known:
@@ -107,7 +108,8 @@ def draw(paths: Sequence[Path], folders: Sequence[Path], score: str, output: Pat
     for name, results in timings.items():
         yield from _save("fig6", name, pictures.time_against_groups(results, name), output)
     alpha = next((results.alpha for results in found if results.alpha is not None), None)
-    if curves := stability.read(folders, alpha):
+    heads = {teacher: number for results in found for teacher, number in results.heads.items()}
+    if curves := stability.read(folders, alpha, heads):
         yield from _save("stability", "runs", pictures.stability(curves), output)
 
 
@@ -131,7 +133,7 @@ def _of_a_teacher(own: Results) -> Iterator[tuple[str, Callable]]:
 def sample_times(timings: Mapping[str, Mapping[str, Any]]) -> dict[tuple[str, str], tuple[float, float, float]]:
     """Seconds a sample, median, least and most, by teacher and model; the most heads that are timed are MHA's."""
     return {
-        (teacher, "MHA" if row["kv_heads"] == max(timing["config"]["kv_heads"]) else model_name(row["kv_heads"])): (
+        (teacher, model_name(row["kv_heads"], max(timing["config"]["kv_heads"]))): (
             row["seconds_per_sample"],
             *row["seconds_per_sample_range"],
         )
@@ -147,26 +149,30 @@ def table_1(results: Results, times: Mapping[tuple[str, str], Sequence[float]]) 
         f"| model | α | seeds | time per sample, s | {' | '.join(names)} |",
         "|---|--:|--:|--:|" + "--:|" * len(names),
     ]
+    numbers = []  # of seeds, a row each
     for teacher in results.teachers:
         own = results.of(teacher)
         cells = {name: own.cells(name) for name in names}
         for key in own.compared():
             method, kv_heads, alpha = key
-            model = "MHA" if method == TEACHER else model_name(kv_heads)
+            numbers.append(number := len(cells[names[0]][key]))
+            model = own.model(method, kv_heads)
             time = f"{times[teacher, model][0]:.4f}" if (teacher, model) in times else ""
             row = [
                 model
                 + ("" if method == TEACHER else f", {method}")
                 + (f" ({teacher})" if results.teachers[1:] else ""),
                 f"{alpha:.0%}",
-                str(len(cells[names[0]][key])),
+                str(number) if number > 1 else "one seed",
                 time,
             ]
             for name in names:
                 mean, spread = mean_and_spread(cells[name][key])
-                row.append(f"{mean:.3f} ± {spread:.3f}" if len(cells[name][key]) > 1 else f"{mean:.3f}")
+                row.append(f"{mean:.3f} ± {spread:.3f}" if number > 1 else f"{mean:.3f}")
             lines.append(f"| {' | '.join(row)} |")
-    lines += ["", "Mean and standard deviation over seeds. The paper's (GQA, Table 1; T5, α = 5%):", ""]
+    over = "One seed" if max(numbers) == 1 else "Mean and standard deviation over seeds"
+    over += ", of one seed its own number" if min(numbers) == 1 < max(numbers) else ""
+    lines += ["", f"{over}. The paper's (GQA, Table 1; T5, α = 5%):", ""]
     lines.append(f"| model | time per sample and TPU v4 chip, s | average | {' | '.join(paper.TABLE_1_COLUMNS)} |")
     lines.append("|---|" + "--:|" * (2 + len(paper.TABLE_1_COLUMNS)))
     for model, (time, average, tasks) in paper.TABLE_1.items():

@@ -1,10 +1,11 @@
 """The paper's figures, drawn from results: every function takes numbers and returns a picture, `save` writes it.
 
 Readable in grey: models and methods differ by mark and line, not by colour. Error bars are the standard deviation over
-seeds, of times the range of the repetitions; one that would reach 0 on a logarithmic axis ends at the least seed.
+seeds, of times the range of the repetitions; one that would reach 0 on a logarithmic axis ends at the least seed. Where
+points are of different numbers of seeds, hollow ones are of a single one.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,26 +13,29 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from experiments import paper
-from experiments.scores import TEACHER, Results, label, mean_and_spread, model_name, size_name
+from experiments.scores import TEACHER, Results, label, mean_and_spread, size_name
 from experiments.stability import Curve
 from gqa import files
 
-# Mark, line, grey, hollow.
+# Mark, line, grey.
 STYLES = (
-    ("o", "-", "0.0", False),
-    ("s", "--", "0.4", False),
-    ("D", "-", "0.15", True),
-    ("^", ":", "0.5", False),
-    ("v", "-.", "0.3", True),
-    ("P", "--", "0.6", True),
-    ("X", ":", "0.2", False),
-    ("<", "-", "0.6", False),
-    (">", "-.", "0.1", True),
-    ("h", "--", "0.5", True),
+    ("o", "-", "0.0"),
+    ("s", "--", "0.4"),
+    ("D", "-.", "0.15"),
+    ("^", ":", "0.5"),
+    ("v", "-", "0.3"),
+    ("P", "--", "0.6"),
+    ("X", ":", "0.2"),
+    ("<", "-", "0.6"),
+    (">", "-.", "0.1"),
+    ("h", "--", "0.5"),
 )
+PAPER = ("*", "1", "2", "+")  # the paper's marks, none of ours
 WIDE = 30  # largest by smallest loss from which on an axis of losses is logarithmic
+NEAR = 0.01  # nats from MHA below which the axis of distances is linear, where some are better than MHA
 # Of many methods, those that lines are drawn of.
 LINES = ("mean", "mean+refit", "procrustes+renorm", "svd", "svd+group+refit", "svd+group+tune+refit")
 
@@ -50,66 +54,88 @@ def quality_against_time(results: Results, times: Mapping[tuple[str, str], Seque
 
     `times` are seconds a sample by teacher and model: median, least and most.
     """
-    figure, axes = _panels(2, (10.5, 4.4))
+    figure, axes = _panels(2, (10.5, 5.2))
+    points = {}
     for teacher in results.teachers:
         own = results.of(teacher)
         cells, compared = own.cells(score), own.compared()
-        kinds = list(dict.fromkeys(method for method, _, _ in compared))
         for method, kv_heads, alpha in compared:
-            model = "MHA" if method == TEACHER else model_name(kv_heads)
+            model = own.model(method, kv_heads)
             # Beside models that were uptrained stands the teacher that was, where there is one.
             if (teacher, model) not in times or (alpha == 0 and (method, kv_heads, own.alpha) in compared):
                 continue
-            time, least, most = times[teacher, model]
-            quality, spread = mean_and_spread(cells[method, kv_heads, alpha])
             name = f"{teacher} {model}" if len(results.teachers) > 1 else model
             name += "" if method in (TEACHER, "mean") else f", {method}"
-            axes[0].errorbar(
-                time, quality, spread, [[time - least], [most - time]], label=name, **_style(kinds.index(method))
-            )
-            _name(axes[0], name, (time, quality))
-    _titles(axes[0], f"α = {results.alpha:.0%}, {results.name}", "time per sample, s", label(score))
-    for number, (name, (time, average, _)) in enumerate(paper.TABLE_1.items()):
-        axes[1].errorbar(time, average, label=name, **_style(number))
-        _name(axes[1], name, (time, average))
+            points[name] = cells[method, kv_heads, alpha], times[teacher, model]
+    mixed = _mixed(values for values, _ in points.values())
+    for number, (name, (values, (time, least, most))) in enumerate(points.items()):
+        quality, spread = mean_and_spread(values)
+        style = _style(number, hollow=mixed and len(values) == 1)
+        axes[0].errorbar(time, quality, spread, [[time - least], [most - time]], label=name, **style)
+    seeds = _seeds(({name: values for name, (values, _) in points.items()}, "linear"))
+    _titles(axes[0], f"α = {results.alpha:.0%}, {results.name}\n{seeds}", "time per sample, s", label(score))
+    for mark, (name, (time, average, _)) in zip(PAPER, paper.TABLE_1.items(), strict=True):
+        style = dict(marker=mark, markersize=12, markeredgewidth=1.8, color="black", linestyle="none")
+        axes[1].errorbar(time, average, label=name, **style)
     _titles(axes[1], "the paper, T5 (Table 1)", "time per sample and TPU v4 chip, s", "average of seven tasks")
-    for axis in axes:
+    for axis, side in zip(axes, ("left", "right"), strict=True):
         axis.margins(y=0.2)
-        axis.set_xlim(0, 1.25 * axis.dataLim.x1)  # room for the name of the last point
+        axis.set_xlim(0, 1.1 * axis.dataLim.x1)
+        # A legend each: the panels share no model.
+        handles = axis.get_legend_handles_labels()
+        figure.legend(*handles, loc=f"outside lower {side}", ncols=2, fontsize=8, frameon=False)
     return figure
 
 
 def methods(results: Results, score: str) -> Figure:
-    """GQA fig. 4: the conversion methods of one teacher, by share of uptraining; at α = 5 % the paper's beside them."""
+    """GQA fig. 4: the conversion methods of one teacher, by share of uptraining; at α = 5 % the paper's beside them.
+
+    A loss is drawn by its distance to MHA's of the same α where there is one: the best methods lose so little that
+    otherwise all are on MHA's line.
+    """
     cells = results.cells(score)
     names = [method for method in dict.fromkeys(method for method, _, _ in cells) if method != TEACHER]
     kv_heads = sorted({K for method, K, _ in cells if method != TEACHER}, reverse=True)
     shares = sorted({alpha for method, _, alpha in cells if method != TEACHER})
     if len(shares) > 3:  # the others are in fig. 5
         shares = [alpha for alpha in shares if alpha in (0.0, results.alpha)]
+    cells = {cell: values for cell, values in cells.items() if cell[0] == TEACHER or cell[2] in shares}
     beside = 0.05 in shares
-    figure, axes = _panels(len(shares) + beside, (2.2 + 3.6 * (len(shares) + beside), 1.6 + 0.32 * max(5, len(names))))
-    rows, scale = {method: row for row, method in enumerate(names)}, _scale(cells, score)
+    figure, axes = _panels(len(shares) + beside, (2.2 + 3.6 * (len(shares) + beside), 2.2 + 0.36 * max(5, len(names))))
+    distances = _distances(cells, score)
+    drawn = distances or {cell: values for cell, values in cells.items() if cell[0] != TEACHER}
+    mixed, scale = _mixed(drawn.values()), "linear" if distances else _scale(cells.values(), score)
+    panels = []
     for axis, alpha in zip(axes, shares, strict=False):
+        present = [method for method in names if any((method, K, alpha) in drawn for K in kv_heads)]
+        here = {cell: values for cell, values in drawn.items() if cell[2] == alpha}
+        if distances:
+            scale = _distance_scale(here)
+        panels.append((here, scale))
         for number, K in enumerate(kv_heads):
-            found = {method: _bar(cells[method, K, alpha], scale) for method in names if (method, K, alpha) in cells}
-            if found:
-                quality, *spread = zip(*found.values(), strict=True)
-                style = _style(number) | {"linestyle": "none"}
-                axis.errorbar(quality, [rows[method] for method in found], xerr=spread, label=model_name(K), **style)
-        _teacher_line(axis.axvline, cells, alpha)
-        _titles(axis, f"α = {alpha:.0%}", label(score), "")
-        axis.set_xscale(scale)
-        _method_axis(axis, names)
+            # The models of a method stand one under the other: they are often as good.
+            below = 0.24 * len(present) / len(names) * (number - (len(kv_heads) - 1) / 2)
+            row = {method: row + below for row, method in enumerate(present)}
+            points = {row[method]: here[method, K, alpha] for method in present if (method, K, alpha) in here}
+            _points(axis, points, scale, mixed, results.model(names[0], K), _style(number) | {"linestyle": "none"}, "x")
+        if distances:
+            title = f"α = {alpha:.0%}, MHA's loss {_number(cells, alpha)}"
+            _titles(axis, title, _distance_label(scale), "")
+        else:
+            _teacher_line(axis.axvline, cells, alpha)
+            _titles(axis, f"α = {alpha:.0%}", label(score).replace(" (", "\n("), "")
+        _set_scale(axis, "x", scale)
+        _method_axis(axis, present)
     if beside:
         ranges = paper.FIGURE_4_READ_OFF
         middle = [(low + high) / 2 for low, high in ranges.values()]
         half = [(high - low) / 2 for low, high in ranges.values()]
-        style = dict(marker="*", markersize=11, color="black", linestyle="none", capsize=3)  # no mark of ours
+        style = dict(marker=PAPER[0], markersize=11, color="black", linestyle="none", capsize=3)
         axes[-1].errorbar(middle, range(len(ranges)), xerr=half, label="MQA (bars: as far as it can be read)", **style)
         title = "the paper, T5-Large, α = 5%,\nread off its fig. 4"
         _titles(axes[-1], title, "average score (higher is better)", "")
         _method_axis(axes[-1], list(ranges))
+    figure.suptitle(_seeds(*panels), fontsize=10)
     _legend(figure)
     return figure
 
@@ -117,23 +143,28 @@ def methods(results: Results, score: str) -> Figure:
 def quality_against_alpha(results: Results, score: str) -> Figure:
     """GQA fig. 5: one teacher's models against the share of the pre-training that uptraining takes.
 
-    A model that was never uptrained is no line and is left out.
+    A model that was never uptrained is no line and is left out. Beside losses stands their distance to MHA's of the
+    same α, where there is one and the losses are too alike for their own axis to be logarithmic.
     """
     cells = results.cells(score)
     uptrained = {(method, K) for method, K, alpha in cells if alpha}
     cells = {cell: values for cell, values in cells.items() if cell[:2] in uptrained}
-    scale = _scale(cells, score)
-    figure, (axis,) = _panels(1, (6.8, 4.4))
+    distances = _distances(cells, score)
+    panels, names = [(cells, _scale(cells.values(), score))], [("", label(score))]
+    if distances:
+        panels.append((distances, scale := _distance_scale(distances)))
+        names.append(("distance to MHA of the same α", _distance_label(scale)))
+    figure, axes = _panels(len(panels), (2.2 + 4.6 * len(panels), 4.8))
     kinds = list(dict.fromkeys((method, K) for method, K, _ in cells))
-    for number, (method, K) in enumerate(kinds):
-        points = sorted(
-            (alpha, *_bar(values, scale)) for (*kind, alpha), values in cells.items() if kind == [method, K]
-        )
-        alphas, quality, *spread = zip(*points, strict=True)
-        name = "MHA" if method == TEACHER else f"{model_name(K)}, {method}"
-        axis.errorbar([100 * alpha for alpha in alphas], quality, spread, label=name, **_style(number))
-    _titles(axis, _seeds(cells), "α: share of the pre-training steps, %", label(score))
-    axis.set_yscale(scale)
+    mixed = _mixed(cells.values())
+    for axis, (drawn, scale), (title, name) in zip(axes, panels, names, strict=True):
+        for number, (method, K) in enumerate(kinds):
+            points = {100 * alpha: values for (*kind, alpha), values in drawn.items() if kind == [method, K]}
+            model = results.model(method, K) + ("" if method == TEACHER else f", {method}")
+            _points(axis, points, scale, mixed, model, _style(number))
+        _titles(axis, title, "α: share of the pre-training steps, %", name)
+        _set_scale(axis, "y", scale)
+    figure.suptitle(_seeds(*panels), fontsize=10)
     _legend(figure)
     return figure
 
@@ -141,26 +172,22 @@ def quality_against_alpha(results: Results, score: str) -> Figure:
 def quality_against_groups(results: Results, score: str) -> Figure:
     """One teacher's models against their key/value heads, a panel a share of uptraining."""
     cells = results.cells(score)
-    scale = _scale(cells, score)
+    scale = _scale(cells.values(), score)
     names = [method for method in dict.fromkeys(method for method, _, _ in cells) if method != TEACHER]
     if len(names) > len(STYLES):
         names = [method for method in names if method in LINES]
-    shares = sorted({alpha for method, _, alpha in cells if method in names})
-    figure, axes = _panels(len(shares), (1.5 + 4.5 * len(shares), 4.8), sharey=True)
+    drawn = {cell: values for cell, values in cells.items() if cell[0] in names}
+    shares, mixed = sorted({alpha for _, _, alpha in drawn}), _mixed(drawn.values())
+    figure, axes = _panels(len(shares), (1.5 + 4.5 * len(shares), 5.1), sharey=True)
     for axis, alpha in zip(axes, shares, strict=True):
         _teacher_line(axis.axhline, cells, alpha)
         for number, method in enumerate(names):
-            points = sorted(
-                (K, *_bar(values, scale))
-                for (name, K, share), values in cells.items()
-                if (name, share) == (method, alpha)
-            )
-            if points:
-                K, quality, *spread = zip(*points, strict=True)
-                axis.errorbar(K, quality, spread, label=method, **_style(number))
-        _heads_axis(axis, sorted({K for method, K, _ in cells if method in names}))
+            points = {K: values for (name, K, share), values in drawn.items() if (name, share) == (method, alpha)}
+            _points(axis, points, scale, mixed, method, _style(number))
+        _heads_axis(axis, sorted({K for _, K, _ in drawn}))
         _titles(axis, f"α = {alpha:.0%}", "key/value heads", label(score))
         axis.set_yscale(scale)
+    figure.suptitle(_seeds((drawn, scale)), fontsize=10)
     _legend(figure)
     return figure
 
@@ -168,6 +195,9 @@ def quality_against_groups(results: Results, score: str) -> Figure:
 def time_against_groups(results: Mapping[str, Any], name: str | None = None) -> Figure:
     """GQA fig. 6: time per sample against key/value heads, and what reading the input and the steps' bytes alone would
     take, of the results of `experiments.timing`, in a folder `name`. Beside T5-XXL the paper's.
+
+    Where a step itself is faster than the copy, as weights in a cache are, the copy is no bound and its times are left
+    out.
     """
     config = results["config"]
     rows = first_format(results)
@@ -177,7 +207,8 @@ def time_against_groups(results: Mapping[str, Any], name: str | None = None) -> 
     figure, (axes,) = _panels(1, (6.8, 4.8))
     copy = 1e9 * results["copy_gb_per_second"]
     parts = {"reading the input": [row["reading_seconds"] / row["batch_size"] for row in rows]}
-    for part in ("weights", "self_cache", "cross_cache"):
+    faster = any(row["gb_per_second"] / results["copy_gb_per_second"] > 1 for row in rows)
+    for part in () if faster else ("weights", "self_cache", "cross_cache"):
         of_sample = [config["new_tokens"] * row["step_bytes"][part] / row["batch_size"] for row in rows]
         if any(of_sample):
             parts[f"{part.replace('_', ' ')} at copy speed"] = [number / copy for number in of_sample]
@@ -193,6 +224,8 @@ def time_against_groups(results: Mapping[str, Any], name: str | None = None) -> 
     axes.margins(x=0.15, y=0.1)  # room for the names of the points
     axes.set_ylim(bottom=0)
     title = f"{size_name(config, name)}: input {config['inputs_length']}, {config['new_tokens']} new tokens"
+    if faster:
+        title += f"\nsteps read their bytes faster than a copy's {results['copy_gb_per_second']:.3g} GB/s"
     _titles(axes, title, "key/value heads", "time per sample, s")
     _legend(figure)
     return figure
@@ -235,26 +268,46 @@ def first_format(results: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def stability(curves: Sequence[Curve]) -> Figure:
-    """GQA appendix A: training losses with their spikes, spikes a run, and the last held-out loss, over seeds."""
+    """GQA appendix A: training losses with their spikes, spikes a run, and the last held-out loss, over seeds.
+
+    Losses have a panel for each way to train: uptraining takes far fewer steps than training from scratch.
+    """
     models = list(dict.fromkeys(curve.model for curve in curves))
-    figure, axes = _panels(3, (12.5, 1.6 + 0.3 * max(9, len(models))), widths=(2, 1, 1))
+    kinds = list(dict.fromkeys(curve.kind for curve in curves))
+    size = (6.2 + 4.6 * len(kinds), 1.8 + 0.3 * max(9, len(models)))
+    figure, axes = _panels(len(kinds) + 2, size, widths=[1.5] * len(kinds) + [1, 1])
+    counts, ends = axes[-2:]
     for row, model in enumerate(models):
-        style = _style(row)
         runs = [curve for curve in curves if curve.model == model]
+        axis = axes[kinds.index(runs[0].kind)]
         for number, curve in enumerate(runs):
-            line = dict(color=style["color"], linestyle=style["linestyle"], linewidth=0.9)
-            axes[0].plot(curve.steps, curve.losses, label=model if number == 0 else None, **line)
-            axes[0].plot(curve.steps[curve.spikes], curve.losses[curve.spikes], "x", color="black", markersize=7)
+            line = _style(row) | dict(linewidth=0.9, markersize=3.5, markevery=max(1, len(curve.steps) // 8))
+            del line["capsize"]  # of error bars
+            axis.plot(curve.steps, curve.losses, label=model if number == 0 else None, **line)
+            axis.plot(curve.steps[curve.spikes], curve.losses[curve.spikes], "x", color="black", markersize=7)
+        spikes = [len(curve.spikes) for curve in runs if curve.countable]
         heldout = [curve.heldout for curve in runs if curve.heldout is not None]
-        for axis, values in ((axes[1], [len(curve.spikes) for curve in runs]), (axes[2], heldout)):
+        for axis, values in ((counts, spikes), (ends, heldout)):
             if values:
                 mean, spread = mean_and_spread(np.array(values))
-                axis.errorbar(mean, row, xerr=spread, label=model, **style)
-    _titles(axes[0], "a line a seed; x: a spike", "step", "training loss, nats a token")
-    _titles(axes[1], "spikes", "spikes a run", "")
-    _titles(axes[2], "spread over seeds", "last held-out loss, nats a token", "")
-    _method_axis(axes[1], models)
-    _method_axis(axes[2], [""] * len(models))
+                axis.errorbar(mean, row, xerr=spread, label=model, **_style(row))
+        if not spikes:
+            place = counts.get_yaxis_transform()
+            counts.text(
+                0.5, row, "too few lines", transform=place, ha="center", va="center", fontsize=8, style="italic"
+            )
+    for axis, kind in zip(axes, kinds, strict=False):
+        runs = [curve for curve in curves if curve.kind == kind]
+        countable = any(curve.countable for curve in runs)
+        title = f"{kind}: a line a seed" + ("; x: a spike" if countable else "")
+        _titles(axis, title, "step", "training loss, nats a token")
+        # A spike is a difference of losses: an axis that shows some is linear.
+        scale = "linear" if countable else _scale([curve.losses for curve in runs], "loss")
+        axis.set_yscale(scale)
+    _titles(counts, "mean and standard deviation", "spikes a run", "")
+    _titles(ends, "over seeds", "last held-out loss,\nnats a token", "")
+    _method_axis(counts, models)
+    _method_axis(ends, [""] * len(models))
     _legend(figure)
     return figure
 
@@ -283,9 +336,22 @@ def _panels(count: int, size: tuple[float, float], widths=None, **shared) -> tup
     return figure, figure.subplots(1, count, squeeze=False, width_ratios=widths, **shared)[0]
 
 
-def _style(number: int) -> dict[str, Any]:
-    mark, line, grey, hollow = STYLES[number % len(STYLES)]
+def _style(number: int, hollow: bool = False) -> dict[str, Any]:
+    mark, line, grey = STYLES[number % len(STYLES)]
     return dict(marker=mark, linestyle=line, color=grey, markerfacecolor="white" if hollow else grey, capsize=3)
+
+
+def _points(axis: Axes, points: Mapping[float, np.ndarray], scale: str, mixed: bool, name: str, style, along="y"):
+    """Means and error bars of `{place: the score of each seed}`; where numbers of seeds are `mixed`, one is hollow."""
+    if not points:
+        return
+    places = sorted(points)
+    quality, *spread = zip(*(_bar(points[place], scale) for place in places), strict=True)
+    data = (quality, places) if along == "x" else (places, quality)
+    axis.errorbar(*data, **{f"{along}err": spread}, label=name, **style)
+    single = [index for index, place in enumerate(places) if mixed and len(points[place]) == 1]
+    hollow = dict(marker=style["marker"], color=style["color"], markerfacecolor="white", linestyle="none", zorder=3)
+    axis.plot(*([numbers[index] for index in single] for numbers in data), **hollow)
 
 
 def _titles(axis: Axes, title: str, x: str, y: str) -> None:
@@ -327,18 +393,79 @@ def _teacher_line(draw, cells: Mapping[tuple[str, int, float], np.ndarray], alph
         draw(mean_and_spread(values)[0], color="0.5", linestyle="-.", label=name)
 
 
-def _scale(cells: Mapping[tuple[str, int, float], np.ndarray], score: str) -> str:
-    values = np.concatenate(list(cells.values()))
+def _scale(cells: Iterable[np.ndarray], score: str) -> str:
+    values = np.concatenate(list(cells))
     return "log" if score == "loss" and 0 < WIDE * values.min() < values.max() else "linear"
+
+
+def _distances(cells: Mapping[tuple[str, int, float], np.ndarray], score: str) -> dict[tuple, np.ndarray]:
+    """The losses of conversions less MHA's mean of the same α; none where an α has no MHA, or an axis of the losses
+    themselves is logarithmic and tells them apart.
+    """
+    converted = {cell: values for cell, values in cells.items() if cell[0] != TEACHER}
+    reference = {alpha: values.mean() for (method, _, alpha), values in cells.items() if method == TEACHER}
+    if (
+        score != "loss"
+        or _scale(cells.values(), score) == "log"
+        or not {alpha for *_, alpha in converted} <= set(reference)
+    ):
+        return {}
+    return {cell: values - reference[cell[2]] for cell, values in converted.items()}
+
+
+def _distance_scale(distances: Mapping[tuple[str, int, float], np.ndarray]) -> str:
+    return "log" if all(values.min() > 0 for values in distances.values()) else "symlog"
+
+
+def _distance_label(scale: str) -> str:
+    note = f"\nlinear below {NEAR:g}" if scale == "symlog" else ""
+    return f"held-out loss above MHA's,\nnats a token (lower is better){note}"
+
+
+def _set_scale(axis: Axes, direction: str, scale: str) -> None:
+    getattr(axis, f"set_{direction}scale")(scale, **({"linthresh": NEAR} if scale == "symlog" else {}))
+    if scale == "log":
+        low, high = getattr(axis.dataLim, f"interval{direction}")
+        if high < 300 * low:  # powers of ten would be one or two marks, and those between them too many
+            side = getattr(axis, f"{direction}axis")
+            side.set_major_locator(LogLocator(subs=(1, 3)))
+            side.set_major_formatter("{x:g}")
+            side.set_minor_formatter(NullFormatter())
+
+
+def _number(cells: Mapping[tuple[str, int, float], np.ndarray], alpha: float) -> str:
+    """MHA's, with the deviation over seeds where there are several."""
+    (values,) = (values for (method, _, share), values in cells.items() if (method, share) == (TEACHER, alpha))
+    mean, spread = mean_and_spread(values)
+    return f"{mean:.4f} ± {spread:.4f}" if len(values) > 1 else f"{mean:.4f}"
+
+
+def _mixed(cells: Iterable[np.ndarray]) -> bool:
+    """Whether some are of one seed and others of more."""
+    numbers = {len(values) for values in cells}
+    return 1 in numbers and len(numbers) > 1
 
 
 def _bar(values: np.ndarray, scale: str) -> tuple[float, float, float]:
     """The mean over seeds, and how far its error bar goes down and up."""
     mean, spread = mean_and_spread(values)
-    return mean, mean - float(values.min()) if scale == "log" and spread >= mean else spread, spread
+    return mean, mean - float(values.min()) if _cut(values, scale) else spread, spread
 
 
-def _seeds(cells: Mapping[tuple[str, int, float], np.ndarray]) -> str:
-    least, most = min(map(len, cells.values())), max(map(len, cells.values()))
-    number = f"{least} to {most}" if least < most else str(most)
-    return f"mean and standard deviation of {number} seeds" if most > 1 else "one seed"
+def _cut(values: np.ndarray, scale: str) -> bool:
+    """Whether an error bar would reach 0 on a logarithmic axis."""
+    mean, spread = mean_and_spread(values)
+    return scale == "log" and spread >= mean
+
+
+def _seeds(*panels: tuple[Mapping[tuple[str, int, float], np.ndarray], str]) -> str:
+    """What marks and error bars are, of panels with these cells and scales."""
+    found = [(values, scale) for cells, scale in panels for values in cells.values()]
+    numbers = [len(values) for values, _ in found]
+    number = f"{min(numbers)} to {max(numbers)}" if min(numbers) < max(numbers) else str(max(numbers))
+    text = f"mean and standard deviation of {number} seeds" if max(numbers) > 1 else "one seed"
+    if _mixed(values for values, _ in found):
+        text += "; hollow: one seed"
+    if any(_cut(values, scale) for values, scale in found):
+        text += "\nlower bars to the least seed where the deviation reaches 0"
+    return text

@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -30,21 +31,21 @@ class Score(NamedTuple):
     seed: int
     values: Mapping[str, float]  # loss, accuracy, …
 
-    @property
-    def model(self) -> str:
-        """As the paper names it: MHA, GQA-8, MQA."""
-        return "MHA" if self.method == TEACHER else model_name(self.kv_heads)
-
 
 class Results(NamedTuple):
     """The scores of one file of results, all of the same held-out text."""
 
     name: str  # for the files of its figures
     scores: Sequence[Score]
+    heads: Mapping[str, int] = MappingProxyType({})  # of the teachers that are known to have so many
 
     def of(self, teacher: str) -> "Results":
         """Those of one teacher."""
-        return Results(self.name, [score for score in self.scores if score.teacher == teacher])
+        return self._replace(scores=[score for score in self.scores if score.teacher == teacher])
+
+    def model(self, method: str, kv_heads: int) -> str:
+        """Of one teacher's results, as the paper names it: MHA, GQA-8, MQA."""
+        return model_name(kv_heads, kv_heads if method == TEACHER else self.heads.get(self.teachers[0]))
 
     @property
     def teachers(self) -> list[str]:
@@ -75,9 +76,9 @@ class Results(NamedTuple):
         return [key for key in keys if key[2] == self.alpha or (key[0] == TEACHER and key[2] == 0)]
 
 
-def model_name(kv_heads: int) -> str:
-    """Of a conversion to so many key/value heads."""
-    return "MQA" if kv_heads == 1 else f"GQA-{kv_heads}"
+def model_name(kv_heads: int, heads: int | None = None) -> str:
+    """Of so many key/value heads; without the number of heads none is MHA."""
+    return "MHA" if kv_heads == heads else "MQA" if kv_heads == 1 else f"GQA-{kv_heads}"
 
 
 def mean_and_spread(values: np.ndarray) -> tuple[float, float]:
@@ -86,10 +87,9 @@ def mean_and_spread(values: np.ndarray) -> tuple[float, float]:
 
 
 def size_name(config: Mapping[str, Any], folder: str | None = None) -> str:
-    """What `experiments.timing` or `throughput` measured: the size, or where its shapes are changed the folder too."""
-    if not config["changes"]:
-        return config["size"]
-    return f"{folder} ({config['size']}, changed)" if folder else f"{config['size']}, changed"
+    """What `experiments.timing` or `throughput` measured: the size, and its folder: one may be measured twice."""
+    size = config["size"] + (", changed" if config["changes"] else "")
+    return size if folder in (None, size) else f"{folder} ({size})"
 
 
 def label(name: str) -> str:
@@ -106,14 +106,38 @@ def read(path: Path) -> Results | None:
     folder = path.parent.name
     if "sites" in _first(content.get("runs")):
         with reading(path, "experiments.conversion_methods"):
-            return Results(f"{folder}_{path.stem}", of_conversions(content, path.stem))
+            return _known(f"{folder}_{path.stem}", of_conversions(content, path.stem))
     if "teacher" in _first(content.get("runs")):
         with reading(path, "experiments.sweep"):
-            return Results(folder, [of_sweep(run) for run in content["runs"]])
+            return _known(folder, [of_sweep(run) for run in content["runs"]], _settings(path.with_name("sweep.json")))
     if "loss_mean" in _first(content.get("rows")):
         with reading(path, "experiments.uptrain_full"):
-            return Results(folder, of_uptrain_full(content))
+            return _known(folder, of_uptrain_full(content))
     return None
+
+
+def share_heads(found: Sequence[Results]) -> list[Results]:
+    """`found`, with the heads of teachers that others of them know: a teacher of one name is one model."""
+    heads = {teacher: number for results in found for teacher, number in results.heads.items()}
+    return [results._replace(heads=heads | results.heads) for results in found]
+
+
+def _known(name: str, scores: Sequence[Score], heads: Mapping[str, int] = MappingProxyType({})) -> Results:
+    """With the heads of the teachers that are among the scores, unconverted.
+
+    The most key/value heads of others say nothing: T5-XXL's GQA-8 and MQA are no MHA.
+    """
+    own = {score.teacher: score.kv_heads for score in scores if score.method == TEACHER}
+    return Results(name, scores, {**heads, **own})
+
+
+def _settings(path: Path) -> dict[str, int]:
+    """The heads of a sweep's teachers, of the sweep.json that it puts beside its results."""
+    if not path.exists():
+        return {}
+    with reading(path, "experiments.sweep"):
+        teachers = {name: value for name, value in read_json(path).items() if name.startswith("teachers.")}
+        return {name.removeprefix("teachers."): int(teacher["kv_heads"]) for name, teacher in teachers.items()}
 
 
 @contextlib.contextmanager

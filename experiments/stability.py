@@ -1,24 +1,27 @@
 """How steadily runs train (GQA, appendix A): spikes of the training loss, spread of the last held-out loss by seed."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
 
-from experiments.scores import reading
+from experiments.scores import TEACHER, model_name, reading
 from gqa.checkpoints.hf_config import read_json
 from gqa.training import metrics
 
 WINDOW = 11  # lines of metrics before a loss that say what is usual
 FACTOR = 6.0  # robust standard deviations above that are a spike
+SCRATCH, UPTRAINED, TRAINED = "from scratch", "uptrained", "trained"  # of a run of gqa.train it is not known
 
 
 class Curve(NamedTuple):
     """The losses of one run."""
 
     model: str  # runs of one model differ in their seed alone
+    kind: str  # how it was trained
     seed: int
     steps: np.ndarray
     losses: np.ndarray  # of training batches, at `steps`
@@ -28,6 +31,11 @@ class Curve(NamedTuple):
     def spikes(self) -> np.ndarray:
         """Where in `steps` the loss jumps up."""
         return spikes(self.losses)
+
+    @property
+    def countable(self) -> bool:
+        """Whether there are lines enough for a spike to be seen."""
+        return len(self.losses) > WINDOW
 
 
 def spikes(losses: np.ndarray) -> np.ndarray:
@@ -46,40 +54,64 @@ def spikes(losses: np.ndarray) -> np.ndarray:
     return np.sort(np.concatenate([np.flatnonzero(~known), later[losses[later] - usual > FACTOR * scale]]))
 
 
-def read(folders: Sequence[Path], alpha: float | None) -> list[Curve]:
+def read(folders: Sequence[Path], alpha: float | None, heads: Mapping[str, int] = MappingProxyType({})) -> list[Curve]:
     """The runs in `folders`, of gqa.train or of a sweep: folders NAME-s1, NAME-s2 … or NAME-seed1 … hold seeds of NAME.
 
     Of a sweep those that uptrain for `alpha` (None: the largest) from mean pooling, the teacher's, and those trained
-    from scratch. A run that is in several folders counts once; runs of fewer than two seeds are left out.
+    from scratch, which are named as the paper does; `heads` are the teachers'. A run that is in several folders counts
+    once; runs of fewer than two seeds are left out.
     """
     found = {(path, path.relative_to(folder).parts) for folder in folders for path in folder.rglob(metrics.JSONL)}
     paths = sorted({path for path, parts in found if not {"checkpoints", "uptrained"} & set(parts)})
-    found = list(_curves(path.parent for path in paths))
-    shares = {share for _, share in found if share is not None}
+    found = list(_runs(path.parent for path in paths))
+    shares = {run.alpha for run in found if run.curve.kind == UPTRAINED}
     wanted = max(shares, default=None) if alpha is None else alpha
-    curves: dict[tuple[str, int], Curve] = {}
-    for curve, share in found:
-        if share in (None, wanted):
-            curves.setdefault((curve.model, curve.seed), curve)
-    models = [model for model, _ in curves]
-    return [curve for curve in curves.values() if models.count(curve.model) > 1]
+    runs: dict[tuple[str, int], _Run] = {}
+    for run in found:
+        if run.curve.kind != UPTRAINED or run.alpha == wanted:
+            runs.setdefault((run.curve.model, run.curve.seed), run)
+    models = [model for model, _ in runs]
+    kept = [run for run in runs.values() if models.count(run.curve.model) > 1]
+    several = len({run.teacher for run in kept if run.teacher}) > 1
+    order = [TRAINED, SCRATCH, UPTRAINED]
+    kept.sort(key=lambda run: (order.index(run.curve.kind), run.teacher, -run.kv_heads))
+    return [run.curve._replace(model=run.name(heads, several)) for run in kept]
 
 
-def _curves(runs: Iterator[Path]) -> Iterator[tuple[Curve, float | None]]:
-    """Each run and its α, None where it does not uptrain."""
-    for run in runs:
-        name, lines, alpha = re.fullmatch(r"(.+?)-(?:s|seed)(\d+)", run.name), metrics.read(run), None
+class _Run(NamedTuple):
+    """A curve and what its sweep says of it."""
+
+    curve: Curve
+    teacher: str = ""
+    method: str = ""
+    kv_heads: int = 0
+    alpha: float = 0.0
+
+    def name(self, heads: Mapping[str, int], several: bool) -> str:
+        """As the paper names it, of `several` teachers with the teacher; its folder's where no sweep made it."""
+        if not self.teacher:
+            return self.curve.model
+        model = model_name(self.kv_heads, self.kv_heads if self.method == TEACHER else heads.get(self.teacher))
+        return f"{self.teacher} {model}, {self.curve.kind}" if several else f"{model}, {self.curve.kind}"
+
+
+def _runs(folders: Iterator[Path]) -> Iterator[_Run]:
+    for folder in folders:
+        name, lines, of_sweep = re.fullmatch(r"(.+?)-(?:s|seed)(\d+)", folder.name), metrics.read(folder), ()
         if name is None:
             continue
-        if (path := run / "result.json").exists():
+        kind = TRAINED
+        if (path := folder / "result.json").exists():
             result = read_json(path)
             with reading(path, "experiments.sweep"):
-                if result["method"] not in ("none", "mean", "scratch"):
+                if result["method"] not in (TEACHER, "mean", "scratch"):
                     continue
-                alpha = float(result["alpha"]) if result["method"] != "scratch" else None
-        with reading(run / metrics.JSONL, "gqa.train"):
+                kind = SCRATCH if result["method"] == "scratch" else UPTRAINED
+                of_sweep = (result["teacher"], result["method"], int(result["kv_heads"]), float(result["alpha"]))
+        with reading(folder / metrics.JSONL, "gqa.train"):
             training = [(line["step"], float(line["loss"])) for line in lines if line["split"] == "train"]
             heldout = [float(line["loss"]) for line in lines if line["split"] == "heldout"]
         if training:
             steps, losses = map(np.array, zip(*training, strict=True))
-            yield Curve(name[1], int(name[2]), steps, losses, heldout[-1] if heldout else None), alpha
+            curve = Curve(name[1], kind, int(name[2]), steps, losses, heldout[-1] if heldout else None)
+            yield _Run(curve, *of_sweep)

@@ -48,6 +48,7 @@ TIMING = dict(
             seconds_per_sample=time,
             seconds_per_sample_range=[0.9 * time, 1.3 * time],
             reading_seconds=0.04,
+            gb_per_second=1.5,
             step_bytes=dict(weights=8_000_000, self_cache=K * 1_000_000, cross_cache=K * 4_000_000),
         )
         for K, time in SECONDS.items()
@@ -58,6 +59,15 @@ TIMING = dict(
 @pytest.fixture
 def sweep():
     return Results("groups", [of_sweep(run) for run in RUNS])
+
+
+ABOVE = "held-out loss above MHA's"
+
+
+def hollow(axis):
+    """The points that are marked as those of a single seed, and the mark of each."""
+    lines = [line for line in axis.lines if line.get_markerfacecolor() == "white"]
+    return {(*map(float, point), line.get_marker()) for line in lines for point in line.get_xydata()}
 
 
 def drawn(axis, direction="y"):
@@ -84,25 +94,84 @@ def test_quality_against_alpha(sweep):
     wanted = [(100 * alpha, *of("mean", 2, alpha)) for alpha in (0.0, 0.02, 0.05)]
     np.testing.assert_allclose(found["GQA-2, mean"], wanted, atol=1e-9)
     np.testing.assert_allclose(found["MHA"][2], (5, *of("none", 8, 0.05)), atol=1e-9)
-    accuracy = drawn(pictures.quality_against_alpha(sweep, "accuracy").axes[0])
-    assert accuracy["GQA-2, mean"][0][1] == pytest.approx(0.4)
+    (panel,) = pictures.quality_against_alpha(sweep, "accuracy").axes
+    assert drawn(panel)["GQA-2, mean"][0][1] == pytest.approx(0.4)
+
+
+def test_distance_to_multi_head_against_alpha(sweep):
+    losses, distances = pictures.quality_against_alpha(sweep, "loss").axes
+    assert distances.get_ylabel().startswith(ABOVE) and (losses.get_yscale(), distances.get_yscale()) == (
+        "linear",
+        "log",
+    )
+    found = drawn(distances)
+    wanted = [(100 * alpha, of("mean", 2, alpha)[0] - of("none", 8, alpha)[0]) for alpha in (0.0, 0.02, 0.05)]
+    np.testing.assert_allclose([point[:2] for point in found["GQA-2, mean"]], wanted)
+    assert "MHA" not in found and "MHA" in drawn(losses)
+    # Without MHA of every α there are none.
+    without = Results("x", [score for score in sweep.scores if (score.method, score.alpha) != ("none", 0.02)])
+    assert len(pictures.quality_against_alpha(without, "loss").axes) == 1
+
+
+def test_what_is_better_than_multi_head_is_on_the_picture():
+    losses = {("none", 8): [2.0, 2.0], ("mean", 2): [2.5, 2.6], ("best", 2): [1.99, 1.995]}
+    found = [
+        Score("t", method, K, alpha, seed, {"loss": loss})
+        for (method, K), both in losses.items()
+        for alpha in (0.0, 0.01, 0.05)
+        for seed, loss in enumerate(both, 1)
+    ]
+    panels = pictures.quality_against_alpha(Results("x", found), "loss").axes
+    assert panels[1].get_yscale() == "symlog" and panels[1].get_ylabel().endswith("linear below 0.01")
+    assert panels[1].get_ylim()[0] < -0.01
+    assert drawn(panels[1])["GQA-2, best"][0][1] == pytest.approx(-0.0075)
+    assert pictures.methods(Results("x", found), "loss").axes[0].get_xlim()[0] < -0.01
+
+
+def test_points_of_one_seed_are_hollow_beside_others(sweep):
+    figure = pictures.quality_against_alpha(sweep, "loss")
+    assert figure.get_suptitle() == "mean and standard deviation of 1 to 2 seeds; hollow: one seed"
+    places = {point[:2] for point in hollow(figure.axes[0])}
+    assert places == {(0.0, 2.0), (2.0, 1.95), (0.0, 4.0), (2.0, 2.6), (5.0, 2.3)}
+    # No mark of several seeds is hollow by itself, nor any where all are of one.
+    assert not any(container.lines[0].get_markerfacecolor() == "white" for container in figure.axes[0].containers)
+    single = Results("x", [score for score in sweep.scores if score.seed == 1])
+    figure = pictures.quality_against_alpha(single, "loss")
+    assert figure.get_suptitle() == "one seed" and not hollow(figure.axes[0])
+    (panel,) = pictures.methods(sweep, "accuracy").axes[2:3]
+    assert [point[0] for point in hollow(panel)] == pytest.approx([0.23])
 
 
 def test_methods_and_what_the_paper_reads(sweep):
     *_, ours, papers = pictures.methods(sweep, "loss").axes
     assert [text.get_text() for text in ours.get_yticklabels()] == ["mean", "first", "random"]
+    assert ours.get_xlabel().startswith(ABOVE) and ours.get_xscale() == "log"
     found = drawn(ours, "x")
     for row, method in enumerate(("mean", "first", "random")):
         mean, spread = of(method, 2, 0.05)
-        np.testing.assert_allclose(found["GQA-2"][row], (mean, row, spread), atol=1e-9)
-    np.testing.assert_allclose(found["MQA"], [(*of("mean", 1, 0.05)[:1], 0, of("mean", 1, 0.05)[1])], atol=1e-9)
+        np.testing.assert_allclose(found["GQA-2"][row], (mean - 1.91, row, spread), atol=1e-9)
+    np.testing.assert_allclose(found["MQA"], [(2.6 - 1.91, 0.24, of("mean", 1, 0.05)[1])], atol=1e-9)
+    assert ours.get_title() == "α = 5%, MHA's loss 1.9100 ± 0.0141"
     (read,) = drawn(papers, "x").values()
     np.testing.assert_allclose(read, [(55.6, 0, 0), (55.25, 1, 0.15), (54.9, 2, 0.3)], atol=1e-9)
     assert "read off" in papers.get_title()
     marks = [{line.get_marker() for c in axis.containers for line in c.lines[:1]} for axis in (ours, papers)]
     assert not marks[0] & marks[1]
+    # A panel has the rows that it has points in.
+    first = pictures.methods(sweep, "loss").axes[0]
+    assert [text.get_text() for text in first.get_yticklabels()] == ["mean"]
     without = Results("t5", [score for score in sweep.scores if score.alpha == 0])
-    assert [axis.get_title() for axis in pictures.methods(without, "loss").axes] == ["α = 0%"]
+    assert [axis.get_title() for axis in pictures.methods(without, "loss").axes] == ["α = 0%, MHA's loss 2.0000"]
+    accuracy = pictures.methods(sweep, "accuracy").axes[-2]
+    assert "accuracy" in accuracy.get_xlabel() and drawn(accuracy, "x")["MQA"][0][0] == pytest.approx(0.26)
+
+
+def test_few_powers_of_ten_have_labels_between(sweep):
+    ours = pictures.methods(sweep, "loss").axes[-2]
+    ours.figure.draw_without_rendering()
+    low, high = ours.get_xlim()
+    shown = [text.get_text() for text in ours.get_xticklabels() if low <= text.get_position()[0] <= high]
+    assert shown == ["0.1", "0.3", "1"] and not any(text.get_text() for text in ours.get_xticklabels(minor=True))
 
 
 def test_many_shares_and_losses_of_all_sizes():
@@ -127,6 +196,33 @@ def test_quality_against_time_with_table_1_beside(sweep):
     assert {name: points[0][:2] for name, points in drawn(papers).items()} == {
         name: row[:2] for name, row in paper.TABLE_1.items()
     }
+    # A legend names the points, by marks that are no other point's of either panel.
+    legends = [[text.get_text() for text in legend.get_texts()] for legend in ours.figure.legends]
+    assert legends == [list(found), list(paper.TABLE_1)] and not ours.texts and not papers.texts
+    marks = [container.lines[0].get_marker() for axis in (ours, papers) for container in axis.containers]
+    assert len(set(marks)) == len(marks) == 10
+    assert {point[1] for point in hollow(ours)} == {2.3}
+    assert ours.get_title() == "α = 5%, groups\nmean and standard deviation of 1 to 2 seeds; hollow: one seed"
+
+
+def test_what_is_trained_with_all_heads_is_multi_head(tmp_path):
+    scratch = [
+        dict(teacher="t5", method="scratch", kv_heads=K, alpha=1.0, seed=1, loss=2.0, commands=["x"]) for K in (8, 2, 1)
+    ]
+    for name, runs in (("scratch", scratch), ("groups", RUNS)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "results.json").write_text(json.dumps({"runs": runs}))
+    alone = scores.read(tmp_path / "scratch" / "results.json")
+    beside = scores.read(tmp_path / "groups" / "results.json")
+    # Eight of unknown many heads are the paper's GQA-8, and stay it where the teacher has more.
+    assert [alone.model("scratch", K) for K in (8, 2, 1)] == ["GQA-8", "GQA-2", "MQA"]
+    assert [beside.model(method, K) for method, K in (("none", 8), ("mean", 4))] == ["MHA", "GQA-4"]
+    shared, _ = scores.share_heads([alone, beside])
+    assert "| MHA, scratch | 100% | one seed |" in figures.table_1(shared, {})
+    (tmp_path / "scratch" / "sweep.json").write_text(json.dumps({"overrides": {}, "teachers.t5": {"kv_heads": 64}}))
+    own = scores.read(tmp_path / "scratch" / "results.json")
+    assert own.model("scratch", 8) == scores.share_heads([own, beside])[0].model("scratch", 8) == "GQA-8"
+    assert own.model("scratch", 64) == "MHA"
 
 
 def test_quality_against_groups(sweep):
@@ -145,6 +241,12 @@ def test_time_against_groups_and_the_byte_model():
     # At K = 8: 0.04 s for 4 samples, and 10 steps of 8 + 8 + 32 MB for 4 samples at 2 GB/s.
     top = max(point[1] for area in axis.collections[:4] for path in area.get_paths() for point in path.vertices)
     assert top == pytest.approx(0.01 + 10 * 48e6 / 4 / 2e9)
+    # A step that is faster than a copy says that a copy's time is no bound.
+    rows = [row | {"gb_per_second": 2.1 if row["kv_heads"] == 4 else 1.5} for row in TIMING["rows"]]
+    (faster,) = pictures.time_against_groups(TIMING | {"rows": rows}).axes
+    assert "faster than a copy's 2 GB/s" in faster.get_title() and "copy" not in axis.get_title()
+    areas = [[name for name in panel.get_legend_handles_labels()[1] if "copy" in name] for panel in (axis, faster)]
+    assert len(areas[0]) == 3 and not areas[1]
     xxl = pictures.time_against_groups(TIMING | {"config": TIMING["config"] | {"size": "t5_1_1_xxl"}})
     stars = next(line for line in xxl.axes[0].lines if "the paper" in str(line.get_label()))
     assert dict(zip(stars.get_xdata(), stars.get_ydata(), strict=True)) == {64: 1.51, 8: 0.28, 1: 0.24}
@@ -154,7 +256,9 @@ def test_time_against_groups_and_the_byte_model():
 def test_the_title_says_which_model_it_is(changes):
     config = TIMING["config"] | {"size": "t5_1_1_xxl", "changes": changes}
     axis = pictures.time_against_groups(TIMING | {"config": config}, "mine").axes[0]
-    assert axis.get_title().startswith("mine (t5_1_1_xxl, changed): " if changes else "t5_1_1_xxl: ")
+    # One size may be in two folders.
+    assert axis.get_title().startswith("mine (t5_1_1_xxl, changed): " if changes else "mine (t5_1_1_xxl): ")
+    assert scores.size_name(config, "t5_1_1_xxl").startswith("t5_1_1_xxl" + " (t5_1_1_xxl, changed)" * bool(changes))
     # The paper's times are of its own shapes.
     assert any("the paper" in str(line.get_label()) for line in axis.lines) == (not changes)
     # The names of the marks end inside the frame.
@@ -168,19 +272,30 @@ def test_the_title_says_which_model_it_is(changes):
 def test_bars_on_a_logarithmic_axis_end_at_the_least_seed():
     losses = {0.0: [3.0, 3.2], 0.02: [0.01, 0.5], 0.05: [0.2, 0.21]}
     found = [Score("t", "mean", 2, alpha, 1, {"loss": loss}) for alpha, both in losses.items() for loss in both]
-    (container,) = pictures.quality_against_alpha(Results("x", found), "loss").axes[0].containers
+    figure = pictures.quality_against_alpha(Results("x", found), "loss")
+    (container,) = figure.axes[0].containers
     lowest = [segment[:, 1].min() for segment in container.lines[2][0].get_segments()]
     np.testing.assert_allclose(lowest, [3.1 - np.sqrt(0.02), 0.01, 0.205 - 0.01 / np.sqrt(2)])
+    note = "lower bars to the least seed where the deviation reaches 0"
+    assert note in figure.get_suptitle()
+    assert note in pictures.quality_against_groups(Results("x", found), "loss").get_suptitle()
+    assert note in pictures.methods(Results("x", found), "loss").get_suptitle()
+    none = [score for score in found if score.alpha != 0.02]
+    figure = pictures.quality_against_alpha(Results("x", [*none, none[-1]._replace(values={"loss": 0.001})]), "loss")
+    assert figure.axes[0].get_yscale() == "log" and note not in figure.get_suptitle()
 
 
 def test_table_1(sweep):
     lines = figures.table_1(sweep, figures.sample_times({"t5": TIMING})).splitlines()
     assert lines[0] == "| model | α | seeds | time per sample, s | loss | accuracy |"
-    assert "| MHA | 0% | 1 | 0.8000 | 2.000 | 0.200 |" in lines
+    assert "| MHA | 0% | one seed | 0.8000 | 2.000 | 0.200 |" in lines
     assert "| MHA | 5% | 2 | 0.8000 | 1.910 ± 0.014 | 0.191 ± 0.001 |" in lines
     assert "| MQA, mean | 5% | 2 | 0.1000 | 2.600 ± 0.283 | 0.260 ± 0.028 |" in lines
     assert "| GQA-8-XXL | 0.28 | 47.1 | 43.5 | 45.4 | 47.7 | 36.3 | 47.2 | 28.4 | 81.6 |" in lines
     assert not any("2.600" in line and "2%" in line for line in lines)  # α = 2 % is no row
+    assert any(line.startswith("Mean and standard deviation over seeds, of one seed its own number.") for line in lines)
+    single = Results("x", [score for score in sweep.scores if score.seed == 1])
+    assert any(line.startswith("One seed. ") for line in figures.table_1(single, {}).splitlines())
 
 
 def wave(spikes=()):
@@ -216,23 +331,37 @@ def test_stability_of_runs_and_of_a_sweep(tmp_path):
     write_run(tmp_path / "mqa_scratch-s2", wave(), 2.5)
     write_run(tmp_path / "alone-s1", wave(), 2.0)  # one seed has no spread
     for seed in (1, 2):
-        for method, alpha in (("mean", 0.05), ("mean", 0.02), ("first", 0.05)):
-            result = {"method": method, "alpha": alpha}
-            write_run(tmp_path / "sweep" / f"t5-{method}-k2-a{alpha:g}-s{seed}", wave([30]), 2.0 + seed / 10, result)
+        for method, K, alpha in (("mean", 2, 0.05), ("mean", 2, 0.02), ("first", 2, 0.05), ("scratch", 8, 1.0)):
+            result = {"teacher": "t5", "method": method, "kv_heads": K, "alpha": alpha}
+            folder = tmp_path / "sweep" / f"t5-{method}-k{K}-a{alpha:g}-s{seed}"
+            write_run(folder, wave([30]) if seed == 1 or method != "mean" else wave()[:5], 2.0 + seed / 10, result)
+        result = {"teacher": "t5", "method": "none", "kv_heads": 8, "alpha": 0.05}
+        write_run(tmp_path / "sweep" / f"t5-none-k8-a0.05-s{seed}", wave()[: stability.WINDOW], 2.0, result)
     write_run(tmp_path / "again" / "alone-s1", wave(), 2.0)  # the same run
-    curves = stability.read([tmp_path], 0.05)
+    curves = stability.read([tmp_path], 0.05, {"t5": 8})
     assert [(curve.model, curve.seed) for curve in curves] == [
-        ("mqa_scratch", 1),
-        ("mqa_scratch", 2),
-        ("t5-mean-k2-a0.05", 1),
-        ("t5-mean-k2-a0.05", 2),
+        (model, seed)
+        for model in ("mqa_scratch", "MHA, from scratch", "MHA, uptrained", "GQA-2, uptrained")
+        for seed in (1, 2)
     ]
-    losses, spikes, heldout = pictures.stability(curves).axes
-    np.testing.assert_allclose(drawn(spikes, "x")["mqa_scratch"], [(1.0, 0, np.sqrt(2))])
+    assert {curve.model for curve in stability.read([tmp_path], 0.05)} > {"GQA-8, from scratch", "MHA, uptrained"}
+    trained, scratch, uptrained, spikes, heldout = pictures.stability(curves).axes
+    found = drawn(spikes, "x")
+    np.testing.assert_allclose(found["mqa_scratch"], [(1.0, 0, np.sqrt(2))])
+    # Eleven lines have none before them that say what is usual: no mark, not one at 0; a model's other runs count.
+    assert "MHA, uptrained" not in found and found["GQA-2, uptrained"] == [(1.0, 3.0, 0.0)]
+    assert [(text.get_text(), text.get_position()[1]) for text in spikes.texts] == [("too few lines", 2)]
     np.testing.assert_allclose(drawn(heldout, "x")["mqa_scratch"], [(2.7, 0, 0.4 / np.sqrt(2))])
-    np.testing.assert_allclose(drawn(heldout, "x")["t5-mean-k2-a0.05"], [(2.15, 1, 0.1 / np.sqrt(2))])
-    marked = [line.get_xdata().tolist() for line in losses.lines if line.get_marker() == "x"]
-    assert marked == [[200, 410], [], [300], [300]]
+    np.testing.assert_allclose(drawn(heldout, "x")["GQA-2, uptrained"], [(2.15, 3, 0.1 / np.sqrt(2))])
+    marked = [
+        [line.get_xdata().tolist() for line in axis.lines if line.get_marker() == "x"]
+        for axis in (trained, scratch, uptrained)
+    ]
+    assert marked == [[[200, 410], []], [[300], [300]], [[], [], [300], []]]
+    # Uptraining's few steps have an axis of their own.
+    write_run(tmp_path / "sweep" / "t5-mean-k2-a0.05-s1", wave()[:5], 2.1, result | {"method": "mean", "kv_heads": 2})
+    short = pictures.stability(stability.read([tmp_path], 0.05, {"t5": 8})).axes[2]
+    assert short.get_xlim()[1] < 120 and "spike" not in short.get_title() and "spike" in trained.get_title()
 
 
 def test_results_of_every_experiment_are_read(tmp_path):
