@@ -87,6 +87,7 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--teacher", required=True, choices=TEACHERS, help="which shipped teacher")
+    parser.add_argument("--methods", default=",".join(METHODS), help="those without uptraining (default: all)")
     parser.add_argument("--alphas", default="0,0.01,0.05", help="shares of the pre-training (default: 0,0.01,0.05)")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each cell (default: 3)")
     parser.add_argument("--rows", type=int, default=2048, help="held-out rows, half of them for tuning (default: 2048)")
@@ -94,6 +95,9 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of tables and pictures")
     arguments = command_line.parse_arguments(parser)
     alphas = sorted({_alpha(text) for text in arguments.alphas.split(",")})
+    methods = tuple(arguments.methods.split(","))
+    if unknown := [name for name in methods if name not in METHODS]:
+        raise InputError(f"--methods: {unknown[0]!r} is unknown; expected of {', '.join(METHODS)}")
     if arguments.seeds < 1 or arguments.rows < 2 * BATCH:
         raise InputError(f"--seeds={arguments.seeds} --rows={arguments.rows}; expected at least 1 and {2 * BATCH}")
     teacher, config, sites = TEACHERS[arguments.teacher]
@@ -133,7 +137,7 @@ def main() -> None:
         write_json(path, results)
         return report(results, arguments.results, arguments.teacher)
 
-    for run in bench.all(alphas, arguments.seeds):
+    for run in bench.all(methods, alphas, arguments.seeds):
         done.append(run)
         if run["alpha"] > 0:
             write()
@@ -205,20 +209,21 @@ class Bench:
                 write_json(own, run)
         self._tried = (max(run["alpha"] for run in earlier["runs"]), earlier["tuning"])
 
-    def all(self, alphas: list[float], seeds: int) -> Iterator[dict[str, Any]]:
+    def all(self, methods: tuple[str, ...], alphas: list[float], seeds: int) -> Iterator[dict[str, Any]]:
         """Every run, done now or found done."""
         from tqdm import tqdm
 
         self._alphas = [alpha for alpha in alphas if alpha > 0]
         with tqdm(unit="run", desc="runs", dynamic_ncols=True) as bar:
-            for run in self._runs(alphas, seeds):
+            for run in self._runs(methods, alphas, seeds):
                 bar.set_postfix_str(run.name)
                 yield self.once(run)
                 bar.update()
 
-    def _runs(self, alphas: list[float], seeds: int) -> Iterator[Run]:
+    def _runs(self, methods: tuple[str, ...], alphas: list[float], seeds: int) -> Iterator[Run]:
         together = "+".join(self._sites)
-        places = {together: METHODS} | ({site: APART for site in self._sites} if len(self._sites) > 1 else {})
+        apart = tuple(method for method in methods if method in APART)
+        places = {together: methods} | ({site: apart for site in self._sites} if len(self._sites) > 1 else {})
         kv_heads = (self._num_heads // 2, self._num_heads // 4, 1)
         yield Run(together, "teacher", self._num_heads, 0.0, 0, 0.0)
         for sites, methods in places.items():

@@ -74,7 +74,7 @@ def test_without_uptraining(command, tmp_path, monkeypatch, capsys):
     path = tmp_path / "results" / "t5.json"
     uptrained = results["runs"][1] | {"alpha": 0.05, "rate": 3.0}
     path.write_text(json.dumps(results | {"runs": [*results["runs"], uptrained], "tuning": {"mean": {"3": 1.0}}}))
-    kept = command("--alphas=0", "--seeds=1", f"--workdir={tmp_path / 'other'}")
+    kept = command("--alphas=0", "--methods=mean", "--seeds=1", f"--workdir={tmp_path / 'other'}")
     assert kept["runs"][-1] == uptrained and kept["tuning"] == {"mean": {"3": 1.0}}
     assert cells(kept) == cells(results) | cells({"runs": [uptrained]})
     before = path.read_text()
@@ -141,7 +141,7 @@ def test_a_run_that_was_stopped_is_no_result(tmp_path, command, monkeypatch):
     monkeypatch.setattr(
         subprocess, "run", lambda command, **options: ended if "gqa.train" in command else run(command, **options)
     )
-    monkeypatch.setattr(conversion_methods, "METHODS", ())
+    monkeypatch.setattr(conversion_methods, "METHODS", ("mean",))
     monkeypatch.setattr(conversion_methods, "APART", ())
     with pytest.raises(
         InputError, match=r"^gqa\.train ended with exit code 0; started again, the runs go on from there$"
@@ -153,6 +153,7 @@ def test_a_run_that_was_stopped_is_no_result(tmp_path, command, monkeypatch):
 def test_bad_input(command):
     for option, message in (
         ("--alphas=2", "'2' is no share"),
+        ("--methods=mean,meen", "--methods: 'meen' is unknown; expected of mean, "),
         ("--seeds=0", "expected at least 1 and 8"),
         ("--rows=7", "expected at least 1 and 8"),  # a batch for tuning and one to report
     ):
