@@ -243,18 +243,19 @@ class Bench:
                         yield Run(together, method, K, alpha, seed, best[method])
 
     def _best_rate(self, run: Run) -> float:
-        """The rate at which the next one, up or down, is worse on the split for tuning."""
-        losses = {}
+        """The rate at which the next one, up or down, is worse on the split for tuning; the search begins at the best
+        that was tried before."""
         alpha, tried = self._tried
         known = tried.get(run.method, {}) if alpha == run.alpha else {}
+        losses = {float(rate): loss for rate, loss in known.items()}
 
         def loss(number: int) -> float:
             rate = RATES[number]
-            earlier = known.get(f"{rate:g}")
-            losses[rate] = self.once(run._replace(rate=rate))["tuning_loss"] if earlier is None else earlier
+            if rate not in losses:
+                losses[rate] = self.once(run._replace(rate=rate))["tuning_loss"]
             return losses[rate]
 
-        best = RATES.index(run.rate)
+        best = RATES.index(min(losses, key=losses.get) if losses else run.rate)
         for step in (1, -1):
             while 0 <= best + step < len(RATES) and loss(best + step) < loss(best):
                 best += step

@@ -134,6 +134,11 @@ def test_rates_are_tried_until_the_next_is_worse(losses, best, tried, monkeypatc
     assert bench._best_rate(run) == best
     assert bench.tuning == bench._tried[1]
 
+    # The search begins at the best of them, not at 1.
+    bench._tried = (0.05, {"mean": {f"{best:g}": losses[best]}})
+    monkeypatch.setattr(conversion_methods.Bench, "once", lambda self, run: {"tuning_loss": 9})
+    assert bench._best_rate(run) == best
+
 
 def test_a_run_that_was_stopped_is_no_result(tmp_path, command, monkeypatch):
     """Told to stop, gqa.train saves its state and ends with 0."""
