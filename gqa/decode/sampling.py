@@ -46,20 +46,22 @@ def sampling(temperature: float, top_k: int | None = None, top_p: float | None =
 def processed_logits(logits_BV: jax.Array, sampling: Sampling) -> jax.Array:
     """Logits `[B, V]` of the distribution that is drawn from: -inf on tokens that top-k and top-p leave out."""
     logits_BV = logits_BV / sampling.temperature
-    descending = None
     if sampling.top_k is not None and sampling.top_k < logits_BV.shape[-1]:
-        # Without the barrier XLA merges the slices of what follows into it, and on CPUs sorts the whole vocabulary.
-        descending = jax.lax.optimization_barrier(jax.lax.top_k(logits_BV, sampling.top_k)[0])
-        logits_BV = jnp.where(logits_BV < descending[:, -1:], -jnp.inf, logits_BV)
+        # Without the barrier XLA merges what follows into it, and on CPUs sorts the whole vocabulary.
+        descending_Bk, tokens_Bk = jax.lax.optimization_barrier(jax.lax.top_k(logits_BV, sampling.top_k))
+    elif sampling.top_p is not None:
+        tokens_Bk = jnp.argsort(logits_BV, axis=-1, descending=True)
+        descending_Bk = jnp.take_along_axis(logits_BV, tokens_Bk, axis=-1)
+    else:
+        return logits_BV
+    stays_Bk = jnp.ones(tokens_Bk.shape, bool)
     if sampling.top_p is not None:
-        if descending is None:
-            descending = jnp.sort(logits_BV, axis=-1, descending=True)
-        probabilities = jax.nn.softmax(descending, axis=-1)
+        probabilities_Bk = jax.nn.softmax(descending_Bk, axis=-1)
         # A token stays while those before it hold less than top_p: the first always does.
-        stays = jnp.cumsum(probabilities, axis=-1) - probabilities < sampling.top_p
-        least = jnp.min(jnp.where(stays, descending, jnp.inf), axis=-1, keepdims=True)
-        logits_BV = jnp.where(logits_BV < least, -jnp.inf, logits_BV)
-    return logits_BV
+        stays_Bk = jnp.cumsum(probabilities_Bk, axis=-1) - probabilities_Bk < sampling.top_p
+    # By place, not by value: of equal ones no more stay than were asked for.
+    stays_BV = jnp.put_along_axis(jnp.zeros(logits_BV.shape, bool), tokens_Bk, stays_Bk, axis=-1, inplace=False)
+    return jnp.where(stays_BV, logits_BV, -jnp.inf)
 
 
 def row_keys(key: jax.Array, rows_B: jax.Array, steps_B: jax.Array) -> jax.Array:

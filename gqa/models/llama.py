@@ -24,7 +24,7 @@ from gqa.nn.attention import (
     sliding_window_mask,
 )
 from gqa.nn.cache import Cache, empty_cache, row_major
-from gqa.nn.layers import ACTIVATIONS, Dropout, GatedMLP, RMSNorm, dropped, embed, linear, parameter, unembed
+from gqa.nn.layers import ACTIVATIONS, Dropout, GatedMLP, RMSNorm, dropped, embed, logits, parameter, unembed
 from gqa.nn.position import RopeScaling, rotary_angles, rotary_frequencies, rotate
 from gqa.sharding import constrain
 
@@ -276,8 +276,8 @@ class Llama(nnx.Module):
         if self.config.tied_logits:
             logits_BTV = unembed(self.embedding, x_BTD)
         else:
-            logits_BTV = linear("BTD,DV->BTV", x_BTD, self.logits, x_BTD.dtype)
-        return constrain(logits_BTV.astype(jnp.float32), "batch", "length", "vocab")
+            logits_BTV = logits(x_BTD, self.logits)
+        return constrain(logits_BTV, "batch", "length", "vocab")
 
 
 _LLAMA_2_7B = LlamaConfig(

@@ -20,7 +20,7 @@ from gqa.nn.attention import (
     segment_mask,
 )
 from gqa.nn.cache import Cache, Int8KVCache, KVCache, empty_cache, filled_cache, row_major
-from gqa.nn.layers import ACTIVATIONS, Dropout, GatedMLP, RMSNorm, dropped, embed, linear, parameter, unembed
+from gqa.nn.layers import ACTIVATIONS, Dropout, GatedMLP, RMSNorm, dropped, embed, logits, parameter, unembed
 from gqa.nn.position import RelativePositionBias
 from gqa.sharding import constrain
 
@@ -362,8 +362,8 @@ class T5(nnx.Module):
             x_BTD = x_BTD * jnp.asarray(self.config.d_model**-0.5, x_BTD.dtype)
             logits_BTV = unembed(self.embedding, x_BTD)
         else:
-            logits_BTV = linear("BTD,DV->BTV", x_BTD, self.logits, x_BTD.dtype)
-        return constrain(logits_BTV.astype(jnp.float32), "batch", "length", "vocab")
+            logits_BTV = logits(x_BTD, self.logits)
+        return constrain(logits_BTV, "batch", "length", "vocab")
 
 
 def _fold(dropout: Dropout | None, number: jax.Array) -> Dropout | None:

@@ -65,7 +65,7 @@ class GroupedQueryAttention(nnx.Module):
         """Queries `[B, T, H, d]`, normalised where the site has norms."""
         query_BTHd = linear("BTD,DHd->BTHd", x_BTD, self.query, x_BTD.dtype)
         if self.qkv_bias:
-            query_BTHd += self.query_bias[...].astype(query_BTHd.dtype)
+            query_BTHd = _plus_bias(query_BTHd, self.query_bias[...])
         query_BTHd = self.query_norm(query_BTHd) if self.qk_norm else query_BTHd
         return constrain(query_BTHd, "batch", "length", "heads", "head_dim")
 
@@ -74,8 +74,8 @@ class GroupedQueryAttention(nnx.Module):
         key_BKSd = linear("BSD,DKd->BKSd", x_BSD, self.key, x_BSD.dtype)
         value_BKSd = linear("BSD,DKd->BKSd", x_BSD, self.value, x_BSD.dtype)
         if self.qkv_bias:
-            key_BKSd += self.key_bias[...].astype(key_BKSd.dtype)[:, None]
-            value_BKSd += self.value_bias[...].astype(value_BKSd.dtype)[:, None]
+            key_BKSd = _plus_bias(key_BKSd, self.key_bias[...][:, None])
+            value_BKSd = _plus_bias(value_BKSd, self.value_bias[...][:, None])
         key_BKSd = self.key_norm(key_BKSd) if self.qk_norm else key_BKSd
         axes = ("batch", "kv_heads", "kv_length", "head_dim")
         return constrain(key_BKSd, *axes), constrain(value_BKSd, *axes)
@@ -115,6 +115,11 @@ class GroupedQueryAttention(nnx.Module):
     def project_out(self, heads_BTHd: jax.Array) -> jax.Array:
         """The sum of all heads' outputs, `[B, T, D]`."""
         return linear("BTHd,HdD->BTD", heads_BTHd, self.out, heads_BTHd.dtype)
+
+
+def _plus_bias(x: jax.Array, bias: jax.Array) -> jax.Array:
+    # In float32, for the bias' gradient: a sum over all positions, which bfloat16 would stop early.
+    return (x.astype(jnp.float32) + bias.astype(jnp.float32)).astype(x.dtype)
 
 
 def grouped_query_attention(

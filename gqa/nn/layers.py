@@ -120,6 +120,34 @@ def embed(table: nnx.Param | QuantizedKernel, tokens_BT: jax.Array, dtype) -> ja
 
 
 def unembed(table: nnx.Param | QuantizedKernel, x_BTD: jax.Array) -> jax.Array:
-    """Logits `[B, T, V]` by the rows of an embedding table, in the dtype of `x`."""
-    kernel = table if isinstance(table, QuantizedKernel) else table[...].T
-    return linear("BTD,DV->BTV", x_BTD, kernel, x_BTD.dtype)
+    """Logits `[B, T, V]` float32 by the rows of an embedding table."""
+    return logits(x_BTD, table if isinstance(table, QuantizedKernel) else table[...].T)
+
+
+def logits(x_BTD: jax.Array, kernel: nnx.Param | nnx.Module | jax.Array) -> jax.Array:
+    """Logits `[B, T, V]` float32 by a kernel `[D, V]`.
+
+    Summed and kept in float32: rounded to bfloat16, one logit in thirty ties with the best. Their gradient is taken in
+    the dtype of `x`.
+    """
+    if isinstance(kernel, nnx.Module) or x_BTD.dtype == jnp.float32:
+        return linear("BTD,DV->BTV", x_BTD, kernel, x_BTD.dtype).astype(jnp.float32)
+    return _float32_product(x_BTD, kernel[...].astype(x_BTD.dtype))
+
+
+@jax.custom_vjp
+def _float32_product(x_BTD, kernel_DV):
+    return jnp.einsum("BTD,DV->BTV", x_BTD, kernel_DV, preferred_element_type=jnp.float32)
+
+
+def _float32_product_forward(x_BTD, kernel_DV):
+    return _float32_product(x_BTD, kernel_DV), (x_BTD, kernel_DV)
+
+
+def _float32_product_backward(arguments, gradient_BTV):
+    # Products of float32 with bfloat16 would cost an accelerator several times as much.
+    _, gradients = jax.vjp(lambda x, kernel: jnp.einsum("BTD,DV->BTV", x, kernel), *arguments)
+    return gradients(gradient_BTV.astype(arguments[0].dtype))
+
+
+_float32_product.defvjp(_float32_product_forward, _float32_product_backward)

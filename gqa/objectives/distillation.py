@@ -30,7 +30,10 @@ def kl_to_teacher(logits_BTV: jax.Array, teacher: TopK, weights_BT: jax.Array) -
     picked_BTk = jnp.take_along_axis(student, teacher.ids, axis=-1)
     kl_BT = jnp.sum(jnp.exp(teacher.log_probs) * (teacher.log_probs - picked_BTk), axis=-1)
     if teacher.ids.shape[-1] < logits_BTV.shape[-1]:
-        rest_teacher, rest_student = _log_remainder(teacher.log_probs), _log_remainder(picked_BTk)
+        rest_teacher = _log_remainder(teacher.log_probs)
+        # Not from the picked ones: where the student is surest, their difference to 1 is lost, and its gradient.
+        is_picked = jnp.put_along_axis(jnp.zeros(student.shape, bool), teacher.ids, True, axis=-1, inplace=False)
+        rest_student = jax.nn.logsumexp(jnp.where(is_picked, -jnp.inf, student), axis=-1)
         kl_BT += jnp.exp(rest_teacher) * (rest_teacher - rest_student)
     return jnp.sum(kl_BT * weights_BT.astype(jnp.float32))
 

@@ -93,7 +93,7 @@ def _run(config: RejectionConfig, output: Path) -> None:
     is_safety = {key_of(prompt.messages): prompt.is_safety for prompt in prompts}
     rows += [is_safety.get(kept.key, False) for kept in former]
     sequences += [opened.template.example(kept.messages).tokens.tolist() for kept in former]
-    scores = _score_all(config, sequences, rows, length + config.new_tokens + 1)
+    scores = _score_all(config, sequences, rows, max(map(len, sequences)))
 
     this_round = 1 + max((kept.round for kept in former), default=0)
     # Scored anew: a reward model of this round says nothing about scores of another one.
@@ -177,12 +177,12 @@ def _draw_all(
 def _score_all(
     config: RejectionConfig, sequences: Sequence[list[int]], is_safety: Sequence[bool], length: int
 ) -> list[float]:
-    """The scores of sequences in tokens, the first `length` of each."""
+    """The scores of sequences of up to `length` tokens, a former round's longer prompts among them."""
     reward, safety = load_reward(config.reward, config), load_reward(config.safety, config)
     B, scores = config.batch_size, []
     with tqdm(total=len(sequences), unit="sample", desc="score", delay=1, dynamic_ncols=True) as bar:
         for first in range(0, len(sequences), B):
-            here = [tokens[:length] for tokens in sequences[first : first + B]]
+            here = sequences[first : first + B]
             tokens_BT, lengths_B = padded(here, B, length)
             is_safety_B = np.zeros(B, bool)
             is_safety_B[: len(here)] = is_safety[first : first + B]

@@ -150,7 +150,9 @@ def policy_loss(config: PPOConfig, temperature: float):
         if config.method == "grpo":
             weights_BN = weights_BN / jnp.maximum(jnp.sum(weights_BN, axis=1, keepdims=True), 1)
             loss_sum = clipped_objective(*arguments, weights_BN, clip=config.clip).loss_sum
-            added_sum = beta * jnp.sum(kl_estimate(log_probs_BN, batch.reference_BN, "k3") * weights_BN)
+            # Behind a response's end nothing is trained, and a difference there may be beyond exp's range.
+            reference_BN = jnp.where(weights_BN > 0, batch.reference_BN, log_probs_BN)
+            added_sum = beta * jnp.sum(kl_estimate(log_probs_BN, reference_BN, "k3") * weights_BN)
             weight_sum = jnp.sum(weights_BN)
         difference = jnp.max(jnp.abs(log_probs_BN - sampled_BN) * batch.responses.weights_BN)
         named = {

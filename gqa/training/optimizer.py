@@ -128,7 +128,7 @@ def schedule(config: OptimizerConfig) -> Callable[[jax.Array], jax.Array]:
 
 
 def optimizer(config: OptimizerConfig, schedule_offset: int, axes: Axes) -> optax.GradientTransformation:
-    """The optimizer of a run, for any pytree of float32 arrays.
+    """The optimizer of a run, for any pytree of arrays; moments are float32 whatever the parameters are.
 
     `schedule_offset` moves the learning rate alone: uptraining goes on with the original schedule at the original
     step, while moments and their counters start afresh. (Adafactor's decay at step 10^6 on moments of zero would make
@@ -152,12 +152,15 @@ def optimizer(config: OptimizerConfig, schedule_offset: int, axes: Axes) -> opta
     steps.append(optax.scale_by_learning_rate(lambda step: rate(step + schedule_offset)))
     by_key = optax.chain(*steps)
 
+    def in_float32(tree):
+        return {key: leaf.astype(jnp.float32) for key, leaf in _keyed(tree, axes).items()}
+
     def init(parameters):
-        return by_key.init(_keyed(parameters, axes))
+        return by_key.init(in_float32(parameters))
 
     def update(gradients, state, parameters):
-        keyed = _keyed(gradients, axes)
-        updates, state = by_key.update(keyed, state, _keyed(parameters, axes))
+        keyed = in_float32(gradients)
+        updates, state = by_key.update(keyed, state, in_float32(parameters))
         return jax.tree.unflatten(jax.tree.structure(gradients), [updates[key] for key in keyed]), state
 
     return optax.GradientTransformation(init, update)

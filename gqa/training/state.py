@@ -102,7 +102,7 @@ def _judge(health: Health, loss: jax.Array, grad_norm: jax.Array, skip_above: fl
     return good, Health(
         loss=mean(health.loss, loss),
         grad_norm=mean(health.grad_norm, grad_norm),
-        steps=health.steps + 1,
+        steps=health.steps + (jnp.isfinite(loss) & jnp.isfinite(grad_norm)),  # of which the means are
         skipped=health.skipped + bad,
         in_a_row=(health.in_a_row + 1) * bad,
     )
@@ -147,8 +147,8 @@ def make_train_step(
             return jax.tree.map(jnp.add, carry, new), None
 
         micro_batches = jax.tree.map(split, batch)
-        zeros = jax.tree.map(
-            lambda leaf: jnp.zeros(leaf.shape, leaf.dtype),
+        zeros = jax.tree.map(  # in float32, also of bfloat16 parameters: small gradients add up
+            lambda leaf: jnp.zeros(leaf.shape, jnp.promote_types(leaf.dtype, jnp.float32)),
             jax.eval_shape(gradient_of_total, model, jax.tree.map(lambda x: x[0], micro_batches), key, step, *frozen),
         )
         return jax.lax.scan(body, zeros, (micro_batches, jnp.arange(accumulation)))[0]
@@ -156,7 +156,7 @@ def make_train_step(
     def train_step(state: TrainState, batch: Batch, *frozen) -> tuple[TrainState, dict[str, jax.Array]]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         gradients, sums = accumulated(state.model, batch, key, state.step, *frozen)
-        gradients = jax.tree.map(lambda gradient: gradient / sums.weight_sum, gradients)
+        gradients = jax.tree.map(lambda gradient: gradient.astype(jnp.float32) / sums.weight_sum, gradients)
         updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.model)
         loss, grad_norm = sums.loss_sum / sums.weight_sum, optax.tree.norm(gradients)
         good, health = _judge(state.health, loss, grad_norm, skip_above)

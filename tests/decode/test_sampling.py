@@ -66,6 +66,15 @@ def test_distribution_is_as_defined(settings):
     np.testing.assert_allclose(found, expected_probabilities(**settings), rtol=1e-4, atol=1e-7)
 
 
+@pytest.mark.parametrize(
+    ("settings", "left"), [(dict(top_k=5), 5), (dict(top_p=0.1), 10), (dict(top_k=50, top_p=0.5), 25)]
+)
+def test_of_equal_tokens_no_more_are_left(settings, left):
+    found = processed_logits(jnp.zeros((2, 100)), sampling(temperature=1.0, **settings))
+    # The sum of 1/100 up to a share is exact to rounding only.
+    assert all(abs(int(number) - left) <= 1 for number in jnp.isfinite(found).sum(-1))
+
+
 def test_one_token_left_is_the_most_likely():
     logits = np.random.default_rng(1).normal(0, 2, (4, 30)).astype(np.float32)
     rows = jnp.arange(4)

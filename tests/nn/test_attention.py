@@ -170,6 +170,18 @@ def test_biases_start_at_zero_and_norms_at_one():
         assert norm.scale.get_metadata("axes") == ("head_dim",)
 
 
+def test_gradients_of_biases_are_summed_in_float32():
+    """Over 8,192 positions: one by one in bfloat16, sums would stop where a step of their own is more than a term."""
+    shape = AttentionShape(3, 2, 1, 4, scale=1.0, qkv_bias=True, qk_norm_epsilon=None)
+    module = GroupedQueryAttention(shape, AttentionInit(1.0, 1.0, 1.0), "float32", jax.random.key(0))
+    x = jnp.ones((1, 8192, 3), jnp.bfloat16)
+    weights = jax.random.uniform(jax.random.key(1), (1, 8192, 2, 4)).astype(jnp.bfloat16)
+    found = jax.jit(jax.grad(lambda module, w: jnp.sum((module.project_query(x) * w).astype(jnp.float32))))(
+        module, weights
+    )
+    np.testing.assert_allclose(found.query_bias[...], weights.astype(jnp.float32).sum((0, 1)), rtol=1e-4)
+
+
 def as_text(mask) -> list[str]:
     """One row of a mask per query, `x` where it may attend."""
     return ["".join("x" if seen else "." for seen in row) for row in np.asarray(mask)]

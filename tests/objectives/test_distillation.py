@@ -42,6 +42,20 @@ def test_no_divergence_and_no_gradient_at_the_teacher():
     np.testing.assert_allclose(gradient, 0, atol=1e-5)
 
 
+@pytest.mark.parametrize("k", [1, 4])
+def test_a_student_surer_than_its_teacher_is_told_so(k):
+    """What it leaves the other tokens is under float32's resolution beside 1: their sum, not the rest of it."""
+    teacher = np.zeros((1, 1, 50))
+    teacher[..., :k] = 5
+    student = np.where(teacher > 0, 25.0, 0.0)
+    p, q = (merged(scipy.special.softmax(logits, axis=-1), np.arange(k)[None, None]) for logits in (teacher, student))
+    q[..., -1] = (50 - k) * np.exp(-25.0) / (k + (50 - k) * np.exp(-25.0))
+    known, weights = top_k(jnp.asarray(teacher), k), np.ones((1, 1))
+    found, gradient = jax.value_and_grad(kl_to_teacher)(jnp.asarray(student, jnp.float32), known, weights)
+    assert float(found) == pytest.approx(kl(p, q).sum(), rel=1e-4)
+    assert float(jnp.abs(gradient).sum()) == pytest.approx(2 * p[..., -1].sum(), rel=1e-4)
+
+
 def test_a_teacher_that_is_certain_gives_finite_gradients():
     certain = jnp.full((1, 1, 5), -100.0).at[..., 2].set(100.0)
     gradient = jax.grad(kl_to_teacher)(jnp.zeros((1, 1, 5)), top_k(certain, 2), np.ones((1, 1)))

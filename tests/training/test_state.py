@@ -11,6 +11,7 @@ from gqa.data import loader
 from gqa.objectives.language_model import Sums
 from gqa.sharding import logical_axes, make_mesh
 from gqa.training import optimizer as optimizers
+from gqa.training import state as training_state
 from gqa.training.loop import language_model_loss
 from gqa.training.state import abstract_state, initial_state, jit_train_step, make_train_step, place_batch
 
@@ -188,6 +189,37 @@ def test_a_step_that_is_not_finite_changes_no_parameter(step_of_factor):
     assert (int(after.step), int(after.batch), int(after.health.skipped)) == (4, 4, 2)
     assert [int(leaf) for leaf in jax.tree.leaves(after.optimizer) if leaf.shape == ()] == [4]
     assert np.isfinite(after.health.loss) and np.isfinite(after.health.grad_norm)
+
+
+def test_steps_that_are_not_finite_are_no_part_of_the_means(step_of_factor):
+    """Whatever comes first: as zeros they would make the good steps after them look high."""
+    state, train_step = step_of_factor
+    state, left_out = take(train_step, state, [np.nan] * 25 + [1] * 30)
+    assert left_out == [True] * 25 + [False] * 30
+
+
+def test_parameters_in_bfloat16_have_gradients_and_moments_in_float32():
+    """Added up in bfloat16, 300 gradients of 1 would be 256; squares would stop growing as soon."""
+    settings = dict(name="adamw", schedule="constant", learning_rate=1e-3, beta1=0.9, beta2=0.999, epsilon=1e-8)
+    optimizer = optimizers.optimizer(optimizers.OptimizerConfig(**settings), 0, {"['w']": ("embed",)})
+    model = {"w": jnp.zeros(4, jnp.bfloat16)}
+
+    def loss_fn(model, batch, key, step):
+        zero = jnp.zeros(())
+        loss = jnp.sum(model["w"].astype(jnp.float32) * batch["x"])
+        return Sums(loss, zero, zero, weight_sum=jnp.float32(len(batch["x"])), added_sum=zero, named={})
+
+    norms, states = [], []
+    for accumulation in (1, 300):
+        step = make_train_step(loss_fn, optimizer, lambda step: step, accumulation=accumulation, seed=0)
+        start = training_state._initial(model, optimizer)
+        state, metrics = jax.jit(step)(start, {"x": jnp.ones((300, 4))})
+        norms.append(float(metrics["grad_norm"]))
+        states.append(state)
+        for before, after in zip(jax.tree.leaves(start), jax.tree.leaves(state), strict=True):
+            assert before.dtype == after.dtype
+    assert norms[0] == norms[1] == pytest.approx(2.0)
+    assert all(leaf.dtype != jnp.bfloat16 for leaf in jax.tree.leaves(states[1].optimizer))
 
 
 def test_a_step_far_above_the_mean_changes_no_parameter(step_of_factor):
