@@ -107,7 +107,7 @@ def _join(arguments: argparse.Namespace, expected_backend: str) -> bool:
     if not explicit and expected_backend != "tpu":  # hosts of a pod are there together
         given, settings = _detected(arguments.start_timeout)
     print(f"waiting up to {arguments.start_timeout} s for all processes to start", file=sys.stderr)
-    if given["coordinator"] is not None:
+    if explicit or settings:
         # JAX aborts a process that does not find the others: they meet before.
         host, port = _check(given)
         settings |= dict(coordinator_address=given["coordinator"], **{name: given[name] for name in list(given)[1:]})
@@ -115,8 +115,6 @@ def _join(arguments: argparse.Namespace, expected_backend: str) -> bool:
             _gather(port, given["num_processes"], arguments.start_timeout)
         else:
             _greet(host, port, given["process_id"], given["num_processes"], arguments.start_timeout)
-    elif explicit:
-        _check(given)  # says what is missing
     import jax
 
     try:

@@ -127,7 +127,7 @@ def unembed(table: nnx.Param | QuantizedKernel, x_BTD: jax.Array) -> jax.Array:
 def logits(x_BTD: jax.Array, kernel: nnx.Param | nnx.Module | jax.Array) -> jax.Array:
     """Logits `[B, T, V]` float32 by a kernel `[D, V]`.
 
-    Summed and kept in float32: rounded to bfloat16, one logit in thirty ties with the best. Their gradient is taken in
+    Summed and kept in float32: rounded to bfloat16, one row in thirty has a tie at the top. Their gradient is taken in
     the dtype of `x`.
     """
     if isinstance(kernel, nnx.Module) or x_BTD.dtype == jnp.float32:
