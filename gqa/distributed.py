@@ -237,6 +237,9 @@ def _greet(host: str, port: int, number: int, count: int, seconds: float) -> Non
     while True:
         try:
             with socket.create_connection((host, port), timeout=max(deadline - time.monotonic(), 0.1)) as connection:
+                if connection.getsockname() == connection.getpeername():
+                    # Nothing listens, and the system gave this end the very port that it looks for.
+                    raise ConnectionRefusedError("connected to itself")
                 connection.sendall(f"{_NAME} {number} of {count}\n".encode())
                 answer = connection.makefile("rb").readline(_LINE).decode(errors="replace")
             if answer.startswith(_NAME):

@@ -6,6 +6,7 @@ Run by itself, this file is `gqa.train` that says what it reads and may get a si
 
 import argparse
 import concurrent.futures
+import functools
 import hashlib
 import json
 import os
@@ -207,7 +208,7 @@ def test_a_port_that_is_taken():
 
 
 def test_processes_meet_among_strangers(free_port):
-    """One that scans ports, one of another run, one that dies waiting; the last of ours comes after these."""
+    """One that scans ports, one of another run, one that dies waiting; ours come after these."""
 
     def say(line: bytes) -> None:
         with socket.create_connection(("127.0.0.1", free_port)) as connection:
@@ -215,18 +216,26 @@ def test_processes_meet_among_strangers(free_port):
 
     with concurrent.futures.ThreadPoolExecutor(3) as pool:
         first = pool.submit(distributed._gather, free_port, 3, 20)
-        second = pool.submit(distributed._greet, "127.0.0.1", free_port, 1, 3, 20)
-        while not second.done() and not first.done():
+        while not first.done():
             try:
                 say(b"GET / HTTP/1.1\r\n")
                 break
             except ConnectionRefusedError:  # it does not listen yet
-                pass
+                time.sleep(0.01)
         say(b"gqa 1 of 2\n")
         say(b"gqa 2 of 3\n")
-        third = pool.submit(distributed._greet, "127.0.0.1", free_port, 2, 3, 20)
-        for each in (first, second, third):
+        others = [pool.submit(distributed._greet, "127.0.0.1", free_port, number, 3, 20) for number in (1, 2)]
+        for each in (first, *others):
             each.result()
+
+
+def test_greeting_nobody_but_itself(free_port, monkeypatch):
+    """The system may give the connecting end the port that it connects to, where nobody listens."""
+    address = ("127.0.0.1", free_port)
+    connect = functools.partial(socket.create_connection, source_address=address)
+    monkeypatch.setattr(distributed.socket, "create_connection", connect)
+    with pytest.raises(InputError, match="does not answer within 0.5 s"):
+        distributed._greet(*address, 1, 2, 0.5)
 
 
 def test_something_else_listens():
