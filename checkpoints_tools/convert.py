@@ -24,7 +24,7 @@ from checkpoints_tools.calibration import Calibration
 from checkpoints_tools.rewriting import Source, check_output
 from gqa import checkpoints, files, models
 from gqa.command_line import parse_arguments, run
-from gqa.convert import convert_lazily, converted_config
+from gqa.convert import changed_sites, convert_lazily, converted_config
 from gqa.convert.calibrated import BASES, POOLED, STEPS, Method
 from gqa.errors import InputError
 from gqa.models.heads import KVHeads
@@ -81,12 +81,12 @@ def main() -> int | None:
     if (args.kv_heads is None) == (args.kv_budget is None):
         raise InputError("--kv_heads=K or --kv_budget=P%: give exactly one of them")
     source = Source(args.source)
-    method.check(source.config, has_text=args.calibrate is not None)
-    sites = _sites(args.sites, source.config)
+    sites = changed = _sites(args.sites, source.config)
     kv_heads = None if args.kv_heads is None else _kv_heads(args.kv_heads, args.sites, sites)
     if kv_heads is not None:
-        converted_config(source.config, kv_heads, args.method)  # refused before any work
+        changed = changed_sites(source.config, converted_config(source.config, kv_heads, args.method))
     budget = None if args.kv_budget is None else _budget(args.kv_budget, source.config, sites)
+    method.check(source.config, changed, has_text=args.calibrate is not None)  # refused before any work
     # `tune` judges itself by rows that it keeps back.
     calibration = Calibration.of(args, source, list(kv_heads or sites), least_rows=2 if method.tune else 1)
     if budget is not None:

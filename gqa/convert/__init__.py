@@ -80,6 +80,12 @@ def converted_config(config: models.ModelConfig, kv_heads: Mapping[str, KVHeads]
     return models.replace(config, **{f"{site}_kv_heads": _shortest(targets[site]) for site in targets})
 
 
+def changed_sites(config: models.ModelConfig, new_config: models.ModelConfig) -> list[str]:
+    """The attention sites with other numbers of key/value heads."""
+    sites = models.FAMILIES[models.family_of(config)].sites
+    return [site for site in sites if config.kv_heads(site) != new_config.kv_heads(site)]
+
+
 def convert_calibrated(
     model: models.Model,
     kv_heads: Mapping[str, KVHeads],
@@ -164,7 +170,7 @@ def convert_lazily(
 
 def _calibrated_layers(shell, load_layer, new_config, method: str, key, batches, statistics):
     parsed = Method.parse(method)
-    parsed.check(shell.config, has_text=bool(batches))
+    parsed.check(shell.config, changed_sites(shell.config, new_config), has_text=bool(batches))
     plan = Plan(new_config, {})
     if parsed.group:
         plan = make_plan(shell, load_layer, new_config, statistics)

@@ -4,7 +4,7 @@ A method is spelled `base+step+step`, such as `svd+group+refit`; the steps are t
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -16,7 +16,15 @@ from tqdm import tqdm
 from gqa import models
 from gqa.convert import pooling, procrustes, svd, tuning
 from gqa.convert.heads import Heads, Moments, read_heads, with_out, write_heads
-from gqa.convert.plan import Plan, is_rotary, moments_of, permuted_layer, permuted_shell, with_attention
+from gqa.convert.plan import (
+    Plan,
+    check_one_order,
+    is_rotary,
+    moments_of,
+    permuted_layer,
+    permuted_shell,
+    with_attention,
+)
 from gqa.convert.statistics import Statistics
 from gqa.convert.walk import FitSums, LoadLayer, Stream, num_all_layers, num_layers, sides
 from gqa.errors import InputError
@@ -59,8 +67,8 @@ class Method:
         """Whether it needs more than the attention's own kernels."""
         return self.base in BASES or self.group or self.renorm or self.tune or self.refit
 
-    def check(self, config: models.ModelConfig, has_text: bool) -> None:
-        """Raises `InputError` where the architecture or the lack of text forbids the method."""
+    def check(self, config: models.ModelConfig, sites: Iterable[str], has_text: bool) -> None:
+        """Raises `InputError` where the architecture or the lack of text forbids to change `sites` so."""
         for step in ("tune", "refit"):
             if getattr(self, step) and not has_text:
                 raise InputError(f"{step} fits outputs on text; give some to calibrate on, or leave {step} out")
@@ -69,6 +77,8 @@ class Method:
                 f"method {self.base} changes the basis of keys, which this model's norms of keys do not allow; "
                 "nearest: svd_values (keys by their mean), mean+refit"
             )
+        if self.group:
+            check_one_order(config, sites)
 
 
 def _plus(steps: Sequence[str]) -> str:

@@ -1,6 +1,6 @@
 """What a conversion will do before it does it: how many heads each layer gets, and which heads share."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -28,6 +28,16 @@ def is_rotary(config: models.ModelConfig) -> bool:
     return isinstance(config, models.llama.LlamaConfig)
 
 
+def check_one_order(config: models.ModelConfig, sites: Iterable[str]) -> None:
+    """Raises `InputError` where heads of one of `sites` cannot be grouped: one order is for layers of one size."""
+    for site in sites:
+        present = config.kv_heads(site)
+        if _shares_bias(config, site) and len(set(present)) > 1:
+            raise InputError(
+                f"group: the layers of {site} share a bias table but have {present} key/value heads; leave group out"
+            )
+
+
 def make_plan(
     shell: models.Model,
     load_layer: LoadLayer,
@@ -36,7 +46,7 @@ def make_plan(
 ) -> Plan:
     """Chooses which heads share, in one order for layers that share a bias table.
 
-    `load_layer` is asked for all layers that change; `statistics` `None`: moments are assumed.
+    `load_layer` is asked for all layers that change; `statistics` `None`: moments are assumed. `check_one_order` holds.
     """
     config, orders = shell.config, {}
     for side, attentions in sides(config).items():
@@ -45,10 +55,6 @@ def make_plan(
             if before == after:
                 continue
             shared = _shares_bias(config, site)
-            if shared and len(set(before)) > 1:
-                raise InputError(
-                    f"group: the layers of {site} share a bias table but have {before} key/value heads; leave group out"
-                )
             sizes = [present // wanted for present, wanted in zip(before, after, strict=True)]
             energies = []
             for number, (present, size) in enumerate(zip(before, sizes, strict=True)):

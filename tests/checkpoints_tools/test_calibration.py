@@ -316,6 +316,21 @@ def test_bad_input(arguments, message, texts, sources, convert_on_text, capsys, 
     assert capsys.readouterr().err == f"error: {message.format(**names)}\n"
 
 
+def test_one_order_for_layers_of_two_sizes(sources, convert_on_text, call, tiny_corpus, tmp_path, monkeypatch, capsys):
+    code, uneven = convert_on_text("t5", "uneven", "--kv_heads=decoder_self=4,2", "--method=mean")
+    assert code == 0
+    capsys.readouterr()
+    monkeypatch.setattr(calibration.statistics, "collect", None)  # refused before any work
+    for heads in ("--kv_heads=1", "--kv_budget=40%"):
+        arguments = (heads, "--method=svd+group", f"--calibrate={tiny_corpus}")
+        assert call("convert", f"--source={uneven}", f"--output={tmp_path / 'new'}", *arguments) == 2
+        assert capsys.readouterr().err == (
+            "error: group: the layers of decoder_self share a bias table but have (4, 2) key/value heads; "
+            "leave group out\n"
+        )
+    assert not (tmp_path / "new").exists()
+
+
 @pytest.mark.parametrize("text", ["empty", "empty.txt", "tiny.txt", "nothing"])
 def test_text_that_is_none(text, texts, convert_on_text, capsys):
     code, output = convert_on_text("llama", "new", HEADS, "--method=svd", f"--calibrate={texts['texts'] / text}")

@@ -234,7 +234,7 @@ def test_greeting_nobody_but_itself(free_port, monkeypatch):
     address = ("127.0.0.1", free_port)
     connect = functools.partial(socket.create_connection, source_address=address)
     monkeypatch.setattr(distributed.socket, "create_connection", connect)
-    with pytest.raises(InputError, match="does not answer within 0.5 s"):
+    with pytest.raises(InputError, match="does not answer within"):
         distributed._greet(*address, 1, 2, 0.5)
 
 
