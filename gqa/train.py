@@ -99,7 +99,7 @@ def _train(arguments: argparse.Namespace, raw_config: ConfigDict) -> None:
         arguments.workdir,
         mesh=mesh,
         architecture=architecture,
-        initial_model=initial_model(),
+        initial_model=initial_model,
         token_ids=token_ids,
         records=records,
         export=export,

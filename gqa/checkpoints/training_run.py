@@ -65,6 +65,11 @@ def read(directory: Path, run_choices: Mapping[str, Any]) -> Contents:
     return Contents(config, sources, files_of(step), hf_config.token_ids_of(raw), _companions(workdir))
 
 
+def has_steps(workdir: Path) -> bool:
+    """Whether a run has kept a complete step there."""
+    return (workdir / STEPS).is_dir() and bool(_steps(workdir / STEPS))
+
+
 def step_folders(workdir: Path) -> list[Path]:
     """The complete steps that a run has kept, first to last; `InputError` for a folder that is no run's."""
     if not (workdir / STEPS).is_dir():

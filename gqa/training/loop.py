@@ -1,6 +1,7 @@
 """The one training loop: initial state or resume, step, metrics, held-out loss, checkpoints, final model."""
 
 import contextlib
+import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -87,7 +88,7 @@ def train(
     *,
     mesh: Mesh,
     architecture: models.ModelConfig,
-    initial_model: models.Model | Callable[[], models.Model],
+    initial_model: Callable[[], models.Model | Callable[[], models.Model]],
     token_ids: Mapping[str, int | list[int]] | None,
     records: Path,
     export: Callable[[models.Model, Path], None],
@@ -102,7 +103,8 @@ def train(
         `model/`, and `adapter/` where one was trained; beside a base in few bits `adapter/` alone.
       mesh: the devices.
       architecture: the model's configuration.
-      initial_model: the model of step 0, or a function that initialises one in place.
+      initial_model: gives the model of step 0, or a function that initialises one in place. A run that goes on does not
+        ask, unless that model stays beside what is trained.
       token_ids: of its padding, end and so on, written with the architecture; `None`: the family's usual ones.
       records: folder of prepared records.
       export: writes the final model into a folder.
@@ -117,6 +119,9 @@ def train(
     """
     abstract_model = models.abstract(architecture)
     merged, finish = _merging(config, architecture)
+    initial_model = functools.cache(initial_model)
+    if not training_run.has_steps(workdir):
+        initial_model()  # one that does not load is refused before the folder is touched
     recipe = make_recipe(config, abstract_model, initial_model, records, mesh)
     learning_rate = optimizers.schedule(config.optimizer)
     optimizer = optimizers.optimizer(config.optimizer, config.schedule_offset, logical_axes(recipe.trained))

@@ -34,9 +34,9 @@ class Recipe(NamedTuple):
 
 
 def make_recipe(
-    config: RunConfig, abstract_model: models.Model, initial_model: Any, records: Path, mesh: Mesh
+    config: RunConfig, abstract_model: models.Model, initial_model: Callable[[], Any], records: Path, mesh: Mesh
 ) -> Recipe:
-    """The recipe of a run; arguments as of `loop.train`, whose caller has placed the initial model."""
+    """The recipe of a run; arguments as of `loop.train`, whose caller has placed what `initial_model` gives."""
     dropout = config.model.dropout_rate > 0
     recipe = all_parameters(abstract_model, initial_model)
     if config.reward is not None:
@@ -44,7 +44,7 @@ def make_recipe(
         loss_fn, score = (reward_loss(config.reward, is_training) for is_training in (dropout, False))
         recipe = recipe._replace(
             trained=jax.eval_shape(reward.with_head, abstract_model, head_key),
-            initial=lambda: reward.with_head(initial_model, head_key),
+            initial=lambda: reward.with_head(initial_model(), head_key),
             loss_fn=loss_fn,
             heldout_sums=jax.jit(lambda model, batch: score(model, batch, None, None)),
         )
@@ -53,18 +53,18 @@ def make_recipe(
         recipe = recipe._replace(
             loss_fn=loss_fn,
             heldout_sums=jax.jit(lambda model, batch: score(model, batch, None, None)),
-            added=Reference(config.dpo, initial_model, records, config.train.batch_size, mesh),
+            added=Reference(config.dpo, initial_model(), records, config.train.batch_size, mesh),
         )
     if config.adapter is not None:
-        recipe = with_adapter(recipe, config, abstract_model, initial_model)
+        recipe = with_adapter(recipe, config, abstract_model, initial_model())
     return recipe
 
 
-def all_parameters(abstract_model: models.Model, initial_model: Any) -> Recipe:
+def all_parameters(abstract_model: models.Model, initial_model: Callable[[], Any] | None) -> Recipe:
     """Plain training."""
     return Recipe(
         trained=abstract_model,
-        initial=lambda: initial_model,
+        initial=initial_model,
         frozen=(),
         whole=lambda model, key: model,
         finish=lambda model: model,

@@ -100,7 +100,7 @@ def main() -> None:
         Path(folder),
         mesh=make_mesh(run.mesh, jax.devices()[: int(devices)]),
         architecture=architecture,
-        initial_model=lambda: models.create(architecture, jax.random.key(0)),
+        initial_model=lambda: lambda: models.create(architecture, jax.random.key(0)),
         token_ids=None,
         records=Path(run.records),
         export=lambda model, path: path.mkdir(parents=True),

@@ -87,6 +87,20 @@ def test_a_finished_run_goes_on_to_more_steps(run, tmp_path):
     assert sorted(os.listdir(tmp_path / "parts")) == sorted(os.listdir(tmp_path / "whole"))
 
 
+def test_a_run_that_goes_on_does_not_read_its_first_model_again(run, tiny_run, tmp_path, monkeypatch):
+    hf.save(
+        models.create(tiny_run("llama").model.architecture(), jax.random.key(3)), tmp_path / "first", dtype="float32"
+    )
+    read = []
+    load = checkpoints.load
+    monkeypatch.setattr(checkpoints, "load", lambda path, **choices: read.append(path) or load(path, **choices))
+    overrides = {"model.size": None, "model.changes": {}, "model.checkpoint": str(tmp_path / "first")}
+    run(tmp_path / "run", "llama", overrides | {"train.steps": 2, "train.save_every": 2})
+    assert read == [str(tmp_path / "first")]
+    history = run(tmp_path / "run", "llama", overrides | {"train.steps": 4, "train.save_every": 2})
+    assert read == [str(tmp_path / "first")] and history[-1]["step"] == 4
+
+
 def test_uptraining_goes_on_where_pre_training_ended(run, tiny_run, tmp_path):
     """alpha = 0.0006 of 10,000 steps: 6 steps at 1/sqrt(10,000), 1/sqrt(10,001), …, on moments from zero."""
     multi_head = models.create(tiny_run("t5").model.architecture(), jax.random.key(3))
