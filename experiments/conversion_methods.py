@@ -59,7 +59,7 @@ APART = (
     "svd+group+refit",
     "svd+group+tune+refit",
 )  # also at self- and at cross-attention alone
-UPTRAINED = ("mean", "svd+group+tune+refit")
+UPTRAINED = ("mean", "svd+group+tune+refit")  # unless told otherwise
 DETERMINISTIC = ("mean", "first", "svd without text")  # one run whatever the number of seeds
 RATES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)  # multiples of the schedule's learning rate
 CALIBRATION_ROWS, BATCH = 256, 32
@@ -88,6 +88,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--teacher", required=True, choices=TEACHERS, help="which shipped teacher")
     parser.add_argument("--methods", default=",".join(METHODS), help="those without uptraining (default: all)")
+    parser.add_argument(
+        "--uptrained", default=",".join(UPTRAINED), help=f"those that are uptrained (default: {','.join(UPTRAINED)})"
+    )
     parser.add_argument("--alphas", default="0,0.01,0.05", help="shares of the pre-training (default: 0,0.01,0.05)")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each cell (default: 3)")
     parser.add_argument("--rows", type=int, default=2048, help="held-out rows, half of them for tuning (default: 2048)")
@@ -95,9 +98,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of tables and pictures")
     arguments = command_line.parse_arguments(parser)
     alphas = sorted({_alpha(text) for text in arguments.alphas.split(",")})
-    methods = tuple(arguments.methods.split(","))
-    if unknown := [name for name in methods if name not in METHODS]:
-        raise InputError(f"--methods: {unknown[0]!r} is unknown; expected of {', '.join(METHODS)}")
+    methods, uptrained = (_methods(arguments, name) for name in ("methods", "uptrained"))
     if arguments.seeds < 1 or arguments.rows < 2 * BATCH:
         raise InputError(f"--seeds={arguments.seeds} --rows={arguments.rows}; expected at least 1 and {2 * BATCH}")
     teacher, config, sites = TEACHERS[arguments.teacher]
@@ -137,7 +138,7 @@ def main() -> None:
         write_json(path, results)
         return report(results, arguments.results, arguments.teacher)
 
-    for run in bench.all(methods, alphas, arguments.seeds):
+    for run in bench.all(methods, uptrained, alphas, arguments.seeds):
         done.append(run)
         if run["alpha"] > 0:
             write()
@@ -160,6 +161,13 @@ def _earlier(path: Path, rows: int) -> dict[str, Any] | None:
             f"--rows={rows}: {path} holds runs on {earlier['teacher']['rows']} rows; expected as many, or --results=DIR"
         )
     return earlier
+
+
+def _methods(arguments: argparse.Namespace, option: str) -> tuple[str, ...]:
+    names = tuple(getattr(arguments, option).split(","))
+    if unknown := [name for name in names if name not in METHODS]:
+        raise InputError(f"--{option}: {unknown[0]!r} is unknown; expected of {', '.join(METHODS)}")
+    return names
 
 
 def _alpha(text: str) -> float:
@@ -209,18 +217,22 @@ class Bench:
                 write_json(own, run)
         self._tried = (max(run["alpha"] for run in earlier["runs"]), earlier["tuning"])
 
-    def all(self, methods: tuple[str, ...], alphas: list[float], seeds: int) -> Iterator[dict[str, Any]]:
+    def all(
+        self, methods: tuple[str, ...], uptrained: tuple[str, ...], alphas: list[float], seeds: int
+    ) -> Iterator[dict[str, Any]]:
         """Every run, done now or found done."""
         from tqdm import tqdm
 
         self._alphas = [alpha for alpha in alphas if alpha > 0]
         with tqdm(unit="run", desc="runs", dynamic_ncols=True) as bar:
-            for run in self._runs(methods, alphas, seeds):
+            for run in self._runs(methods, uptrained, alphas, seeds):
                 bar.set_postfix_str(run.name)
                 yield self.once(run)
                 bar.update()
 
-    def _runs(self, methods: tuple[str, ...], alphas: list[float], seeds: int) -> Iterator[Run]:
+    def _runs(
+        self, methods: tuple[str, ...], uptrained: tuple[str, ...], alphas: list[float], seeds: int
+    ) -> Iterator[Run]:
         together = "+".join(self._sites)
         apart = tuple(method for method in methods if method in APART)
         places = {together: methods} | ({site: apart for site in self._sites} if len(self._sites) > 1 else {})
@@ -236,7 +248,7 @@ class Bench:
         best = {}
         for seed in range(seeds):  # of all cells the first one first: a command that is cut short leaves whole tables
             for K in (self._num_heads, kv_heads[1], kv_heads[2], kv_heads[0]):
-                for method in ("teacher",) if self._num_heads == K else UPTRAINED:
+                for method in ("teacher",) if self._num_heads == K else uptrained:
                     if method not in best:
                         best[method] = self._best_rate(Run(together, method, K, self._alphas[-1], 0, 1.0))
                     for alpha in self._alphas:

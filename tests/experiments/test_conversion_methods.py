@@ -15,6 +15,7 @@ from gqa.errors import InputError
 
 SITES = ("decoder_self", "cross")
 TOGETHER = "decoder_self+cross"
+METHODS = ("mean", "svd+group+refit")
 
 
 @pytest.fixture
@@ -28,7 +29,7 @@ def command(tmp_path, random_model, config_file, monkeypatch):
     uptrain = config_file("t5", changes | {"uptrain": dict(original_steps=4, alpha=1.0)})
     small = dict(
         TEACHERS={"t5": (teacher, Path(uptrain), SITES)},
-        METHODS=("mean", "svd+group+refit"),
+        METHODS=METHODS,
         APART=("mean",),
         UPTRAINED=("mean",),
         RATES=(0.1, 1.0),
@@ -94,15 +95,16 @@ def test_without_uptraining(command, tmp_path, monkeypatch, capsys):
 
 @pytest.mark.full
 def test_uptraining(command, tmp_path):
-    results = command("--alphas=0,0.5,1", "--seeds=1", f"--workdir={tmp_path / 'runs'}")
+    choices = ("--methods=mean", "--uptrained=mean,svd+group+refit")
+    results = command("--alphas=0,0.5,1", "--seeds=1", *choices, f"--workdir={tmp_path / 'runs'}")
     uptrained = {cell for cell in cells(results) if cell[3] > 0}
     assert {cell[1:4] for cell in uptrained} == {
         (method, K, alpha)
         for alpha in (0.5, 1.0)
-        for method, heads in (("teacher", (8,)), ("mean", (4, 2, 1)))
+        for method, heads in (("teacher", (8,)), ("mean", (4, 2, 1)), ("svd+group+refit", (4, 2, 1)))
         for K in heads
     }
-    rates = {method: {cell[5] for cell in uptrained if cell[1] == method} for method in ("teacher", "mean")}
+    rates = {method: {cell[5] for cell in uptrained if cell[1] == method} for method in ("teacher", *METHODS)}
     assert all(len(tried) == 1 for tried in rates.values())  # the best of a method, for all of its cells
     for method, tried in results["tuning"].items():
         assert tried.keys() == {"0.1", "1"} and {float(min(tried, key=tried.get))} == rates[method]
@@ -159,6 +161,7 @@ def test_bad_input(command):
     for option, message in (
         ("--alphas=2", "'2' is no share"),
         ("--methods=mean,meen", "--methods: 'meen' is unknown; expected of mean, "),
+        ("--uptrained=median", "--uptrained: 'median' is unknown; expected of mean, "),
         ("--seeds=0", "expected at least 1 and 8"),
         ("--rows=7", "expected at least 1 and 8"),  # a batch for tuning and one to report
     ):
