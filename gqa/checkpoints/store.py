@@ -222,16 +222,19 @@ class Store:
         except (OSError, ValueError) as error:  # TensorStore's are ValueErrors
             self._failed(step, error)
             return
+        damaged, self._damaged = self._damaged - {step}, set()
         try:
-            for damaged in self._damaged - {step}:
-                _remove(self._directory / str(damaged))
-            self._damaged.clear()
+            for number in damaged:
+                _remove(self._directory / str(number))
             self._thin(self._directory, losses)
         except OSError as error:
             _warn(f"older checkpoints in {self._directory} could not be removed: {_reason(error)}")
         if self._mirror:
             try:
                 _copy(self._directory / str(step), self._mirror / str(step))
+                for number in damaged:  # else it would count among those that are kept
+                    if (self._mirror / str(number)).is_dir() and problem_of(self._mirror / str(number)):
+                        _remove(self._mirror / str(number))
                 self._thin(self._mirror, losses)
             except (OSError, InputError) as error:
                 _warn(f"checkpoint of step {step} has no copy in {self._mirror}: {_reason(error)}")

@@ -47,6 +47,7 @@ CHIPS: dict[str, Chip] = {
     )
 }  # fmt: skip
 DEFAULT_GPU = "h100"
+_OTHER_BOARDS = {"40gb", "pcie", "nvl"}  # of the same names, with less memory or bandwidth than the table's
 
 # Slices that are smaller than a cube of 64 chips (3D) and all of a pod's (2D); 3D ones go on in multiples of 4, as
 # the documents above list them.
@@ -144,7 +145,10 @@ def local_gpus(topology: Topology, device_kinds: Sequence[str], *, named: bool) 
     """
     if len(device_kinds) < topology.num_devices:
         return None
-    known = [chip for chip in CHIPS.values() if chip.platform == "gpu" and chip.name in device_kinds[0].lower()]
+    words = set(re.findall(r"[a-z0-9]+", device_kinds[0].lower()))
+    if words & _OTHER_BOARDS:
+        return None
+    known = [chip for chip in CHIPS.values() if chip.platform == "gpu" and chip.name in words]
     if not known or (named and topology.chip not in known):
         return None
     return dataclasses.replace(topology, chip=known[0])

@@ -55,6 +55,7 @@ class RejectionConfig(SampledConfig):
     def __post_init__(self):
         super().__post_init__()
         _at_least(self, "samples", "batch_size")
+        _check_seed(self.seed)
         if not self.temperatures:
             raise InputError("temperatures is empty; expected at least one, such as 1.0")
         for temperature in self.temperatures:
@@ -114,6 +115,7 @@ class IterationsConfig:
 
     def __post_init__(self):
         _at_least(self, "steps", "eval_every", "save_every", "keep", prefix="train.")
+        _check_seed(self.seed, prefix="train.")
         if self.heldout < 2:
             raise InputError(f"train.heldout={self.heldout}; expected 2 or more: rewards are in their deviations")
         if self.patience is not None and self.patience < 1:
@@ -179,6 +181,7 @@ class InstructionsConfig:
 
     def __post_init__(self):
         _at_least(self, "inputs_length", "new_tokens", "batch_size")
+        _check_seed(self.seed)
         one_of("dtype", self.dtype, DTYPES)
         sampling(self.temperature)
         named = [name for name in PROGRAMS if getattr(self, name) is not None]
@@ -194,6 +197,11 @@ class InstructionsConfig:
     def program(self) -> Program:
         """The program."""
         return getattr(self, self.program_name)
+
+
+def _check_seed(seed: int, prefix: str = "") -> None:
+    if not 0 <= seed < 2**32:
+        raise InputError(f"{prefix}seed={seed}; expected 0..{2**32 - 1}; nearest: {min(max(seed, 0), 2**32 - 1)}")
 
 
 def _at_least(config, *names: str, prefix: str = "") -> None:

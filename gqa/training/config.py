@@ -204,6 +204,11 @@ class RunConfig:
             raise InputError("mixture or records: set at most one of them; a folder of records is a part of a mixture")
         if (self.train.steps is None) == (self.uptrain is None):
             raise InputError("train.steps or uptrain (original_steps and alpha): set exactly one of them")
+        if self.schedule_offset + self.steps >= 2**31:  # steps are int32
+            raise InputError(
+                f"the run ends at step {self.schedule_offset + self.steps} of its schedule; expected at most "
+                f"{2**31 - 1}: check {'train.steps' if self.uptrain is None else 'uptrain.original_steps'}"
+            )
 
     def _check_objective(self) -> None:
         named = {name: getattr(self, name) for name in ("dpo", "reward", "distillation")}

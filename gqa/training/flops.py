@@ -9,14 +9,16 @@ from gqa.models import t5
 from gqa.training.metrics import Attention, MatrixProduct, model_flops_per_step
 
 
-def train_step_flops(model: models.Model, batch_shapes: dict[str, tuple[int, ...]], frozen: bool = False) -> int:
+def train_step_flops(
+    model: models.Model, batch_shapes: dict[str, tuple[int, ...]], frozen: bool = False, *, scores: bool = False
+) -> int:
     """FLOPs of one step, forward and backward, for a model (or its abstract form) and a batch's shapes by name.
 
-    `frozen`: only adapters are trained.
+    `frozen`: only adapters are trained. `scores`: a head of one output stands for the logits.
     """
     config = model.config
     rows, targets = batch_shapes["targets"]
-    logits = config.vocab_size * config.d_model
+    logits = (1 if scores else config.vocab_size) * config.d_model
     decoder = _kernels(model.decoder)
     heads = (config.num_heads, config.head_dim)
     if not isinstance(model, t5.T5):

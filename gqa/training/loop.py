@@ -145,7 +145,10 @@ def train(
     batches = loader.train_batches(records, batch_size, config.train.seed, rows=rows)
     heldout = loader.heldout_batches(records, batch_size, config.train.eval_examples, rows=rows)
     shapes = {name: (batch_size, *array.shape[1:]) for name, array in batches(0).items()}
-    flops = train_step_flops(abstract_model, shapes, frozen=config.adapter is not None)
+    frozen, scores = config.adapter is not None, config.reward is not None
+    flops = train_step_flops(abstract_model, shapes, frozen, scores=scores)
+    if config.dpo is not None and config.dpo.reference == "live":
+        flops += train_step_flops(abstract_model, shapes) // 3  # forward only
     said = None
     if teacher is not None:
         said = Teacher(config, teacher, architecture, batches.manifest.corpus_digests)
@@ -254,14 +257,16 @@ def train(
         store.wait()
         if signals.received and step < config.steps:
             raise Interrupted(f"{signals.received} {_what_is_saved(step, store.latest_step())}")
-        trained = distributed.gathered(state.model)
-        model = finish(recipe.finish(trained)) if recipe.finish is not None and distributed.is_primary() else None
+        # A program over all devices is run by all processes, files are written by the first.
+        trained = None if recipe.export_adapter is None else distributed.gathered(state.model)
+        model = None if recipe.finish is None else distributed.gathered(recipe.finish(state.model))
+        model = None if model is None else finish(model)
 
         def write_model() -> None:
-            if model is not None:
-                run_folder.replace(workdir, run_folder.MODEL, lambda folder: export(model, folder))
             if recipe.export_adapter is not None:
                 run_folder.replace(workdir, run_folder.ADAPTER, lambda folder: recipe.export_adapter(trained, folder))
+            if model is not None:
+                run_folder.replace(workdir, run_folder.MODEL, lambda folder: export(model, folder))
             run_folder.write_json(workdir / run_folder.FINISHED, {"step": config.steps})
 
         distributed.on_primary(write_model)

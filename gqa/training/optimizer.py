@@ -96,7 +96,7 @@ _RANGES = {
     "beta1": _FRACTION,
     "beta2": _FRACTION,
     "weight_decay": ("a finite number of at least 0", lambda value: 0 <= value < math.inf, "0.0"),
-    "warmup_steps": ("at least 0", lambda value: value >= 0, "0"),
+    "warmup_steps": ("0..2147483647", lambda value: 0 <= value < 2**31, "0 or 2147483647"),  # steps are int32
     "final_ratio": ("a number in [0, 1]", lambda value: 0 <= value <= 1, "0.0 or 1.0"),
 }
 

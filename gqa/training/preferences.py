@@ -136,6 +136,8 @@ class Reference:
         """`batch_size` and `mesh`: how the records are scored where they are cached, unless that lies beside them."""
         self._say = jax.jit(lambda model, batch: response_log_probs(model, batch)[0])
         self._live = config.reference == "live"
+        if not self._live and jax.process_count() > 1:
+            raise InputError(f"dpo.reference={config.reference} is for one process; nearest: live")
         self._model, self._cached = model, None
         self._where = (records, batch_size, mesh)
 

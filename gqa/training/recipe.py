@@ -26,7 +26,7 @@ class Recipe(NamedTuple):
     initial: Callable[[], Any] | None  # that of step 0, or a function that makes it in place
     frozen: tuple  # what the step gets beside it
     whole: Callable[..., models.Model]  # (trained, dropout key or None, *frozen) -> the model that computes
-    finish: Callable[[Any], models.Model] | None  # trained -> the final model; None: what is trained is all there is
+    finish: Callable[[Any], models.Model] | None  # trained -> the final model, on its devices; None: there is none
     loss_fn: Callable[..., Sums] | None = None  # instead of the text's cross-entropy
     heldout_sums: Callable[[models.Model, Mapping], Sums] | None = None
     added: Callable[[str, Mapping, Batch], Batch] | None = None  # (split, batch, placed) -> placed with more arrays

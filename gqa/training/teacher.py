@@ -1,5 +1,6 @@
 """Distillation in the loop: what the teacher says of each batch, live or kept by step, and the loss that uses it."""
 
+import hashlib
 import json
 import zipfile
 from collections.abc import Callable, Mapping
@@ -17,7 +18,7 @@ from gqa.objectives.language_model import Sums, cross_entropy
 from gqa.training.config import DistillationConfig, RunConfig
 from gqa.training.state import digest
 
-IDS, LOG_PROBS = "teacher_ids", "teacher_log_probs"
+IDS, LOG_PROBS, BATCH = "teacher_ids", "teacher_log_probs", "batch"
 ATTENTION, SIZES = "teacher_attention_", "teacher_sizes_"  # and a site
 
 
@@ -94,11 +95,12 @@ class Teacher:
 
     def __call__(self, step: int, batch: Mapping) -> Mapping:
         """The batch of `step` with the teacher's arrays."""
-        said = self._cache.read(step, batch["targets"].shape) if self._cache else None
+        of_batch = _digest_of_batch(batch) if self._cache else None
+        said = self._cache.read(step, of_batch) if self._cache else None
         if said is None:
             said = self._say(self._model, batch)
             if self._cache:
-                self._cache.write(step, jax.device_get(said))
+                self._cache.write(step, of_batch, jax.device_get(said))
         else:
             said = jax.device_put(said, batch["targets"].sharding)
         return {**batch, **said}
@@ -117,6 +119,13 @@ class Teacher:
         return said
 
 
+def _digest_of_batch(batch: Mapping[str, jax.Array]) -> str:
+    found = hashlib.sha256()
+    for name, array in sorted(jax.device_get(dict(batch)).items()):
+        found.update(f"{name} {array.dtype} {array.shape} ".encode() + np.ascontiguousarray(array).tobytes())
+    return found.hexdigest()
+
+
 class _Cache:
     """A file of arrays for each step, complete or not there."""
 
@@ -132,20 +141,20 @@ class _Cache:
                 f"distillation.cache={folder} is of another teacher, text, seed, batch_size or top_k; choose another"
             )
 
-    def read(self, step: int, shape: tuple[int, ...]) -> dict[str, np.ndarray] | None:
+    def read(self, step: int, of_batch: str) -> dict[str, np.ndarray] | None:
         path = self._folder / f"{step:08}.npz"
         try:
             with np.load(path, allow_pickle=False) as file:
-                arrays = {name: file[name] for name in (IDS, LOG_PROBS)}
+                kept, arrays = str(file[BATCH]), {name: file[name] for name in (IDS, LOG_PROBS)}
         except FileNotFoundError:
             return None
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
             raise InputError(f"{path} is damaged ({error}); delete it") from error
-        if any(array.shape[:2] != shape for array in arrays.values()):
-            raise InputError(f"{path} is of a batch of another shape; delete the folder")
+        if kept != of_batch:
+            raise InputError(f"{path} is of another batch: other lengths, vocabulary or mixture; choose another folder")
         return arrays
 
-    def write(self, step: int, arrays: Mapping[str, np.ndarray]) -> None:
+    def write(self, step: int, of_batch: str, arrays: Mapping[str, np.ndarray]) -> None:
         path = self._folder / f"{step:08}.npz"
         with files.whole(path, shared=True) as unfinished:
-            np.savez(unfinished, **arrays)
+            np.savez(unfinished, **{BATCH: of_batch}, **arrays)

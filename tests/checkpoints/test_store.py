@@ -253,6 +253,21 @@ def test_a_mirror_gives_back_what_is_lost_or_damaged(tmp_path, capfd):
     assert_equal(state, state_of(1))
 
 
+def test_a_mirror_does_not_keep_a_damaged_step_for_an_intact_one(tmp_path, capfd):
+    folder, mirror = tmp_path / "checkpoints", tmp_path / "mirror"
+    save_steps(folder, 1, 3, mirror=mirror)
+    (mirror / "3" / "default" / "manifest.ocdbt").write_bytes(b"half")
+    for save in (2, None):
+        shutil.rmtree(folder)
+        with Store(folder, keep=1, mirror=mirror) as store:
+            step, _ = store.restore_newest(abstract(state_of(0)))
+            assert step == (1 if save else 2)
+            if save:
+                store.save(save, state_of(save))
+                store.wait()
+                assert sorted(os.listdir(mirror)) == ["2"]
+
+
 # TensorStore calls back into an event loop that Orbax closed when the first of several writes failed.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("limit", [0, 100_000, 500_000])

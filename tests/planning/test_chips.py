@@ -87,11 +87,13 @@ def test_local_gpus_bring_their_own_figures():
     four = parse_topology("gpu:h100:4")
     assert str(local_gpus(four, ["NVIDIA H200"] * 8, named=False)) == "gpu:h200:4"
     assert local_gpus(four, ["NVIDIA H100 80GB HBM3"] * 4, named=True) == four
+    assert str(local_gpus(four, ["NVIDIA A100-SXM4-80GB"] * 4, named=False)) == "gpu:a100:4"
 
 
 @pytest.mark.parametrize(
     ("kinds", "named"),
-    [(["NVIDIA H200"] * 4, True), (["NVIDIA H100"] * 3, True), (["Tesla T4"] * 4, False), ([], False)],
+    [(["NVIDIA H200"] * 4, True), (["NVIDIA H100"] * 3, True), (["Tesla T4"] * 4, False), ([], False)]
+    + [([kind] * 4, False) for kind in ("NVIDIA A100-SXM4-40GB", "NVIDIA H100 PCIe", "NVIDIA GH200 480GB")],
 )
 def test_gpus_that_are_not_here(kinds, named):
     assert local_gpus(parse_topology("gpu:h100:4"), kinds, named=named) is None

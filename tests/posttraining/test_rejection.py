@@ -123,6 +123,7 @@ def test_what_is_refused(run, tmp_path, tiny_run, tiny_vocabulary, folders, liki
         ({"temperatures": (1.0, 0.0)}, "temperature=0.0 is not above 0"),
         ({"temperatures": (1.0, 1.0)}, "expected each once"),
         ({"samples": 0}, "samples=0; expected at least 1"),
+        ({"seed": -1}, "seed=-1; expected 0..4294967295; nearest: 0"),
         ({"safety_gate": 1.5}, "safety_gate=1.5; expected a probability"),
         ({"dtype": "float16"}, "dtype: unknown 'float16'; expected one of float32, bfloat16"),
         ({"new_tokens": 5000}, r"line \d+: a prompt of \d+ tokens and max_new_tokens=5000 exceed"),

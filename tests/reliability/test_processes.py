@@ -18,7 +18,8 @@ import time
 import numpy as np
 import pytest
 
-from gqa import command_line, distributed, train
+from gqa import command_line, distributed, models, train
+from gqa.checkpoints import hf
 from gqa.data import loader
 from gqa.errors import InputError
 from gqa.training import metrics
@@ -43,11 +44,10 @@ def free_port():
 
 
 @pytest.fixture
-def start(run_python, config_file, free_port):
-    """A function (workdir, step, signal, process that gets it) -> both processes, finished."""
-    path = config_file("llama", OVERRIDES)
+def start_all(run_python, free_port):
+    """A function (config, workdir, step, signal, process that gets it) -> both processes, finished."""
 
-    def run(workdir, step, signal_name, struck=None):
+    def run(path, workdir, step=NEVER[0], signal_name=NEVER[1], struck=None):
         def one(number: int):
             disturbed = (step, signal_name) if number == struck else NEVER
             return run_python(
@@ -59,6 +59,12 @@ def start(run_python, config_file, free_port):
             return list(pool.map(one, range(2)))
 
     return run
+
+
+@pytest.fixture
+def start(start_all, config_file):
+    """`start_all` of one config."""
+    return functools.partial(start_all, config_file("llama", OVERRIDES))
 
 
 @pytest.fixture
@@ -130,6 +136,19 @@ def test_one_is_told_to_stop(start, assert_whole, tmp_path):
     again = start(workdir, *NEVER)
     assert [process.returncode for process in again] == [0, 0], again[0].stderr + again[1].stderr
     assert_whole(workdir, again)
+
+
+@pytest.mark.full
+def test_an_adapter_beside_a_base_that_no_process_holds_whole(start_all, config_file, random_model, tmp_path):
+    """It and the merged model come out."""
+    hf.save(random_model(models.size("llama_mini")), tmp_path / "base", dtype="float32")
+    adapter = dict(kernels=("mlp.up",), rank=4, alpha=8.0, dropout_rate=0.0, rank_stabilised=False)
+    changes = {"model.size": None, "model.changes": {}, "model.checkpoint": str(tmp_path / "base"), "adapter": adapter}
+    overrides = {name: value for name, value in OVERRIDES.items() if not name.startswith("model.")} | changes
+    found = start_all(config_file("llama", overrides), tmp_path / "run")
+    assert [process.returncode for process in found] == [0, 0], found[0].stderr + found[1].stderr
+    assert (tmp_path / "run" / "model" / "model.safetensors").exists()
+    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").exists()
 
 
 @pytest.mark.parametrize(

@@ -106,6 +106,11 @@ def test_configs_are_found():
             {"uptrain": {"original_steps": 0, "alpha": 0.5}},
             "uptrain.original_steps=0; expected at least 1 (T5.1.1: 1000000)",
         ),
+        (
+            {"train.steps": None, "uptrain": {"original_steps": 2**31 - 100, "alpha": 0.5}},
+            "the run ends at step 3221225322 of its schedule; expected at most 2147483647: check "
+            "uptrain.original_steps",
+        ),
         ({"uptrain": {"alpha": 0.5}}, "config.uptrain.original_steps is missing"),
         ({"dpo": DPO | {"beta": float("nan")}}, "dpo.beta=nan; expected a number above 0, such as 0.1"),
         ({"dpo": DPO | {"beta": float("inf")}}, "dpo.beta=inf; expected a number above 0, such as 0.1"),

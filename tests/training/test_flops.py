@@ -56,6 +56,8 @@ def test_logits_from_the_embedding_cost_as_much():
     for tied in (True, False):
         model = models.abstract(models.replace(base, tied_logits=tied))
         assert train_step_flops(model, {"targets": (3, 4)}) == 3 * (2 * 8_640 + 1_536)
+        # A reward model's head: 8 instead of 80.
+        assert train_step_flops(model, {"targets": (3, 4)}, scores=True) == 3 * (2 * (640 + 8) * 12 + 1_536)
 
 
 @pytest.mark.parametrize(

@@ -163,7 +163,7 @@ def test_heads_merge_while_they_train(run, tiny_run, tmp_path):
 def distil(run, tiny_run, tmp_path):
     """A function (name of the workdir, family, distillation settings) -> the history of training a pooled model."""
 
-    def distil(name, family, **settings):
+    def distil(name, family, overrides=None, **settings):
         teacher, student = tmp_path / f"{family}-teacher", tmp_path / f"{family}-student"
         if not teacher.exists():
             model = models.create(tiny_run(family).model.architecture(), jax.random.key(3))
@@ -178,7 +178,7 @@ def distil(run, tiny_run, tmp_path):
             "train.steps": 30,
             "train.z_loss": 0.0,
             "distillation": dict(teacher=str(teacher)) | weights,
-        }
+        } | (overrides or {})
         return run(tmp_path / name, family, overrides)
 
     return distil
@@ -203,6 +203,16 @@ def test_a_kept_teacher_says_what_a_live_one_says(distil, tmp_path):
     (tmp_path / "cache" / "00000003.npz").write_bytes(b"half")
     with pytest.raises(InputError, match=r"00000003\.npz is damaged"):
         distil("fourth", "llama", top_k=5, cache=cache)
+
+
+def test_what_a_teacher_said_of_other_batches_is_refused(distil, tmp_path, monkeypatch):
+    """The same text, and targets of the same shape, of longer inputs."""
+    monkeypatch.setenv("GQA_CACHE", str(tmp_path))
+    overrides = {"train.steps": 1, "records": None, "data.targets_length": 24}
+    settings = dict(top_k=5, cache=str(tmp_path / "cache"))
+    distil("short", "t5", overrides, **settings)
+    with pytest.raises(InputError, match=r"00000000\.npz is of another batch: other lengths"):
+        distil("long", "t5", overrides | {"data.inputs_length": 48}, **settings)
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from gqa.errors import InputError
 from gqa.objectives.language_model import cross_entropy
 from gqa.sharding import make_mesh
 from gqa.training import config as run_config
-from gqa.training import loop, metrics
+from gqa.training import loop, metrics, preferences
 from gqa.training.recipe import make_recipe
 
 pytestmark = pytest.mark.usefixtures("compilation_cache")
@@ -171,6 +171,12 @@ def test_dpo_starts_at_log_2_and_learns(run, tmp_path, base):
     assert live[1]["loss"] == pytest.approx(end["loss"], rel=1e-4)
 
 
+def test_a_cached_reference_is_for_one_process(monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(InputError, match=r"dpo\.reference=cached is for one process; nearest: live"):
+        preferences.Reference(preferences.DPOConfig(**DPO), None, None, 8, None)
+
+
 def test_a_reward_model_learns_is_saved_and_loaded(run, tmp_path, tiny_config):
     changes = {"reward": dict(margins=(0.0, 0.1, 0.2, 0.3)), "train.steps": 40, "train.eval_every": 40}
     start, end = run(tmp_path / "run", "preferences", changes)
@@ -180,7 +186,7 @@ def test_a_reward_model_learns_is_saved_and_loaded(run, tmp_path, tiny_config):
     config = run_config.parse(tiny_config("llama", run.overrides("preferences", changes)))
     model = reward.load(tmp_path / "run" / "model", **config.model.run_choices())
     mesh, records = make_mesh(config.mesh), config.prepared_records()
-    recipe = make_recipe(config, models.abstract(model.config), model.backbone, records, mesh)
+    recipe = make_recipe(config, models.abstract(model.config), lambda: model.backbone, records, mesh)
     found = loop.heldout_metrics(model, loader.heldout_batches(records, 8, 8), mesh, recipe=recipe)
     assert {name: end[name] for name in found} == pytest.approx(found, rel=1e-6)
     with pytest.raises(InputError, match=r"has no reward_head\.safetensors; expected a reward model"):
