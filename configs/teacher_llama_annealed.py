@@ -1,6 +1,6 @@
 """How far the Llama-like teacher is from its plateau: a quarter of its training more, the rate falling to zero.
 
-    python -m gqa.train --config=configs/teacher_llama_annealed.py --workdir=runs/teacher_llama_annealed
+python -m gqa.train --config=configs/teacher_llama_annealed.py --workdir=runs/teacher_llama_annealed
 """
 
 from pathlib import Path

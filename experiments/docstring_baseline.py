@@ -80,9 +80,8 @@ def table(report: dict) -> str:
     lines = [f"| {report['functions']} held-out functions | {' | '.join(names)} |", "|---|" + "--:|" * len(names)]
     lines.append("| the function's name in words | " + " | ".join(map(str, report["copy_the_name"].values())) + " |")
     for model in report["models"]:
-        cells = [
-            f"{score['value']:.2f} [{score['low']:.2f}, {score['high']:.2f}]" for score in model["scores"].values()
-        ]
+        scores = [model["scores"][name] for name in names]
+        cells = [f"{score['value']:.2f} [{score['low']:.2f}, {score['high']:.2f}]" for score in scores]
         how = "greedy" if model["beam"] == 1 else f"beam of {model['beam']}"
         lines.append(f"| {model['model']}, {how} | {' | '.join(cells)} |")
     return "\n".join(lines)

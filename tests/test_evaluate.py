@@ -231,6 +231,8 @@ def test_bad_arguments(seeds, files, call, tmp_path, config_file):
         ([t5, f"--task_file={tmp_path / 'arxiv'}", output], f"{tmp_path / 'arxiv'} is not a file; expected one with a"),
         ([t5, arxiv, output, "--max_newtokens=5"], "unknown option --max_newtokens; nearest: --max_new_tokens"),
         ([t5, "--harness=x", f"--include_path={tmp_path / 'no'}"], f"--include_path={tmp_path / 'no'} is no folder"),
+        ([t5, "--harness=x", "--limit=0"], "--limit=0 is below 1; expected 1 or more"),
+        ([t5, "--harness=x", "--num_fewshot=-1"], "--num_fewshot=-1 is below 0; expected 0 or more"),
     ):
         code, out, err = call(*arguments)
         assert (code, out, err.count("\n")) == (2, "", 1), err

@@ -35,6 +35,9 @@ from gqa.evaluation.checkpoint_text import TextModel
 RULES = ("contains", "lacks", "max_words")
 DIALOGUES, JOURNAL = "dialogues.jsonl", ".dialogues.journal"
 
+# Of scripts that put spaces between words: not Thai, Lao, Burmese, Khmer, kana, Chinese, nor Hangul with its particles.
+_LETTER = r"[^\W\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af\uf900-\ufaff]"
+
 Respond = Callable[[int, Mapping[int, list[dict]]], Mapping[int, str | None]]
 
 
@@ -240,9 +243,14 @@ def _texts(value) -> bool:
 
 
 def _says(response: str, text: str) -> bool:
-    """Whether the words of `text` stand in a response, in whatever case: not as parts of other words."""
-    pattern = r"\s+".join(map(re.escape, text.split()))
-    return re.search(rf"(?<!\w){pattern}(?!\w)", response, re.IGNORECASE) is not None
+    """Whether `text` stands in a response, in whatever case; a word at its ends is not part of another."""
+    words = text.split()
+    pattern = r"\s+".join(map(re.escape, words))
+    if re.match(_LETTER, words[0][0]):
+        pattern = f"(?<!{_LETTER}){pattern}"
+    if re.match(_LETTER, words[-1][-1]):
+        pattern += f"(?!{_LETTER})"
+    return re.search(pattern, response, re.IGNORECASE) is not None
 
 
 def _text(template: Template, settings: batches.Settings, tokens: Sequence[int] | None) -> str | None:

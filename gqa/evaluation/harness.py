@@ -15,6 +15,7 @@ from lm_eval.api.model import LM, TemplateLM
 from lm_eval.tasks import TaskManager
 from tqdm import tqdm
 
+from gqa.checkpoints.hf_config import read_json
 from gqa.command_line import nearest
 from gqa.decode import batches
 from gqa.decode.sampling import sampling
@@ -23,11 +24,24 @@ from gqa.errors import InputError
 from gqa.evaluation.checkpoint_text import TextModel
 
 MAX_GENERATED = 256  # tokens, where a task does not say: the harness's own
-MAX_INPUT = 2048  # tokens an encoder-decoder reads, whose positions have no end: the harness's own
+MAX_INPUT = 2048  # tokens an encoder-decoder reads where its files say nothing: the harness's own
+NO_LENGTH = 10**9  # transformers writes a larger one where a tokenizer knows none
+_POSITIONS = ("n_positions", "max_position_embeddings", "n_ctx")
 
 # What a task may say about generation.
 _LIMITS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # names for one thing
 _UNDERSTOOD = ("until", "do_sample", "temperature", "top_k", "top_p", *_LIMITS)
+
+
+def encoder_length(folder: Path) -> int:
+    """Tokens of a text that the harness's `hf` model lets the encoder-decoder in `folder` read."""
+    for name, keys in (("config.json", _POSITIONS), ("tokenizer_config.json", ("model_max_length",))):
+        if (folder / name).is_file():
+            said = read_json(folder / name)
+            for value in map(said.get, keys):
+                if type(value) is int and 0 < value < NO_LENGTH:
+                    return value
+    return MAX_INPUT
 
 
 class HarnessModel(TemplateLM):
@@ -42,7 +56,9 @@ class HarnessModel(TemplateLM):
         super().__init__()
         self._checkpoint, self._text, self._batch_size = checkpoint, checkpoint.text, batch_size
         self.backend = "causal" if self._text.is_decoder else "seq2seq"
-        self.max_length = checkpoint.config.max_position if self._text.is_decoder else MAX_INPUT
+        self.max_length = (
+            checkpoint.config.max_position if self._text.is_decoder else encoder_length(checkpoint.checkpoint)
+        )
 
     @property
     def eot_token_id(self) -> int:
@@ -189,6 +205,8 @@ class Harness:
         """`{task: {metric: score}}` as the harness reports them."""
         results = lm_eval.simple_evaluate(model=model, task_manager=self._manager, **self._arguments)["results"]
         return {
-            task: {name: value for name, value in scores.items() if isinstance(value, int | float)}
+            task: {
+                name: value for name, value in scores.items() if isinstance(value, int | float) and name != "sample_len"
+            }
             for task, scores in results.items()
         }

@@ -13,6 +13,7 @@ import numpy as np
 from gqa.checkpoints import reward
 from gqa.data.conversations import RATINGS, cut, last_turn_only, lines, of_line, pair_of
 from gqa.data.templates import Template, Unusable
+from gqa.data.tokenizer_json import open_vocabulary
 from gqa.decode.score import rewards
 from gqa.errors import InputError
 from gqa.evaluation.checkpoint_text import TextModel
@@ -58,7 +59,13 @@ def evaluate(checkpoint: Path, path: Path, template_name: str, batch_size: int) 
     opened = TextModel(checkpoint)
     if not opened.text.is_decoder:
         raise InputError(f"{checkpoint} is an encoder-decoder; expected a reward model that gqa.train wrote")
-    template = Template(template_name, opened.text.vocabulary)
+    # As in training: a text that spells a special token is text.
+    template = Template(template_name, open_vocabulary(opened.text.vocabulary.path, foreign=True))
+    if template.num_ids > opened.config.vocab_size:
+        raise InputError(
+            f"template {template_name} makes {template.num_ids} ids, {checkpoint} has {opened.config.vocab_size}; "
+            "expected the template that the reward model was trained with"
+        )
     choices = dict(dtype="float32", param_dtype="float32", scan_layers=False, remat="none", dropout_rate=0.0)
     model = reward.load(checkpoint, **choices)
     pairs, skipped = read_pairs(path, template, opened.config.max_position)

@@ -1,6 +1,7 @@
 """`python -m gqa.evaluate` over several checkpoints: what each is asked, what is averaged, which is best."""
 
 import argparse
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ def compared_losses(found: Mapping[str, Mapping[str, Any]], every_step: bool) ->
     """All scores with their mean and spread, or with the step of the lowest loss; printed."""
     compared: dict[str, Any] = {"checkpoints": dict(found)}
     if every_step:
-        best = min(found, key=lambda name: found[name]["loss"])
+        best = min(found, key=lambda name: (math.isnan(found[name]["loss"]), found[name]["loss"]))
         compared["best"] = found[best]["checkpoint"]
         print(f"\nbest: step {best}, loss {found[best]['loss']:.4f}")
     else:
@@ -161,9 +162,15 @@ def run_harness(arguments: argparse.Namespace, evaluated: Mapping[str, Path]) ->
         raise InputError(f"--include_path={arguments.include_path} is no folder; expected one of task YAMLs")
     if arguments.batch_size < 1:
         raise InputError(f"--batch_size={arguments.batch_size} is below 1; expected 1 or more")
+    for name, least in (("limit", 1), ("num_fewshot", 0)):
+        value = getattr(arguments, name)
+        if value is not None and value < least:
+            raise InputError(f"--{name}={value} is below {least}; expected {least} or more")
     tasks = arguments.harness.split(",")
     harness = Harness(tasks, arguments.include_path, arguments.num_fewshot, arguments.limit)
     models = {name: TextModel(path) for name, path in evaluated.items()}
+    if arguments.output is not None:
+        _make_folder(arguments.output)
     found = {}
     for name in list(models):
         found[name] = harness.run(HarnessModel(models.pop(name), arguments.batch_size))
@@ -171,7 +178,6 @@ def run_harness(arguments: argparse.Namespace, evaluated: Mapping[str, Path]) ->
             for score, value in scores.items():
                 print(f"{name} {task} {score:30} {value:.4f}")
     if arguments.output is not None:
-        _make_folder(arguments.output)
         files.write_json(arguments.output / SCORES, {"checkpoints": found})
 
 
@@ -183,6 +189,8 @@ def judge_preferences(arguments: argparse.Namespace, evaluated: Mapping[str, Pat
         raise InputError(
             "--preferences needs --template, the one that the reward model was trained with, such as llama2"
         )
+    if arguments.output is not None:
+        _make_folder(arguments.output)
     asked = (arguments.preferences, arguments.template, arguments.batch_size)
     found = {name: preferences.evaluate(path, *asked) for name, path in evaluated.items()}
     tables = [preferences.table(one) for one in found.values()]
@@ -191,7 +199,6 @@ def judge_preferences(arguments: argparse.Namespace, evaluated: Mapping[str, Pat
     text = "\n\n".join(tables)
     print(text)
     if arguments.output is not None:
-        _make_folder(arguments.output)
         preferences.draw(found, arguments.output / "calibration.png")
         (arguments.output / "preferences.md").write_text(text + "\n\n![Calibration](calibration.png)\n")
         files.write_json(arguments.output / "preferences.json", {"checkpoints": found})

@@ -1,5 +1,6 @@
 """Scores of several checkpoints beside each other: GQA's Table 1, averages over seeds, the best step of a run."""
 
+import os
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -59,7 +60,7 @@ def table(rows: Mapping[str, Mapping[str, float]], metrics: Mapping[str, Sequenc
 
 def labels(paths: Sequence[Path]) -> list[str]:
     """A short name for each folder that no other one has; `InputError` for a folder that is there twice."""
-    parts = [path.absolute().parts[1:] for path in paths]
+    parts = [Path(os.path.abspath(path)).parts[1:] or ("root",) for path in paths]  # without ".."
     if len(set(parts)) < len(parts):
         twice = next(path for path, part in zip(paths, parts, strict=True) if parts.count(part) > 1)
         raise InputError(f"checkpoint {twice} is named twice; expected different ones")

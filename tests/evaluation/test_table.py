@@ -53,6 +53,7 @@ def test_seeds_are_averaged_with_their_spread():
 
 def test_labels():
     assert labels([Path("runs/a/model")]) == ["model"]
+    assert labels([Path("runs/a/model/..")]) == ["a"] and labels([Path("/")]) == ["root"]
     assert labels([Path("runs/a/model"), Path("runs/b/model")]) == ["a_model", "b_model"]
     with pytest.raises(InputError, match=r"^checkpoint runs/a is named twice; expected different ones$"):
         labels([Path("runs/a"), Path("runs/b"), Path("runs/a")])

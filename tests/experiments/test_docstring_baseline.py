@@ -21,7 +21,8 @@ def scores(tmp_path):
                 "path": "runs/tuned",
                 "scores": {
                     "docstring": {
-                        name: dict(value=20.0, low=18.5, high=21.25) for name in ("rouge1", "rouge2", "rougeLsum")
+                        name: dict(value=value, low=18.5, high=21.25)
+                        for name, value in dict(bleu=1.0, rouge2=20.0, rouge1=21.0, rougeLsum=20.0).items()
                     }
                 },
             }
@@ -47,7 +48,9 @@ def test_table(scores, tmp_path, monkeypatch, capsys):
     call(monkeypatch, f"--source={source}", "--limit=2", f"--scores={scores}", f"--output={tmp_path / 'out.json'}")
     rows = capsys.readouterr().out.splitlines()
     assert rows[0] == "| 2 held-out functions | rouge1 | rouge2 | rougeLsum |"
-    assert rows[3] == "| tuned, beam of 4 |" + " 20.00 [18.50, 21.25] |" * 3
+    assert rows[3] == "| tuned, beam of 4 |" + "".join(
+        f" {value} [18.50, 21.25] |" for value in ("21.00", *["20.00"] * 2)
+    )
     report = json.loads((tmp_path / "out.json").read_text())
     # "read file N" against "Read the file.": 2 of 3 words, both ways.
     assert report["functions"] == 2 and report["copy_the_name"]["rouge1"] == pytest.approx(66.67, abs=0.01)

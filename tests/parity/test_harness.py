@@ -182,3 +182,20 @@ def test_bad_input(pair):
             ours.generate_until(instances("generate_until", ("the cat", asked)))
     with pytest.raises(InputError, match=f"^a continuation has 41 tokens, the model {LONGEST} positions"):
         ours.loglikelihood(instances("loglikelihood", ("the", " " + " ".join(["cat"] * 41))))
+
+
+@pytest.mark.parametrize(
+    ("config", "tokenizer", "length"),
+    [
+        ({"n_positions": 512}, {"model_max_length": 99}, 512),
+        ({}, {"model_max_length": 1024}, 1024),
+        ({}, {"model_max_length": int(1e30)}, 2048),
+        ({}, {}, 2048),
+    ],
+)
+def test_what_an_encoder_reads(config, tokenizer, length, tmp_path):
+    from gqa.evaluation.harness import encoder_length
+
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+    assert encoder_length(tmp_path) == length
