@@ -139,7 +139,7 @@ def read(directory: Path, run_choices: Mapping[str, Any]) -> Contents:
         raise InputError(f"{directory} lacks the tensor {names.embedding[0]}; found {found}")
     # Two traps of transformers 5: what ties T5's logits is that lm_head.weight is not there, whatever the config says;
     # and equal copies of the embedding may or may not be written.
-    ties = hf_config.ties_logits(raw)
+    ties = hf_config.ties_logits(raw, directory / CONFIG)
     own_logits = "lm_head.weight" in tensors
     if ties and own_logits and equal(tensors[embeddings[0]], tensors["lm_head.weight"]):
         own_logits = False

@@ -79,17 +79,21 @@ def family(raw: Mapping[str, Any], path: Path) -> str:
     return MODEL_TYPES[model_type]
 
 
-def ties_logits(raw: Mapping[str, Any]) -> bool:
+def ties_logits(raw: Mapping[str, Any], path: Path) -> bool:
     """Whether the logits come from the embedding if no other `lm_head.weight` is there; T5 scales its outputs then."""
+    fields = Fields(raw, path)
+    tied = fields.take("tie_word_embeddings", bool, raw["model_type"] == "t5")
     if raw["model_type"] == "t5":
         # transformers 5 writes scale_decoder_outputs, and tie_word_embeddings true whatever it does.
-        return bool(raw.get("scale_decoder_outputs", raw.get("tie_word_embeddings") is not False))
-    return raw["model_type"] in DECODERS and bool(raw.get("tie_word_embeddings", False))
+        return fields.take("scale_decoder_outputs", bool, tied)
+    return raw["model_type"] in DECODERS and tied
 
 
 def read(raw: Mapping[str, Any], path: Path, choices: Mapping[str, Any]) -> ModelConfig:
     """Our configuration; `choices` holds the fields that a `config.json` does not determine."""
     fields = Fields(raw, path)
+    fields.expect("is_causal", True)
+    fields.expect("per_layer_config", {})
     return (_read_t5 if family(raw, path) == "t5" else _read_llama)(fields, choices)
 
 
@@ -125,6 +129,13 @@ class Fields:
             raise InputError(f"{self.path}: {name}={value!r}; expected at most {at_most:,}")
         return value
 
+    def expect(self, name: str, expected: bool | int | str | dict) -> None:
+        """Raises `InputError` where the entry `name` is there and another than the only one that we compute."""
+        value = self.raw.get(name)
+        if value is not None and (type(value) is not type(expected) or value != expected):
+            found, expected = json.dumps(value), json.dumps(expected)
+            raise InputError(f"{self.path}: {name}={found} is not supported; expected {expected}")
+
     def choose(self, name: str, choices: Mapping[str, str], default: str) -> str:
         """The entry of `choices` for the text `name`."""
         value = self.take(name, str, default)
@@ -159,6 +170,12 @@ def _read_t5(fields: Fields, choices: Mapping[str, Any]) -> T5Config:
             raise InputError(f"{fields.path}: num_key_value_heads names {site!r}; expected {', '.join(SITES)}")
     # Without the key, t5 means T5 1.0 (not supported), mt5 what we have.
     default_activation = "relu" if fields.raw["model_type"] == "t5" else "gated-gelu"
+    activation = fields.choose("feed_forward_proj", T5_ACTIVATIONS, default_activation)
+    # transformers derives these two, and lets a file overwrite them.
+    fields.expect("dense_act_fn", activation)
+    fields.expect("is_gated_act", True)
+    # Decoders start from padding, in training, decoding and scores.
+    fields.expect("decoder_start_token_id", 0)
     return T5Config(
         vocab_size=fields.take("vocab_size", int),
         d_model=fields.take("d_model", int),
@@ -172,7 +189,7 @@ def _read_t5(fields: Fields, choices: Mapping[str, Any]) -> T5Config:
         relative_max_distance=fields.take("relative_attention_max_distance", int, 128),
         # A key of our own: stock T5 has one table a stack.
         relative_bias_per_layer=fields.take("relative_bias_per_layer", bool, False),
-        activation=fields.choose("feed_forward_proj", T5_ACTIVATIONS, default_activation),
+        activation=activation,
         norm_epsilon=fields.take("layer_norm_epsilon", float, 1e-6),
         **choices,
     )
@@ -214,8 +231,7 @@ def _write_t5(config: T5Config) -> dict[str, Any]:
 def _read_llama(fields: Fields, choices: Mapping[str, Any]) -> LlamaConfig:
     theirs = DECODERS[fields.raw["model_type"]]
     for key in theirs.bias_keys:
-        if fields.take(key, bool, False):
-            raise InputError(f"{fields.path}: {key}=true is not supported; expected false")
+        fields.expect(key, False)
     d_model, num_heads = fields.take("hidden_size", int), fields.take("num_attention_heads", int, at_most=MAX_HEADS)
     num_layers = fields.take("num_hidden_layers", int, at_most=MAX_LAYERS)
     # null is as many as query heads whatever the model_type, left out is not.
@@ -231,7 +247,7 @@ def _read_llama(fields: Fields, choices: Mapping[str, Any]) -> LlamaConfig:
         num_layers=num_layers,
         decoder_self_kv_heads=fields.kv_heads("num_key_value_heads", num_kv_heads),
         rope_theta=rope.take("rope_theta", float, fields.take("rope_theta", float, 10000.0)),
-        rope_scaling=_read_rope_scaling(rope),
+        rope_scaling=_read_rope_scaling(fields, rope),
         sliding_window=_read_window(fields, theirs, num_layers),
         qkv_bias=theirs.qkv_bias,
         qk_norm=theirs.qk_norm,
@@ -264,9 +280,12 @@ def _read_window(fields: Fields, theirs: _Decoder, num_layers: int) -> int | Non
     raise InputError(f"{fields.path}: {found} are not supported; expected {expected}")
 
 
-def _read_rope_scaling(rope: Fields) -> RopeScaling | None:
+def _read_rope_scaling(fields: Fields, rope: Fields) -> RopeScaling | None:
+    if nested := [name for name, value in rope.raw.items() if isinstance(value, dict)]:
+        raise InputError(f"{rope.path}: RoPE by kind of layer ({nested[0]!r}) is not supported; expected one for all")
     kind = rope.take("rope_type", str, rope.take("type", str, "default"))
-    if kind not in ("default", "llama3") or rope.take("partial_rotary_factor", float, 1.0) != 1:
+    rotary_factor = rope.take("partial_rotary_factor", float, fields.take("partial_rotary_factor", float, 1.0))
+    if kind not in ("default", "llama3") or rotary_factor != 1:
         expected = "default or llama3, with partial_rotary_factor 1"
         raise InputError(f"{rope.path}: rope_type={kind!r} is not supported as given; expected {expected}")
     if kind == "default":
@@ -275,8 +294,18 @@ def _read_rope_scaling(rope: Fields) -> RopeScaling | None:
         factor=rope.take("factor", float),
         low_frequency_factor=rope.take("low_freq_factor", float),
         high_frequency_factor=rope.take("high_freq_factor", float),
-        original_max_position=rope.take("original_max_position_embeddings", int),
+        original_max_position=_original_max_position(fields, rope),
     )
+
+
+def _original_max_position(fields: Fields, rope: Fields) -> int:
+    """In the RoPE parameters or beside them, where transformers 5 looks first and transformers 4 never."""
+    key = "original_max_position_embeddings"
+    beside = fields.take(key, int, None)
+    within = rope.take(key, int, _REQUIRED if beside is None else beside)
+    if beside not in (None, within):
+        raise InputError(f"{rope.path}: {key} is {beside}, and {within} in the RoPE parameters; expected one of them")
+    return within
 
 
 def _write_llama(config: LlamaConfig) -> dict[str, Any]:

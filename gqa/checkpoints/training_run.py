@@ -57,7 +57,7 @@ def read(directory: Path, run_choices: Mapping[str, Any]) -> Contents:
             raise InputError(f"{workdir} trains {what} parameters; {instead}")
     raw = hf_config.read_json(workdir / ARCHITECTURE)
     hf_config.family(raw, workdir / ARCHITECTURE)
-    choices = {**run_choices, "tied_logits": hf_config.ties_logits(raw)}
+    choices = {**run_choices, "tied_logits": hf_config.ties_logits(raw, workdir / ARCHITECTURE)}
     config = hf_config.read(raw, workdir / ARCHITECTURE, choices)
     key = _POLICY_KEY if "ppo" in _run_config(workdir) else _MODEL_KEY
     table, tensors = _table(config, key), _open(step, key)

@@ -17,6 +17,9 @@ SIZES = dict(
 )
 
 
+LLAMA_3 = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0)
+
+
 def read(model_type: str, **raw):
     """Our configuration of a config.json of `SIZES` and `raw`."""
     return hf_config.read(SIZES | {"model_type": model_type} | raw, Path("config.json"), CHOICES)
@@ -80,6 +83,15 @@ def test_layer_types(model_type, window, types, expected):
         ("mistral", dict(rope_parameters={"rope_type": "yarn"}), "rope_type='yarn' is not supported"),
         ("qwen2", dict(rope_scaling={"type": "dynamic", "factor": 2.0}), "rope_type='dynamic' is not supported"),
         ("qwen3", dict(rope_scaling={"rope_type": "longrope"}), "rope_type='longrope' is not supported"),
+        ("llama", dict(is_causal=False), "config.json: is_causal=false is not supported; expected true$"),
+        ("qwen3", dict(per_layer_config={"1": {"hidden_act": "relu"}}), "per_layer_config={.*} is not supported"),
+        ("llama", dict(rope_theta=1e4, partial_rotary_factor=0.5), "rope_type='default' is not supported as given"),
+        ("mistral", dict(rope_parameters={"full_attention": {"rope_theta": 1e6}}), r"by kind of layer \('full_atten"),
+        (
+            "llama",
+            dict(rope_scaling=LLAMA_3 | dict(original_max_position_embeddings=64), original_max_position_embeddings=16),
+            "original_max_position_embeddings is 16, and 64 in the RoPE parameters; expected one of them",
+        ),
         ("qwen2_moe", {}, "model_type='qwen2_moe' is not supported; expected one of t5, mt5, llama, mistral, qwen2"),
     ],
 )
@@ -108,14 +120,43 @@ def test_mistral_without_a_window_is_written_as_llama():
 
 
 def test_rope_scaling_wins_over_rope_parameters():
-    llama_3 = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0)
     both = dict(
         rope_parameters=dict(rope_type="default", rope_theta=10.0),
-        rope_scaling=llama_3 | dict(original_max_position_embeddings=64),
+        rope_scaling=LLAMA_3 | dict(original_max_position_embeddings=64),
     )
     config = read("llama", **both)
     assert (config.rope_scaling.factor, config.rope_theta) == (8.0, 10000.0)
     assert read("llama", **both | {"rope_scaling": None}).rope_theta == 10.0
+
+
+def test_the_original_positions_may_stand_beside_the_rope_parameters():
+    config = read("llama", rope_parameters=LLAMA_3, original_max_position_embeddings=64)
+    assert config.rope_scaling.original_max_position == 64
+
+
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        (dict(dense_act_fn="relu"), 'config.json: dense_act_fn="relu" is not supported; expected "gelu_new"$'),
+        (dict(is_gated_act=False), "is_gated_act=false is not supported; expected true"),
+        (dict(decoder_start_token_id=7), "decoder_start_token_id=7 is not supported; expected 0"),
+        (dict(is_causal=False), "is_causal=false is not supported; expected true"),
+    ],
+)
+def test_t5_configs_that_are_refused(raw, message):
+    mini, choices = models.size("t5_1_1_mini"), CHOICES | {"tied_logits": False}
+    written_raw = hf_config.write(mini, "float32", None)
+    hf_config.read(written_raw, Path("config.json"), choices)
+    with pytest.raises(InputError, match=message):
+        hf_config.read(written_raw | raw, Path("config.json"), choices)
+
+
+@pytest.mark.parametrize("model_type", ["t5", "mt5", "llama"])
+def test_ties_are_true_or_false(model_type):
+    raw = {"model_type": model_type, "tie_word_embeddings": True}
+    assert hf_config.ties_logits(raw, Path("config.json")) == (model_type != "mt5")
+    with pytest.raises(InputError, match="tie_word_embeddings='false'; expected true or false"):
+        hf_config.ties_logits(raw | {"tie_word_embeddings": "false"}, Path("config.json"))
 
 
 def test_a_table_of_relative_biases_per_layer():
