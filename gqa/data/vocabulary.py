@@ -41,17 +41,20 @@ _LINE_BYTES = 4191  # SentencePiece passes over longer ones
 
 _SPACE = "\u2581"  # what SentencePiece writes for a space inside a piece
 _ANCHOR = "\ue000"  # a private character, part of no piece
+# A sentinel that is a piece of the file, of type 4: user-defined, which text is read as. Type 5 is unused.
+_OWN_SENTINEL = re.compile(rb"(\n.(?:\xe2\x96\x81)?<extra_id_\d\d?>\x15.{4}\x18)\x04", re.DOTALL)
 _LINE_PIECES = ["\n", "\t", "\n\n", "\n\n\n"] + ["\n" + _SPACE * n for n in (4, 8, 12, 16, 20)]
 _RUN_PIECES = [_SPACE * n for n in (2, 3, 4, 5, 6, 7, 8, 12, 16)]
 
 
 class Vocabulary:
-    """Token ids of text: a SentencePiece model whose ids T5's sentinels follow.
+    """Token ids of text: a SentencePiece model whose ids T5's sentinels follow, or end.
 
     The file holds `size - 100` pieces with pad 0, eos 1 and unk 2; the sentinels are the last ids, descending
     (`<extra_id_0>` is `size - 1`), and are added here, as seqio (`extra_ids=100`) and transformers' `T5Tokenizer` add
-    them: one file and one numbering for all three. Trap: transformers 5 rebuilds the tokenizer with T5's own treatment
-    of spaces whatever the file says, so there the ids of indented text differ.
+    them: one file and one numbering for all three. A file that ends with them itself, as mT5's does, gets no others; a
+    text that spells one is text there too. Trap: transformers 5 rebuilds the tokenizer with T5's own treatment of
+    spaces whatever the file says, so there the ids of indented text differ.
 
     A file with other special ids, such as Llama's, is accepted with `foreign`: its ids stand and no sentinels follow.
 
@@ -81,14 +84,28 @@ class Vocabulary:
         elif not is_t5:
             raise InputError(f"vocabulary {path} has pad, eos, unk = {found}; expected T5's (0, 1, 2)")
         self.bos_id = self._model.bos_id() if self._model.bos_id() >= 0 else None
-        self._num_pieces = num_pieces
         self._num_sentinels = NUM_SENTINELS if is_t5 else 0
+        self._num_pieces = num_pieces
+        if is_t5 and any(self._model.PieceToId(space + "<extra_id_0>") != self.unk_id for space in ("", _SPACE)):
+            self._keep_own_sentinels()
         # SentencePiece writes a space as U+2581, so it reads back a U+2581 of the text as a space: where the model
         # has byte pieces, that character is spelled in bytes instead.
         byte_ids = [self._model.PieceToId(f"<0x{byte:02X}>") for byte in _SPACE.encode()]
         self._space_mark_ids = None if self.unk_id in byte_ids else byte_ids
         self._num_anchor_ids = len(self._model.Encode(_ANCHOR))
         self._adds_space = self._model.IdToPiece(self._model.Encode("a")[0]).startswith(_SPACE)
+
+    def _keep_own_sentinels(self) -> None:
+        """Counts the file's last pieces as the sentinels, and reads no text as one of them."""
+        self._model.LoadFromSerializedProto(_OWN_SENTINEL.sub(b"\\1\x05", self.path.read_bytes()))
+        self._num_pieces -= NUM_SENTINELS
+        for index, name in _SENTINEL_NAMES:
+            token = max(self.sentinel_id(index), 0)
+            never_text = self._model.IsUnused(token) or self._model.IsControl(token)
+            if self._model.IdToPiece(token).removeprefix(_SPACE) != name or not never_text:
+                raise InputError(
+                    f"vocabulary {self.path} has <extra_id_0>, but not all {NUM_SENTINELS} sentinels of T5 as last ids"
+                )
 
     @property
     def files(self) -> list[Path]:

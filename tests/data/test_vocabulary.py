@@ -85,6 +85,34 @@ def test_sentinels_in_text_are_read_only_when_asked():
     assert 4095 not in VOCABULARY.encode(text)
 
 
+def with_sentinels(path: Path, names: list[str], piece_type: int = 4) -> Path:
+    """The shipped file with further pieces: 4, user-defined, is what mT5's sentinels are."""
+    entries = (
+        b"\n" + bytes([len(name.encode())]) + name.encode() + b"\x15\0\0\0\0\x18" + bytes([piece_type])
+        for name in names
+    )
+    path.write_bytes(SHIPPED.read_bytes() + b"".join(b"\n" + bytes([len(entry)]) + entry for entry in entries))
+    return path
+
+
+@pytest.mark.parametrize("space", ["", "\u2581"])
+def test_a_file_that_ends_with_the_sentinels_gets_no_others(space, tmp_path):
+    """As mT5's does."""
+    names = [f"{space}<extra_id_{i}>" for i in reversed(range(100))]
+    path = with_sentinels(tmp_path / "mt5.model", names)
+    own = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    found = Vocabulary(path)
+    assert found.size == own.GetPieceSize() == 4096
+    assert [found.sentinel_id(0), found.sentinel_id(99)] == [own.PieceToId(names[i]) for i in (-1, 0)] == [4095, 3996]
+    for text in ("a <extra_id_0> b<extra_id_12>", "x = 1\n"):
+        assert found.encode(text) == VOCABULARY.encode(text)  # text, although the file alone reads a sentinel
+        ids = found.encode_with_sentinels(text)
+        assert ids == VOCABULARY.encode_with_sentinels(text) and found.decode(ids) == text
+    for wrong in (with_sentinels(path, names[1:] + names[:1]), with_sentinels(path, names, piece_type=1)):
+        with pytest.raises(InputError, match="has <extra_id_0>, but not all 100 sentinels of T5 as last ids"):
+            Vocabulary(wrong)
+
+
 def test_decode_leaves_out_padding_and_eos():
     assert VOCABULARY.decode([*VOCABULARY.encode("x = 1"), 1, 0, 0]) == "x = 1"
     with pytest.raises(ValueError, match="token id 4096"):
