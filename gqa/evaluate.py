@@ -34,17 +34,31 @@ from gqa import command_line, files
 from gqa.errors import InputError
 
 MODES = ("config", "task_file", "preferences", "dialogues", "harness")
+# Option -> the modes that read it.
+OPTIONS = {
+    **dict.fromkeys(("cross_attention", "weights", "cache"), ("config",)),
+    **dict.fromkeys(("metrics", "beam", "length_penalty", "inputs_length", "bootstrap", "seed"), ("task_file",)),
+    "max_new_tokens": ("task_file", "dialogues"),
+    "batch_size": ("task_file", "preferences", "dialogues", "harness"),
+    "template": ("preferences", "dialogues"),
+    **dict.fromkeys(("include_path", "num_fewshot", "limit"), ("harness",)),
+}
 
 
 def main() -> None:
     """The command line."""
-    arguments, raw_config = command_line.parse(_parser())
+    parser = _parser()
+    arguments, raw_config = command_line.parse(parser)
     modes = {f"--{name}": getattr(arguments, name) for name in MODES}
     chosen = [name for name, value in modes.items() if value]
     if len(chosen) != 1:
         raise InputError(f"expected one of {', '.join(modes)}; found {' and '.join(chosen) or 'none'}")
-    if arguments.cross_attention and chosen != ["--config"]:
-        raise InputError(f"--cross_attention is a loss; expected it with --config, not {chosen[0]}")
+    for name, read_by in OPTIONS.items():
+        if getattr(arguments, name) != parser.get_default(name) and chosen[0].removeprefix("--") not in read_by:
+            expected = " or ".join(f"--{mode}" for mode in read_by)
+            raise InputError(f"--{name} does nothing with {chosen[0]}; expected it with {expected}")
+    if arguments.length_penalty != parser.get_default("length_penalty") and arguments.beam == 1:
+        raise InputError(f"--length_penalty={arguments.length_penalty} is of beam search; add --beam=4, say")
     from gqa.evaluation import runs
 
     evaluated = runs.checkpoints_of(arguments.checkpoint, arguments.every_checkpoint)
