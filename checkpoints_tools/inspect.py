@@ -110,7 +110,8 @@ def _chain(provenance: Mapping[str, Any]) -> Iterator[str]:
         changes = []
         for site, entry in heads.items() if isinstance(heads, dict) else ():
             before, after = (entry.get(key) if isinstance(entry, dict) else None for key in ("before", "after"))
-            if isinstance(before, list) and isinstance(after, list) and before != after:
+            per_layer = isinstance(before, list) and isinstance(after, list)
+            if per_layer and before != after and all(type(number) is int for number in before + after):
                 changes.append(f"{site} {describe.heads(before)} -> {describe.heads(after)}")
         yield f"  {step} of {path}: {', '.join(changes) or 'the same key/value heads'}"
         provenance = provenance.get("source_provenance")

@@ -163,7 +163,7 @@ def _read_config(path: Path) -> Mapping:
         return {}
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is no JSON object: {error}") from error
     if not isinstance(config, dict):
         raise InputError(f"{path} is no JSON object: it holds a {type(config).__name__}")

@@ -109,7 +109,12 @@ def test_no_values_are_read(t5, call, capsys):
 
 
 @pytest.mark.parametrize(
-    "provenance", [{"kv_heads": 3, "source": "x"}, {"kv_heads": {"cross": {"before": 4}}, "source_provenance": [1]}]
+    "provenance",
+    [
+        {"kv_heads": 3, "source": "x"},
+        {"kv_heads": {"cross": {"before": 4}}, "source_provenance": [1]},
+        {"kv_heads": {"cross": {"before": [[1]], "after": [2]}}},
+    ],
 )
 def test_a_provenance_of_another_kind_does_no_harm(provenance, t5, call, capsys):
     (t5 / "provenance.json").write_text(json.dumps(provenance))

@@ -59,6 +59,9 @@ def test_bad_files(write):
     path.with_name("tokenizer_config.json").write_text("[]")
     with pytest.raises(InputError, match=r"tokenizer_config.json is no JSON object: "):
         TokenizerJson(path)
+    path.with_name("tokenizer_config.json").write_text("[" * 100_000)
+    with pytest.raises(InputError, match=r"tokenizer_config.json is no JSON object: "):
+        TokenizerJson(path)
     path.write_text(path.read_text()[:-20])
     with pytest.raises(InputError, match=r"tokenizer.json is no tokenizer: "):
         TokenizerJson(path)
