@@ -90,15 +90,17 @@ def open_safetensors(path: Path) -> dict[str, Tensor]:
         header = json.loads(
             read_bytes(path, 8, length).tobytes().decode(), object_pairs_hook=partial(unique_keys, path)
         )
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits is a ValueError of its own
+        if isinstance(error, InputError):
+            raise
         raise InputError(f"{path} has a damaged header: {error}") from error
     if not isinstance(header, dict):
         raise InputError(f"{path} has a damaged header: it is no object")
     header.pop("__metadata__", None)
-    tensors, spans, start = {}, {}, 8 + length
+    tensors, spans, start = {}, [], 8 + length
     for name, entry in header.items():
         dtype, shape, (begin, end) = _checked(path, name, entry)
-        spans[begin, end] = name
+        spans.append((begin, end, name))
         if not 0 <= begin <= end <= size - start:
             raise InputError(f"{path}: {name} lies at bytes {begin} to {end} of {size - start}; the file is cut short")
         if end - begin != math.prod(shape) * dtype.itemsize:
@@ -106,7 +108,7 @@ def open_safetensors(path: Path) -> dict[str, Tensor]:
         read = partial(_read, path, start + begin, shape, dtype)
         tensors[name] = Tensor(name, path, shape, dtype, read)
     position = 0
-    for (begin, end), name in sorted(spans.items()):
+    for begin, end, name in sorted(spans):
         if begin != position:
             raise InputError(
                 f"{path}: {name} begins at byte {begin}; expected {position}, where the tensor before ends"

@@ -15,6 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 from gqa import checkpoints, models
 from gqa.checkpoints import hf, hf_config, writer
+from gqa.checkpoints.tensor import open_safetensors
 from gqa.errors import InputError
 from gqa.nn.position import RopeScaling
 
@@ -288,6 +289,29 @@ def test_truncated_weights(saved, length, message):
     path.write_bytes(path.read_bytes()[:length])
     assert saved.refused().startswith(f"{path} ") or saved.refused().startswith(f"{path}: ")
     assert message in saved.refused()
+
+
+def write_header(path, header: str):
+    """A safetensors file of 16 bytes of zeros behind `header`."""
+    path.write_bytes(len(header).to_bytes(8, "little") + header.encode() + bytes(16))
+    return path
+
+
+def test_headers_that_are_no_json_of_ours(tmp_path):
+    number = '{"A": {"dtype": "F32", "shape": [%s], "data_offsets": [0, 16]}}' % ("9" * 5000)
+    for header in (number, "[" * 100_000, '{"A": '):
+        with pytest.raises(InputError, match=r"x.safetensors has a damaged header: "):
+            open_safetensors(write_header(tmp_path / "x.safetensors", header))
+
+
+def test_two_tensors_in_the_same_place(tmp_path):
+    entry = {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}
+    header = json.dumps({"A": entry, "B": entry | {"shape": [2, 2]}})
+    with pytest.raises(InputError, match="B begins at byte 0; expected 16, where the tensor before ends"):
+        open_safetensors(write_header(tmp_path / "x.safetensors", header))
+    empty = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}  # lies nowhere, as do several
+    path = write_header(tmp_path / "x.safetensors", json.dumps({"A": entry, "B": empty, "C": empty}))
+    assert {name: tensor.shape for name, tensor in open_safetensors(path).items()} == {"A": (4,), "B": (0,), "C": (0,)}
 
 
 def test_missing_unknown_and_misshapen_tensors(saved):
