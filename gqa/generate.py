@@ -22,7 +22,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -141,7 +141,7 @@ class _Generator:
         if draft is not None:
             draft_contents = checkpoints.read(draft, **choices)
             check_draft(contents.config, draft_contents.config, draft_tokens)
-            _check_same_tokenizer(self.vocabulary.path, draft)
+            _check_same_tokenizer(self.vocabulary.path, draft, draft_contents.companions)
             self.outputs["draft"] = [identity(draft_contents.weight_files), draft_tokens]
             self.draft = batches.Draft(load(draft), draft_tokens)
         self.model = load(checkpoint)
@@ -194,11 +194,17 @@ class _Generator:
         return self.batches.generate_all(self.model, prompts, self.settings, self.draft)
 
 
-def _check_same_tokenizer(vocabulary: Path, draft: Path) -> None:
-    """Raises `InputError` where the draft's folder has a tokenizer that is not the model's."""
-    for file in sorted(draft.glob("*.model")):
-        if file.read_bytes() != vocabulary.read_bytes():
-            raise InputError(f"--draft={draft}: {file.name} is another vocabulary than {vocabulary}; expected the same")
+def _check_same_tokenizer(vocabulary: Path, draft: Path, companions: Sequence[Path]) -> None:
+    """Raises `InputError` where the draft has a tokenizer that is not the model's."""
+    from gqa.data.tokenizer_json import FILE, tokenizer_file
+
+    if not any(file.suffix == ".model" or file.name == FILE for file in companions):
+        return
+    file = tokenizer_file(draft, companions)
+    # Of two kinds, what the model has of the draft's.
+    ours = vocabulary if file.suffix == vocabulary.suffix else vocabulary.with_name(file.name)
+    if ours.is_file() and file.read_bytes() != ours.read_bytes():
+        raise InputError(f"--draft={draft}: {file.name} is another vocabulary than {ours}; expected the same")
 
 
 def _converse(generator: _Generator) -> None:

@@ -1,6 +1,7 @@
 import io
 import json
 import re
+import shutil
 import signal
 import sys
 
@@ -134,6 +135,11 @@ def test_drafts_that_are_refused(checkpoints, call, tmp_path, tiny_vocabulary):
     network = models.create(models.size("llama_mini"), jax.random.key(3))
     hf.save(network, tmp_path / "tokenizer", dtype="float32")
     (tmp_path / "tokenizer" / "other.model").write_bytes(b"another")
+    hf.save(network, tmp_path / "json", dtype="float32")
+    (tmp_path / "json" / "tokenizer.json").write_text("{}")
+    own = tmp_path / "own"
+    shutil.copytree(checkpoints / "llama", own)
+    (own / "tokenizer.json").write_text("{ }")
     for arguments, message in (
         (
             [f"--draft={tmp_path / 'other'}"],
@@ -141,6 +147,10 @@ def test_drafts_that_are_refused(checkpoints, call, tmp_path, tiny_vocabulary):
         ),
         ([f"--draft={checkpoints / 't5'}"], "the draft is a T5 of 256 tokens; expected the model's kind: a Llama"),
         ([f"--draft={tmp_path / 'tokenizer'}"], f"--draft={tmp_path / 'tokenizer'}: other.model is another vocabulary"),
+        (
+            [f"--checkpoint={own}", f"--draft={tmp_path / 'json'}"],
+            f"--draft={tmp_path / 'json'}: tokenizer.json is another vocabulary than {own / 'tokenizer.json'}",
+        ),
         ([f"--draft={tmp_path / 'none'}"], f"{tmp_path / 'none'} is not a directory; expected a checkpoint's"),
         ([f"--draft={tmp_path / 'other'}", "--beams=2"], "--beams=2 with --draft; expected one of them"),
         ([f"--draft={checkpoints / 'llama'}", "--draft_tokens=0"], "num_drafted=0 is below 1; expected 1 or more"),

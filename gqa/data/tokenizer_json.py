@@ -3,15 +3,17 @@
 import functools
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from gqa.data.vocabulary import NUM_SENTINELS, Vocabulary, without_surrogates
 from gqa.errors import InputError
 
-FILE, CONFIG = "tokenizer.json", "tokenizer_config.json"
+FILE, CONFIG, ADDED = "tokenizer.json", "tokenizer_config.json", "added_tokens.json"
 _ANCHOR = "\ue000"  # a private character, part of no token
 
 
@@ -143,19 +145,37 @@ def open_vocabulary(path: str | Path, *, foreign: bool = False) -> Vocabulary | 
 def tokenizer_file(checkpoint: str | Path, files: Sequence[Path]) -> Path:
     """Which of a checkpoint's files is its tokenizer: SentencePiece's before `tokenizer.json`.
 
-    Raises `InputError` where there is none, and where there are several of SentencePiece.
+    Fine-tuning may have added tokens (ChatML's `<|im_start|>`), which SentencePiece's file lacks: then it is
+    `tokenizer.json`. Raises `InputError` where there is none, and where there are several of SentencePiece.
     """
     models = [file for file in files if file.suffix == ".model"]
     if len(models) > 1:
         raise InputError(
             f"{checkpoint} has {len(models)} files *.model ({models[0].name}, {models[1].name}); expected one"
         )
-    found = models or [file for file in files if file.name == FILE]
+    jsons = [file for file in files if file.name == FILE]
+    found = jsons if models and jsons and _has_added_tokens(models[0], files) else models or jsons
     if not found:
         raise InputError(
             f"{checkpoint} has no tokenizer; expected a SentencePiece file *.model or a {FILE} in it: copy it there"
         )
     return found[0]
+
+
+def _has_added_tokens(model: Path, files: Sequence[Path]) -> bool:
+    """Whether files beside SentencePiece's name tokens beyond its own, of those that the checkpoint has a row for."""
+    numbers: list[Any] = []
+    for file in files:
+        if file.name == FILE and isinstance(tokens := _read_config(file).get("added_tokens"), list):
+            numbers += [token.get("id") for token in tokens if isinstance(token, dict)]
+        elif file.name == CONFIG and isinstance(tokens := _read_config(file).get("added_tokens_decoder"), dict):
+            numbers += [int(number) for number in tokens if number.isdecimal() and len(number) < 20]
+        elif file.name == ADDED:
+            numbers += _read_config(file).values()
+    # Some name a token for padding that no embedding has.
+    num_rows = _read_config(model.with_name("config.json")).get("vocab_size")
+    least, end = Vocabulary(model, foreign=True).size, num_rows if type(num_rows) is int else math.inf
+    return any(type(number) is int and least <= number < end for number in numbers)
 
 
 def _read_config(path: Path) -> Mapping:

@@ -1,13 +1,26 @@
+import argparse
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 
 from gqa.data.prepare import prepare, read_manifest
-from gqa.data.tokenizer_json import TokenizerJson, open_vocabulary
+from gqa.data.tokenizer_json import TokenizerJson, open_vocabulary, tokenizer_file
+from gqa.data.vocabulary import train
 from gqa.errors import InputError
 
 tokenizers = pytest.importorskip("tokenizers")
+SHIPPED = Path(__file__).parents[2] / "assets" / "vocabulary" / "python_4096.model"
 VOCABULARY = {word: number for number, word in enumerate(["<unk>", "<s>", "</s>", "the", "cat", "sat"])}
+
+
+@pytest.fixture(scope="module")
+def llama_file(tmp_path_factory):
+    """A SentencePiece file of Llama's kind with 600 pieces."""
+    file = tmp_path_factory.mktemp("llama") / "tokenizer.model"
+    train(argparse.__file__, 600, "llama", file)
+    return file
 
 
 @pytest.fixture
@@ -161,6 +174,32 @@ def test_a_text_that_goes_on_has_no_space_before_it(write, tmp_path):
     found = open_vocabulary(path, foreign=True)
     assert found.encode("ab") == [4, 3]
     assert found.encode("ab", continued=True) == [5]
+
+
+@pytest.mark.parametrize(
+    ("added", "vocab_size", "chosen"),
+    [
+        ({}, None, "tokenizer.model"),
+        ({"tokenizer.json": {"added_tokens": [{"id": 2}, {"id": 600}]}}, None, "tokenizer.json"),
+        ({"added_tokens.json": {"<|im_start|>": 601}}, 602, "tokenizer.json"),
+        ({"added_tokens.json": {"<pad>": 600}}, 600, "tokenizer.model"),  # no row of the embedding
+        ({"tokenizer_config.json": {"added_tokens_decoder": {"600": {}, "x": {}}}}, None, "tokenizer.json"),
+        ({"tokenizer_config.json": {"added_tokens_decoder": {"599": {}}}}, None, "tokenizer.model"),
+    ],
+)
+def test_tokens_that_were_added_are_in_tokenizer_json(added, vocab_size, chosen, llama_file, tmp_path):
+    files = {"tokenizer.json": {}, "config.json": {"vocab_size": vocab_size}} | added
+    for name, content in files.items():
+        (tmp_path / name).write_text(json.dumps(content))
+    shutil.copy(llama_file, tmp_path / "tokenizer.model")
+    assert tokenizer_file(tmp_path, sorted(tmp_path.iterdir())).name == chosen
+
+
+def test_the_sentinels_of_t5_are_no_added_tokens(tmp_path):
+    shutil.copy(SHIPPED, tmp_path / "spiece.model")
+    tokens = [{"id": 4095 - i, "content": f"<extra_id_{i}>"} for i in range(100)]
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"added_tokens": tokens}))
+    assert tokenizer_file(tmp_path, sorted(tmp_path.iterdir())).name == "spiece.model"
 
 
 @pytest.mark.parametrize("names", [["a.model", "b.model"], []])
