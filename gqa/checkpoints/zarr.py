@@ -66,6 +66,8 @@ def open_zarr(name: str, folder: Path, root: Path, spec: Mapping[str, Any]) -> Z
     shape, chunks = header["shape"], header["chunks"]
     if not _sizes(shape) or not _sizes(chunks) or len(shape) != len(chunks):
         raise InputError(f"{folder / HEADER}: shape and chunks are no lists of sizes for the same axes")
+    if any(chunk > size for size, chunk in zip(shape, chunks, strict=True)):  # a chunk is decoded as a whole
+        raise InputError(f"{folder / HEADER}: chunks={chunks} are larger than the shape; expected at most {shape}")
     if str(header.get("dtype")) not in ZARR_DTYPES:  # structured types are lists
         raise InputError(f"{folder / HEADER}: {name} has type {header.get('dtype')}; expected {', '.join(ZARR_DTYPES)}")
     dtype = ZARR_DTYPES[header["dtype"]]
