@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from gqa import checkpoints, models
 from gqa.checkpoints import hf, hf_config
-from gqa.checkpoints.sums import hash_in_background
+from gqa.checkpoints.sums import hashing_in_background
 from gqa.checkpoints.table import parameters
 from gqa.checkpoints.tensor import Tensor
 from gqa.errors import InputError
@@ -83,7 +83,6 @@ class Source:
             "versions": {"python": platform.python_version()}
             | {name: importlib.metadata.version(name) for name in ("gqa", *LIBRARIES)},
         }
-        source_sums = hash_in_background(self.directory, contents.weight_files)
 
         def other_files(sums: dict[str, str]) -> dict[str, bytes | Path]:
             provenance = {
@@ -100,7 +99,8 @@ class Source:
         weights = {str(file): [file.stat().st_size, file.stat().st_mtime_ns] for file in contents.weight_files}
         identity = {"source": str(self.directory.absolute()), "weights": weights, **choice}
         order = () if by_layer else list(contents.tensors)
-        hf.write(config, read, output, dtype, contents.token_ids, other_files, identity, order)
+        with hashing_in_background(self.directory, contents.weight_files) as source_sums:
+            hf.write(config, read, output, dtype, contents.token_ids, other_files, identity, order)
 
 
 def check_output(output: Path, dtype: str | None) -> None:

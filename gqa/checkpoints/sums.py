@@ -1,8 +1,10 @@
 """Check sums of files: computed in the background while they are read, compared with what lies beside them."""
 
 import concurrent.futures
+import contextlib
 import hashlib
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from gqa.checkpoints.tensor import reading
@@ -24,8 +26,16 @@ def read_sums(directory: Path) -> dict[str, tuple[str, str]]:
     return found
 
 
-def hash_files(directory: Path, files: Sequence[Path], expected: Mapping[str, tuple[str, str]]) -> dict[str, str]:
-    """SHA-256 by name relative to `directory`; raises `InputError` where a sum is not as `expected`."""
+def hash_files(
+    directory: Path,
+    files: Sequence[Path],
+    expected: Mapping[str, tuple[str, str]],
+    given_up: threading.Event | None = None,
+) -> dict[str, str]:
+    """SHA-256 by name relative to `directory`; raises `InputError` where a sum is not as `expected`.
+
+    What is left is not read once `given_up` is set: the sums are incomplete then.
+    """
     sums = {}
     for path in files:
         name = str(path.relative_to(directory)) if path.is_relative_to(directory) else path.name
@@ -33,6 +43,8 @@ def hash_files(directory: Path, files: Sequence[Path], expected: Mapping[str, tu
         digests = {name: hashlib.new(name) for name in {"sha256", algorithm}}
         with reading(path) as descriptor, open(descriptor, "rb", buffering=0, closefd=False) as file:
             while chunk := file.read(1 << 22):
+                if given_up is not None and given_up.is_set():
+                    return sums
                 for digest in digests.values():
                     digest.update(chunk)
         if wanted is not None and digests[algorithm].hexdigest() != wanted:
@@ -42,12 +54,20 @@ def hash_files(directory: Path, files: Sequence[Path], expected: Mapping[str, tu
     return sums
 
 
-def hash_in_background(directory: Path, weight_files: Sequence[Path]) -> concurrent.futures.Future:
-    """Starts `hash_files` of the weights, and of what else is here of the files that `directory` has sums of."""
+@contextlib.contextmanager
+def hashing_in_background(directory: Path, weight_files: Sequence[Path]) -> Iterator[concurrent.futures.Future]:
+    """`hash_files` of the weights, and of what else is here of the files that `directory` has sums of.
+
+    A process does not end before its threads do: what is not hashed when the block is left, by an error, is given up.
+    """
     expected = read_sums(directory)
     others = [directory / name for name in expected if Path(name).name == name and (directory / name).is_file()]
     files = list(dict.fromkeys([*weight_files, *others]))
     executor = concurrent.futures.ThreadPoolExecutor(1)
-    future = executor.submit(hash_files, directory, files, expected)
+    given_up = threading.Event()
+    future = executor.submit(hash_files, directory, files, expected, given_up)
     executor.shutdown(wait=False)
-    return future
+    try:
+        yield future
+    finally:
+        given_up.set()
