@@ -124,7 +124,7 @@ class _Generator:
         choices = dict(dtype=dtype, param_dtype=dtype, scan_layers=False, remat="none", dropout_rate=0.0)
         contents = checkpoints.read(checkpoint, **choices)
         self.batches, self.config = batches, contents.config
-        self.identity = identity(contents.weight_files)
+        self.identity = identity([*contents.weight_files, *contents.companions])
         self.is_decoder = isinstance(contents.config, LlamaConfig)
         self.side = CheckpointText(checkpoint, contents)
         self.vocabulary, self.bos_ids, self.eos_ids = self.side.vocabulary, self.side.bos_ids, self.side.eos_ids

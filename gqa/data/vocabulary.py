@@ -42,7 +42,7 @@ _LINE_BYTES = 4191  # SentencePiece passes over longer ones
 _SPACE = "\u2581"  # what SentencePiece writes for a space inside a piece
 _ANCHOR = "\ue000"  # a private character, part of no piece
 # A sentinel that is a piece of the file, of type 4: user-defined, which text is read as. Type 5 is unused.
-_OWN_SENTINEL = re.compile(rb"(\n.(?:\xe2\x96\x81)?<extra_id_\d\d?>\x15.{4}\x18)\x04", re.DOTALL)
+_OWN_SENTINEL = re.compile(rb"(\n.(?:\xe2\x96\x81)?<extra_id_\d\d?>(?:\x15.{4})?\x18)\x04", re.DOTALL)
 _LINE_PIECES = ["\n", "\t", "\n\n", "\n\n\n"] + ["\n" + _SPACE * n for n in (4, 8, 12, 16, 20)]
 _RUN_PIECES = [_SPACE * n for n in (2, 3, 4, 5, 6, 7, 8, 12, 16)]
 

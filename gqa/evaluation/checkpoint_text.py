@@ -9,7 +9,7 @@ import jax
 
 from gqa import checkpoints, models
 from gqa.checkpoints.hf_config import read_json
-from gqa.checkpoints.source import Contents, companions, identity
+from gqa.checkpoints.source import Contents, identity
 from gqa.data.tokenizer_json import TokenizerJson, tokenizer_file
 from gqa.data.vocabulary import Vocabulary
 from gqa.errors import InputError
@@ -80,7 +80,7 @@ class TextModel:
         contents = checkpoints.read(checkpoint, **self._choices)
         self.config: models.ModelConfig = contents.config
         self.text = CheckpointText(checkpoint, contents)
-        self.identity = identity([*contents.weight_files, *(contents.companions or companions(checkpoint))])
+        self.identity = identity([*contents.weight_files, *contents.companions])
 
     @functools.cached_property
     def model(self) -> models.Model:
