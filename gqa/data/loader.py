@@ -12,6 +12,7 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader
 
 from gqa.data.examples import Task
+from gqa.data.mixtures import check_parts
 from gqa.data.packing import decode_record, packed_row
 from gqa.data.prepare import Manifest, read_manifest, record_path
 from gqa.errors import InputError
@@ -104,6 +105,7 @@ def _open(
         raise InputError(f"seed={seed}; expected 0..{2**32 - 1}")
     manifest = read_manifest(folder)
     if manifest.parts is not None:
+        check_parts(folder, manifest)
         # Seeds of their own, so that parts of one length are not read in one order.
         opened = [_open(part, split, (seed + i) % 2**32, endless=endless)[1] for i, part in enumerate(manifest.parts)]
         # Grain's own rounding would make 199 of 200: hundredths of the smallest rate, which it leaves as they are.

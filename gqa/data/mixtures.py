@@ -151,6 +151,17 @@ def mixture(folders: Mapping[Path, float]) -> Manifest:
     )
 
 
+def check_parts(folder: str | Path, manifest: Manifest) -> None:
+    """Raises `InputError` where the parts of a mixture are no longer what was mixed: rates and totals are of others."""
+    now = mixture(manifest.parts)
+    for name in (*_ALIKE, "vocabulary_size", "corpus_digests", "num_documents", "num_tokens", "num_records"):
+        if getattr(now, name) != getattr(manifest, name):
+            raise InputError(
+                f"{folder}: a part of {', '.join(manifest.parts)} was prepared anew since ({name} is "
+                f"{getattr(now, name)}; expected {getattr(manifest, name)}); mix again"
+            )
+
+
 def write_mixture(folders: Mapping[Path, float], output: Path) -> Manifest:
     """Writes the folder of a mixture; raises `InputError` as `mixture` does and where `output` exists."""
     if output.exists():

@@ -1,5 +1,6 @@
 import dataclasses
 import itertools
+import shutil
 import sys
 
 import numpy as np
@@ -64,6 +65,29 @@ def test_a_batch_of_a_mixture_is_a_function_of_seed_and_step(parts, tmp_path):
         for step in (0, 7):
             found = np.concatenate([process(step)["targets"] for process in processes])
             np.testing.assert_array_equal(found, steps[step]["targets"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"inputs_length": 16}, r"targets_length is 16; expected 8\); mix again"),
+        ({"source": "z_text"}, "corpus_digests is .*; mix again"),
+    ],
+)
+def test_a_part_that_was_prepared_anew_is_refused(parts, tiny_vocabulary, tmp_path, changes, message):
+    spec = PrepareSpec("causal_lm", "x_text", str(tiny_vocabulary), 8, None, {"text": "text"})
+    for part, named in (("part", spec), ("anew", dataclasses.replace(spec, **changes))):
+        prepare(dataclasses.replace(named, source=str(parts[0].parent / named.source)), tmp_path / part)
+    write_mixture({tmp_path / "part": 1}, tmp_path / "mixture")
+    train_batches(tmp_path / "mixture", 2, seed=0)
+    shutil.rmtree(tmp_path / "part")
+    (tmp_path / "anew").rename(tmp_path / "part")
+    for batches in (
+        lambda: train_batches(tmp_path / "mixture", 2, seed=0),
+        lambda: heldout_batches(tmp_path / "mixture", 2, None),
+    ):
+        with pytest.raises(InputError, match=f"mixture: a part of .*part was prepared anew since .*{message}"):
+            batches()
 
 
 def test_rates_by_size():
