@@ -14,6 +14,8 @@ import dataclasses
 import hashlib
 import json
 import math
+import shutil
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -95,7 +97,11 @@ def prepare_mixture(config: MixtureConfig, spec: PrepareSpec) -> Path:
     key = hashlib.sha256(json.dumps(dataclasses.asdict(manifest), sort_keys=True).encode()).hexdigest()[:16]
     output = cache_folder() / "mixtures" / key
     if not output.exists():
-        write_mixture(folders, output)
+        try:
+            write_mixture(folders, output)
+        except InputError:
+            if not output.exists():  # else another process, mixing the same, was first
+                raise
     return output
 
 
@@ -168,10 +174,17 @@ def write_mixture(folders: Mapping[Path, float], output: Path) -> Manifest:
         raise InputError(f"{output} exists already; name a new folder")
     manifest = mixture(folders)
     output.parent.mkdir(parents=True, exist_ok=True)
-    partial = output.with_name(f".{output.name}.partial")
-    partial.mkdir(exist_ok=True)
-    write_manifest(partial, manifest)
-    partial.rename(output)
+    partial = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
+    partial.chmod(0o755)  # mkdtemp's folder is private
+    try:
+        write_manifest(partial, manifest)
+        partial.rename(output)
+    except OSError as error:
+        if not output.exists():
+            raise
+        raise InputError(f"{output} exists already; name a new folder") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
     return manifest
 
 

@@ -110,6 +110,24 @@ def test_the_parts_of_a_run_are_tasks_and_folders(parts, tiny_vocabulary, tmp_pa
         prepare_mixture(MixtureConfig({"causal_ml": 1.0}), spec)
 
 
+def test_two_that_mix_the_same_at_once_find_one_mixture(parts, tiny_vocabulary, tmp_path, monkeypatch):
+    monkeypatch.setenv("GQA_CACHE", str(tmp_path))
+    config = MixtureConfig({str(parts[0]): 1.0, str(parts[1]): 1.0})
+    spec = PrepareSpec("causal_lm", None, str(tiny_vocabulary), 8, None)
+    write_manifest, others = mixtures.write_manifest, []
+
+    def write(folder, manifest):
+        if not others:
+            others.append("while this one writes, another one does from beginning to end")
+            others.append(prepare_mixture(config, spec))
+        write_manifest(folder, manifest)
+
+    monkeypatch.setattr(mixtures, "write_manifest", write)
+    folder = prepare_mixture(config, spec)
+    assert folder == others[1] and read_manifest(folder).parts == dict.fromkeys(map(str, parts[:2]), 0.5)
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+
+
 def test_the_command_writes_a_mixture(parts, tmp_path, monkeypatch, capsys):
     output = tmp_path / "mixture"
     arguments = [f"--parts={parts[0]}=1,{parts[1]}=3", f"--output={output}"]
