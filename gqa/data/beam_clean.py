@@ -29,7 +29,7 @@ from gqa.data.beam import run_pipeline
 from gqa.data.clean import CleanSpec, json_line
 from gqa.data.cleaning import Cleaned, Cleaner, CleaningConfig, Rejection
 from gqa.data.cleaning_report import Report
-from gqa.data.duplicates import bands, evaluation_ngrams, similarity_of
+from gqa.data.duplicates import bands, evaluation_sets, similarity_of
 from gqa.errors import InputError
 
 _FILES_PER_PART = 1024
@@ -53,7 +53,8 @@ def clean(config: CleaningConfig, spec: CleanSpec, output: Path, options: Sequen
     cleaning.check_output(spec, output)
     if config.order is not None:
         raise InputError(f"order={config.order!r} is for one machine (gqa.data.clean); expected None")
-    contaminated = evaluation_ngrams(spec.evaluation, config.contamination.ngram)
+    evaluation = evaluation_sets(spec.evaluation, config.contamination.ngram)
+    contaminated = evaluation.ngrams
     Cleaner(config, contaminated)  # what is wrong with the config shows here, not in a worker
     files = [(str(path), path) for path in spec.files] if spec.is_table else corpus.files(spec.source)
     size = 1 if spec.is_table else _FILES_PER_PART
@@ -65,6 +66,7 @@ def clean(config: CleaningConfig, spec: CleanSpec, output: Path, options: Sequen
     try:
         run_pipeline(options, functools.partial(_pipeline, parts=parts, task=task, contaminated=contaminated))
         report = _join(task, temporary)
+        report.evaluation_texts = evaluation.num_texts, evaluation.num_short
         report.write(output)
         temporary.replace(output)
     finally:

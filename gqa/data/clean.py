@@ -33,7 +33,7 @@ from gqa import command_line
 from gqa.data import corpus, tables
 from gqa.data.cleaning import TEXT, Cleaned, Cleaner, CleaningConfig, parse
 from gqa.data.cleaning_report import Report
-from gqa.data.duplicates import Duplicates, evaluation_ngrams, similarity_order
+from gqa.data.duplicates import Duplicates, evaluation_sets, similarity_order
 from gqa.data.tasks import parse_fields
 from gqa.errors import InputError
 
@@ -116,9 +116,11 @@ def clean(config: CleaningConfig, spec: CleanSpec, output: Path, num_workers: in
     check_output(spec, output)
     if num_workers < 1:
         raise InputError(f"workers={num_workers}; expected 1 or more")
-    contaminated = evaluation_ngrams(spec.evaluation, config.contamination.ngram)
+    evaluation = evaluation_sets(spec.evaluation, config.contamination.ngram)
+    contaminated = evaluation.ngrams
     Cleaner(config, contaminated)  # what is wrong with the config shows here, not in a worker
     report = Report(spec.source, config, spec.evaluation)
+    report.evaluation_texts = evaluation.num_texts, evaluation.num_short
     bad = Counter()
     located = itertools.chain.from_iterable(part() for part in spec.parts())
     batches = _batches(tables.good_rows(located, bad), _ROWS_PER_CALL)

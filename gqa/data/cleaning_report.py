@@ -18,6 +18,7 @@ class Report:
 
     def __init__(self, source: str, config: CleaningConfig, evaluation: Sequence[str]):
         self.source, self.config, self.evaluation = source, config, tuple(evaluation)
+        self.evaluation_texts = 0, 0  # of the evaluation sets, and of these too short to be compared
         self.bad = self.kept = self.repaired = 0
         self.characters = self.kept_characters = 0
         self.dropped: Counter = Counter()
@@ -72,6 +73,7 @@ class Report:
         return {
             "source": Path(self.source).name,
             "evaluation": [Path(path).name for path in self.evaluation],
+            "evaluation_texts": dict(zip(("read", "too_short"), self.evaluation_texts, strict=True)),
             "config": dataclasses.asdict(self.config),
             "rows": {"read": self.read, "bad": self.bad, "kept": self.kept, "repaired": self.repaired},
             "characters": {"read": self.characters, "kept": self.kept_characters},
@@ -110,7 +112,11 @@ class Report:
             f"{self.repaired:,} of them repaired."
         )
         if self.evaluation:
-            lines.append(f"Held against the evaluation sets {', '.join(found['evaluation'])}.")
+            num_texts, num_short = self.evaluation_texts
+            lines.append(
+                f"Held against the evaluation sets {', '.join(found['evaluation'])}; {num_short:,} of {num_texts:,} "
+                f"evaluation texts are shorter than {self.config.contamination.ngram} words and were not compared."
+            )
         lines += ["", *self.table()]
         for name, of in found["dropped"].items():
             lines += ["", f"## {name}", ""]

@@ -7,9 +7,11 @@ against are those that are kept: so the result is the same whatever found the ca
 
 import functools
 import hashlib
+import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -127,24 +129,34 @@ def similarity_of(first: np.ndarray, second: np.ndarray) -> float:
     return float(np.mean(first == second))
 
 
-def evaluation_ngrams(paths: Iterable[str | Path], n: int) -> np.ndarray:
-    """The n-grams of all texts in evaluation sets, uint64, sorted.
+class EvaluationSets(NamedTuple):
+    """What documents are held against."""
 
-    A path is a text source or a table, of which every text counts, inside of lists and objects too. A text of fewer
-    than n words has none: a short answer is no evidence. Raises `InputError` for a path that is neither, and for files
-    without a text of n words.
+    ngrams: np.ndarray  # uint64, sorted, each once
+    num_texts: int  # with a word in them
+    num_short: int  # of fewer than n words, which have no n-gram: they are not compared
+
+
+def evaluation_sets(paths: Iterable[str | Path], n: int) -> EvaluationSets:
+    """The n-grams of all texts in evaluation sets.
+
+    A path is a text source, a table or a `.json` file, of which every text counts, inside of lists and objects too. A
+    text of fewer than n words has none: a short answer is no evidence. Raises `InputError` for a path that is none of
+    these, and for files without a text of n words.
     """
-    found = [np.zeros(0, np.uint64)]
+    found, num_texts, num_short = [np.zeros(0, np.uint64)], 0, 0
     for path in paths:
         here = [np.zeros(0, np.uint64)]
-        for text in _evaluation_texts(Path(path)):
-            here.append(np.unique(ngrams(hashes(plain_words(text)), n)))
+        for words in map(plain_words, _evaluation_texts(Path(path))):
+            num_texts += bool(words)
+            num_short += 0 < len(words) < n
+            here.append(np.unique(ngrams(hashes(words), n)))
         found.append(np.unique(np.concatenate(here)))
         if not len(found[-1]):
             raise InputError(
                 f"evaluation set {path} has no text of {n} words; expected one, or a smaller contamination.ngram"
             )
-    return np.unique(np.concatenate(found))
+    return EvaluationSets(np.unique(np.concatenate(found)), num_texts, num_short)
 
 
 def shared_words(words: Sequence[str], known: np.ndarray, n: int) -> float:
@@ -185,6 +197,16 @@ def similarity_order(signatures: Sequence[np.ndarray]) -> list[int]:
 
 
 def _evaluation_texts(path: Path) -> Iterator[str]:
+    if path.suffix == ".json" and path.is_file():
+        try:
+            content = json.loads(path.read_text(encoding="utf-8-sig"))
+        except (ValueError, RecursionError) as error:
+            raise InputError(
+                f"evaluation set {path} is no JSON ({error}); expected an array of texts or objects; nearest: .jsonl "
+                "for an object a line"
+            ) from error
+        yield from _texts_in(content)
+        return
     files = [path] if path.suffix in tables.SUFFIXES and path.is_file() else tables.table_files(path)
     if not files:
         yield from (text for _, _, text in corpus.texts(str(path)) if text is not None)

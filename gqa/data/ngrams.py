@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import re
+import unicodedata
 from collections.abc import Sequence
 
 import numpy as np
@@ -12,8 +13,8 @@ _WORD = re.compile(r"\w+")
 
 
 def plain_words(text: str) -> list[str]:
-    """Lower-case words without what stands between them: what texts are compared by."""
-    return _WORD.findall(text.lower())
+    """Lower-case words without what stands between them: what texts are compared by, however accents are encoded."""
+    return _WORD.findall(unicodedata.normalize("NFC", text).lower())
 
 
 def hashes(words: Sequence[str]) -> np.ndarray:

@@ -127,12 +127,16 @@ def test_pairs_of_a_csv_file_against_an_evaluation_set(tmp_path):
     ]
     source = tmp_path / "qa.csv"
     source.write_text("question,answer\n" + "".join(f'"{q}","{a}"\n' for q, a in rows))
-    test = write(tmp_path / "test.jsonl", [{"q": "name the river that runs through the old town"}])
+    test = write(tmp_path / "test.jsonl", [{"q": "name the river that runs through the old town", "a": "Aare"}])
     config = parse(load_config(PAIRS))
     options = dict(fields={"inputs": "question", "targets": "answer"}, evaluation=[test])
     report = run(config, source, tmp_path / "clean.jsonl", **options)
     assert read(tmp_path / "clean.jsonl") == [{"question": rows[0][0], "answer": rows[0][1]}]
     assert report.dropped == {"contamination": 1, "exact duplicate": 1, "similarity": 1, "targets: blocked words": 1}
+    found = json.loads((tmp_path / "clean.report.json").read_text())
+    assert found["evaluation_texts"] == {"read": 2, "too_short": 1}
+    said = "Held against the evaluation sets test.jsonl; 1 of 2 evaluation texts are shorter than 8 words and were not"
+    assert said in (tmp_path / "clean.report.md").read_text()
 
 
 def test_a_folder_of_text(tmp_path):

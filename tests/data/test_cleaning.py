@@ -1,6 +1,8 @@
 """Every filter of a row, on texts that show what it sees."""
 
 import dataclasses
+import json
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +10,7 @@ import pytest
 
 from gqa.command_line import load_config
 from gqa.data.cleaning import Cleaner, parse
-from gqa.data.duplicates import evaluation_ngrams
+from gqa.data.duplicates import evaluation_sets
 from gqa.errors import InputError
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "cleaning"
@@ -229,8 +231,8 @@ def test_each_side_of_a_pair_has_filters_of_its_own():
 
 def test_contamination_is_what_shares_words_in_a_row_with_an_evaluation_set(tmp_path):
     (tmp_path / "test.jsonl").write_text('{"q": "Who wrote the book?", "answers": ["an old man", "x"], "id": 3}\n')
-    known = evaluation_ngrams([tmp_path / "test.jsonl"], 3)
-    assert len(known) == 3  # who wrote the, wrote the book, an old man
+    known, *counts = evaluation_sets([tmp_path / "test.jsonl"], 3)
+    assert counts == [3, 1] and len(known) == 3  # who wrote the, wrote the book, an old man
     cleaner = Cleaner(of_text(), known)
     assert cleaner.clean({"text": "They say, who wrote it? An old woman."}).rejection is None
     found = cleaner.clean({"text": "I ask: who WROTE the book of"}).rejection
@@ -238,7 +240,19 @@ def test_contamination_is_what_shares_words_in_a_row_with_an_evaluation_set(tmp_
     lenient = dataclasses.replace(of_text(), contamination=dataclasses.replace(of_text().contamination, max_share=0.6))
     assert Cleaner(lenient, known).clean({"text": "I ask: who WROTE the book of"}).rejection is None
     with pytest.raises(InputError, match="has no text of 9 words"):
-        evaluation_ngrams([tmp_path / "test.jsonl"], 9)
+        evaluation_sets([tmp_path / "test.jsonl"], 9)
+
+
+def test_contamination_shows_whatever_the_encoding_of_accents_and_of_the_file(tmp_path):
+    text = "le café était fermé"
+    (tmp_path / "test.json").write_text(json.dumps([unicodedata.normalize("NFD", text), {"q": "où"}]))
+    known, *counts = evaluation_sets([tmp_path / "test.json"], 3)
+    assert counts == [2, 1] and len(known) == 2
+    found = Cleaner(of_text(), known).clean({"text": text}).rejection
+    assert found == ("contamination", "100% of the words are in an evaluation set")
+    (tmp_path / "test.json").write_text('{"q": "a"}\n{"q": "b"}\n')
+    with pytest.raises(InputError, match=r"test.json is no JSON \(.*\); expected an array .*; nearest: .jsonl"):
+        evaluation_sets([tmp_path / "test.json"], 3)
 
 
 @pytest.mark.parametrize(
