@@ -47,6 +47,7 @@ from gqa.errors import InputError
 FORMAT = 1  # raised when records or their order change, so that no older folder passes for a new one
 CONVERSATIONS_FORMAT = 2  # of those alone
 MANIFEST, HISTOGRAM = "manifest.json", "token_histogram.json"
+_ASKED = ("fields", "prefix", "template", "parts")  # of a manifest: None says that nothing of the kind was asked
 _IDENTITY = "identity.json"  # of what a folder that is not complete will hold
 
 
@@ -298,7 +299,7 @@ def _reuse(output: Path, inputs: Manifest) -> Manifest:
     manifest = read_manifest(output)
     for name, wanted in dataclasses.asdict(inputs).items():
         found = getattr(manifest, name)
-        if wanted is not None and found != wanted:
+        if (wanted is not None or name in _ASKED) and found != wanted:
             raise InputError(f"{output} holds records of {name}={found}; expected {wanted}: choose another output")
     return manifest
 

@@ -75,21 +75,37 @@ class NamedTask:
     )
 
 
+def _column(row: Row, name: str, kind: type = str) -> Any:
+    """What a column holds; `InputError` where a row, which a dataset of another form has, is without it."""
+    if name not in row:
+        raise InputError(f"there is no column {name!r} among {', '.join(row)}; nearest: {nearest(name, row)}")
+    if not isinstance(row[name], kind):
+        expected = "text" if kind is str else kind.__name__
+        raise InputError(f"column {name!r} is a {type(row[name]).__name__}; expected a {expected}")
+    return row[name]
+
+
 def _pair(inputs: str, targets: str) -> Callable[[Row], Example]:
-    return lambda row: Example(row[inputs], row[targets], (row[targets],))
+    def read(row: Row) -> Example:
+        answer = _column(row, targets)
+        return Example(_column(row, inputs), answer, (answer,))
+
+    return read
 
 
 def _media_sum(row: Row) -> Example:
-    turns = [f"{speaker}: {said}" for speaker, said in zip(row["speaker"], row["utt"], strict=False)]
-    return Example("\n".join(turns), row["summary"], (row["summary"],))
+    said = zip(_column(row, "speaker", list), _column(row, "utt", list), strict=False)
+    summary = _column(row, "summary")
+    return Example("\n".join(f"{speaker}: {words}" for speaker, words in said), summary, (summary,))
 
 
 def _trivia_qa(row: Row) -> Example:
     """`question: … context: …` with all evidence, Wikipedia's before the web's; the answer's aliases are right too."""
-    evidence = [*row["entity_pages"]["wiki_context"], *row["search_results"]["search_context"]]
-    answer = row["answer"]
-    references = tuple(dict.fromkeys([answer["value"], *answer["aliases"]]))
-    return Example(f"question: {row['question']} context: {' '.join(evidence)}", answer["value"], references)
+    pages, results, answer = (_column(row, name, dict) for name in ("entity_pages", "search_results", "answer"))
+    evidence = [*_column(pages, "wiki_context", list), *_column(results, "search_context", list)]
+    value = _column(answer, "value")
+    references = tuple(dict.fromkeys([value, *_column(answer, "aliases", list)]))
+    return Example(f"question: {_column(row, 'question')} context: {' '.join(evidence)}", value, references)
 
 
 def _summaries(source: str, lengths: tuple[int, int], read: Callable[[Row], Example], **more) -> NamedTask:
@@ -206,8 +222,8 @@ def read_texts(source: RowSource, split: str, fields: Mapping[str, str] | None) 
     """The texts of an opened source of a task that is not supervised."""
     column = fields["text"] if fields and isinstance(source, public.PublicDataset) else "text"
     for row in source.rows(split):
-        if row[column].strip():
-            yield row[column]
+        if (text := _column(row, column)).strip():
+            yield text
         else:
             source.skipped[split][EMPTY] += 1
 

@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import os
+import shutil
 
 import numpy as np
 import pytest
@@ -109,6 +110,11 @@ def test_existing_records_are_used_again_untouched(records, make_spec):
 def test_other_records_in_the_way_are_refused(records, make_spec, tmp_path):
     with pytest.raises(InputError, match="holds records of inputs_length=64; expected 32"):
         prepare(make_spec("span_corruption", inputs_length=32), records("span_corruption"))
+    asked = shutil.copytree(records("prefix_lm"), tmp_path / "asked")
+    manifest = json.loads((asked / "manifest.json").read_text())
+    (asked / "manifest.json").write_text(json.dumps(manifest | {"fields": {"text": "body"}}))
+    with pytest.raises(InputError, match=r"holds records of fields=\{'text': 'body'\}; expected None"):
+        prepare(make_spec("prefix_lm"), asked)
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(InputError, match=r"has no manifest\.json"):
         prepare(make_spec("span_corruption"), tmp_path)

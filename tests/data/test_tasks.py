@@ -62,6 +62,28 @@ def test_rows_of_public_datasets(name, row, expected):
     assert tasks.NAMED_TASKS[name].read(row) == tasks.Example(*expected)
 
 
+@pytest.mark.parametrize(
+    ("name", "fields", "row", "message"),
+    [
+        ("supervised", None, {"input": "a"}, "there is no column 'targets' among input; nearest: "),
+        (
+            "supervised",
+            {"inputs": "q", "targets": "label"},
+            {"q": "a", "label": 7},
+            "column 'label' is a int; expected a text",
+        ),
+        ("causal_lm", {"text": "txet"}, {"text": "a"}, "there is no column 'txet' among text; nearest: text"),
+        ("media_sum", None, {"document": "a", "summary": "b"}, "there is no column 'speaker' among document, summary"),
+        ("trivia_qa", None, {"question": "a", "answer": "b"}, "there is no column 'entity_pages' among question"),
+    ],
+)
+def test_a_public_dataset_of_other_columns_is_refused(name, fields, row, message, monkeypatch):
+    monkeypatch.setattr(tasks.public.PublicDataset, "rows", lambda *_: iter([row]))
+    source = tasks.open_source(name, "tfds:other", fields)
+    with pytest.raises(InputError, match=message):
+        next(tasks.texts_of(name, source, "train", fields))
+
+
 @pytest.fixture
 def pairs(tmp_path):
     """A folder of a CSV each of train and dev, three pairs in train, one of them empty."""
