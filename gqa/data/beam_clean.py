@@ -31,6 +31,7 @@ from gqa.data.cleaning import Cleaned, Cleaner, CleaningConfig, Rejection
 from gqa.data.cleaning_report import Report
 from gqa.data.duplicates import bands, evaluation_sets, similarity_of
 from gqa.errors import InputError
+from gqa.files import whole
 
 _FILES_PER_PART = 1024
 _ROWS_PER_FILE = 16_384  # of output, before it is joined
@@ -59,19 +60,16 @@ def clean(config: CleaningConfig, spec: CleanSpec, output: Path, options: Sequen
     files = [(str(path), path) for path in spec.files] if spec.is_table else corpus.files(spec.source)
     size = 1 if spec.is_table else _FILES_PER_PART
     parts = [(i, files[start : start + size]) for i, start in enumerate(range(0, len(files), size))]
-    temporary = output.absolute().with_name(f".{output.name}.partial")
-    task = Task(config, spec, temporary.with_suffix(".parts"))
-    shutil.rmtree(task.folder, ignore_errors=True)
-    task.folder.mkdir()
-    try:
-        run_pipeline(options, functools.partial(_pipeline, parts=parts, task=task, contaminated=contaminated))
-        report = _join(task, temporary)
-        report.evaluation_texts = evaluation.num_texts, evaluation.num_short
-        report.write(output)
-        temporary.replace(output)
-    finally:
-        shutil.rmtree(task.folder, ignore_errors=True)
-        temporary.unlink(missing_ok=True)
+    with whole(output.absolute(), shared=True) as temporary:
+        task = Task(config, spec, temporary.with_suffix(".parts"))
+        task.folder.mkdir()
+        try:
+            run_pipeline(options, functools.partial(_pipeline, parts=parts, task=task, contaminated=contaminated))
+            report = _join(task, temporary)
+            report.evaluation_texts = evaluation.num_texts, evaluation.num_short
+            report.write(output)
+        finally:
+            shutil.rmtree(task.folder, ignore_errors=True)
     return report
 
 

@@ -36,6 +36,7 @@ from gqa.data.cleaning_report import Report
 from gqa.data.duplicates import Duplicates, evaluation_sets, similarity_order
 from gqa.data.tasks import parse_fields
 from gqa.errors import InputError
+from gqa.files import whole
 
 KEPT = "kept"  # role of a column that passes through
 _ROWS_PER_CALL = 64  # of a worker
@@ -125,10 +126,9 @@ def clean(config: CleaningConfig, spec: CleanSpec, output: Path, num_workers: in
     located = itertools.chain.from_iterable(part() for part in spec.parts())
     batches = _batches(tables.good_rows(located, bad), _ROWS_PER_CALL)
     duplicates = Duplicates(config.duplicates)
-    temporary = output.with_name(f".{output.name}.partial")
     lines: list[tuple[int, int]] = []  # where the lines of kept rows begin in the file, and how long they are
     orders: list[np.ndarray] = []
-    try:
+    with whole(output, shared=True) as temporary:
         with (
             temporary.open("wb") as file,
             tqdm(total=spec.count(), desc="clean", unit=" rows", delay=1, dynamic_ncols=True) as progress,
@@ -150,9 +150,6 @@ def clean(config: CleaningConfig, spec: CleanSpec, output: Path, num_workers: in
         if config.order:
             _reorder(temporary, lines, similarity_order(orders))
         report.write(output)
-        temporary.replace(output)
-    finally:
-        temporary.unlink(missing_ok=True)
     return report
 
 

@@ -101,8 +101,8 @@ class Report:
     def write(self, output: Path) -> None:
         """Writes `NAME.report.json` and `NAME.report.md` beside NAME.jsonl."""
         content = json.dumps(self.to_json(), indent=2, ensure_ascii=False) + "\n"
-        files.write_text(output.with_suffix(".report.json"), content)
-        files.write_text(output.with_suffix(".report.md"), "\n".join(self._markdown()) + "\n")
+        files.write_text(output.with_suffix(".report.json"), content, shared=True)
+        files.write_text(output.with_suffix(".report.md"), "\n".join(self._markdown()) + "\n", shared=True)
 
     def _markdown(self) -> list[str]:
         found = self.to_json()

@@ -151,8 +151,10 @@ class Table:
 
 
 def table_files(folder: Path) -> list[Path]:
-    """The tables of a folder, by name."""
-    return sorted(path for path in folder.iterdir() if path.suffix in SUFFIXES) if folder.is_dir() else []
+    """The tables of a folder, by name; hidden files are of those who write there."""
+    if not folder.is_dir():
+        return []
+    return sorted(path for path in folder.iterdir() if path.suffix in SUFFIXES and not path.name.startswith("."))
 
 
 def read_rows(path: Path, fields: Mapping[str, str]) -> Iterator[dict[str, str] | BadRow]:

@@ -267,7 +267,7 @@ def main() -> None:
     prefix = named_task(args.task).prefix if args.prefix is None else args.prefix
     found = examples(args.task, args.split, source=args.source, fields=args.fields)
     count = 0
-    with files.whole(args.output) as unfinished:
+    with files.whole(args.output, shared=True) as unfinished:
         with unfinished.open("w", encoding="utf-8", errors="replace") as file:  # of halves of surrogate pairs
             for example in tqdm(itertools.islice(found, args.limit), desc=args.task, unit=" rows", delay=1):
                 row = {"inputs": prefix + example.inputs, "answers": list(example.references)}

@@ -13,8 +13,10 @@ import pytest
 
 from gqa.command_line import load_config
 from gqa.data import clean as clean_module
+from gqa.data import tables
 from gqa.data.clean import clean, make_spec
 from gqa.data.cleaning import parse
+from gqa.data.cleaning_report import Report
 from gqa.errors import InputError
 
 ROOT = Path(__file__).parents[2]
@@ -209,6 +211,35 @@ def test_sources_and_outputs_that_do_not_fit_are_refused(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
 
 
+def test_two_that_clean_to_one_output_leave_each_other_alone(tmp_path, monkeypatch):
+    """While one is at it, another fails, and a third ends: what is there is whole."""
+    sources = [
+        write(tmp_path / f"{name}.jsonl", rows)
+        for name, rows in zip(
+            "abc",
+            ([{"body": document(i)} for i in range(4)], [{"body": "short"}], [{"body": document(9)}]),
+            strict=True,
+        )
+    ]
+    output, add, seen = tmp_path / "clean.jsonl", Report.add, []
+
+    def add_after_others(self, *row):
+        if not seen:
+            seen.append("the others add rows too")
+            with pytest.raises(InputError, match="nothing is left of 1 rows"):
+                run(text_config(), sources[1], output)
+            run(text_config(), sources[2], output)
+            seen.append(read(output))
+        add(self, *row)
+
+    monkeypatch.setattr(Report, "add", add_after_others)
+    run(text_config(), sources[0], output)
+    assert seen[1] == [{"body": document(9)}] and read(output) == [{"body": document(i)} for i in range(4)]
+    assert not list(tmp_path.glob(".*"))
+    (tmp_path / ".clean.0abc.jsonl").write_text("{cut")  # of a process that was killed
+    assert [path.name for path in tables.table_files(tmp_path)] == ["a.jsonl", "b.jsonl", "c.jsonl", "clean.jsonl"]
+
+
 def test_a_kill_leaves_neither_output_nor_workers(tmp_path):
     source = write(tmp_path / "a.jsonl", [{"text": document(i)} for i in range(300)])
     (tmp_path / "killed.py").write_text(
@@ -238,6 +269,7 @@ def test_a_kill_leaves_neither_output_nor_workers(tmp_path):
             descriptor = os.pidfd_open(int(worker))
             assert select.select([descriptor], [], [], 60)[0], "a worker outlives its parent"
             os.close(descriptor)
-    assert not list(tmp_path.glob("clean.*")) and (tmp_path / ".clean.jsonl.partial").exists()
+    left = list(tmp_path.glob(".clean*"))  # it may be of one that still writes: nothing takes it for its own
+    assert not list(tmp_path.glob("clean.*")) and len(left) == 1
     run(text_config(), source, output, fields=None)
-    assert len(read(output)) == 300 and not list(tmp_path.glob(".clean*"))
+    assert len(read(output)) == 300 and list(tmp_path.glob(".clean*")) == left
