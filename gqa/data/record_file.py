@@ -8,6 +8,8 @@ from pathlib import Path
 
 from array_record.python.array_record_module import ArrayRecordWriter
 
+from gqa.errors import InputError
+
 OPTIONS = "group_size:1"  # a read by index decodes that record alone
 _ALONE = 4096  # records from which a process is worth its start
 _END = (2**32 - 1).to_bytes(4, "little")  # instead of a record's length: no more follow
@@ -40,7 +42,8 @@ def read_framed(path: Path) -> Iterator[bytes]:
 class RecordWriter:
     """Writes array records to `path`: a file of many from a process of its own, with the same bytes.
 
-    A context: a file whose context ends with an exception is cut short. Raises `OSError` where writing fails.
+    A context: a file whose context ends with an exception is cut short. Raises `InputError` where writing fails, as on
+    a full disk.
     """
 
     def __init__(self, path: Path):
@@ -78,9 +81,12 @@ class RecordWriter:
 
     def _close(self) -> None:
         if self._process is None:
-            with contextlib.closing(ArrayRecordWriter(str(self._path), OPTIONS)) as writer:
-                for record in self._first:
-                    writer.write(record)
+            try:
+                with contextlib.closing(ArrayRecordWriter(str(self._path), OPTIONS)) as writer:
+                    for record in self._first:
+                        writer.write(record)
+            except (RuntimeError, OSError) as error:
+                raise InputError(f"{self._path} could not be written: {' '.join(str(error).split())}") from error
             return
         self._send(_END)
         self._finish()
@@ -96,4 +102,5 @@ class RecordWriter:
         _, said = self._process.communicate()
         if self._process.wait():
             lines = said.decode("utf-8", "replace").strip().splitlines() or ["it was killed"]
-            raise OSError(f"{self._path} could not be written: {lines[-1]}")
+            reason = lines[-1].removeprefix("RuntimeError: ")
+            raise InputError(f"{self._path} could not be written: {reason}")
