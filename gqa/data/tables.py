@@ -1,9 +1,10 @@
 """Rows of the user's own tables: JSON lines, CSV, TSV or Parquet, a file or a folder of files.
 
 `fields` says which column is what: `{"inputs": "article", "targets": "highlights"}` for pairs, `{"text": "body"}` for
-text. A folder whose files begin with `train`, and with `heldout`, `validation`, `valid`, `val` or `dev`, is split so,
-and files of a folder that begin with `test` are its test split. Of other files about 5 % of the rows, one at least, are
-held out, chosen by a hash of the inputs or the text, so that what a model is asked is never on both sides.
+text. A folder whose files begin with the word `train`, and with `heldout`, `validation`, `valid`, `val` or `dev`, is
+split so, and files of a folder that begin with `test` are its test split; other files beside these are refused. Of
+files that are not so split about 5 % of the rows, one at least, are held out, chosen by a hash of the inputs or the
+text, so that what a model is asked is never on both sides.
 
 A row that cannot be read (not JSON, not UTF-8, a column missing or of another type) is passed over and counted as long
 as there is no more than one in `GOOD_ROWS_PER_BAD`; otherwise the first of them is an `InputError` with file and line.
@@ -14,6 +15,7 @@ import copy
 import csv
 import hashlib
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -26,11 +28,10 @@ SUFFIXES = (".jsonl", ".csv", ".tsv", ".parquet")
 BAD = "bad row"  # why a row is left out
 GOOD_ROWS_PER_BAD = 1000
 
-_SPLITS_BY_NAME = {
-    "train": ("train",),
-    "heldout": ("heldout", "validation", "valid", "val", "dev"),
-    "test": ("test",),
-}
+# A word of its own, as in train-00.jsonl, val.csv and test2.tsv: values.jsonl and testimonials.jsonl are none.
+_SPLIT_NAME = re.compile(
+    r"((?P<train>train(ing)?)|(?P<heldout>heldout|validation|valid|val|dev)|(?P<test>test))(?![^\W\d_])", re.IGNORECASE
+)
 _COUNTED_FROM = 100  # bad rows; so many are no accident, unless there are GOOD_ROWS_PER_BAD times as many good ones
 
 
@@ -53,15 +54,21 @@ class Table:
         files = [self.path] if self.path.is_file() else table_files(self.path)
         if not files:
             raise InputError(f"source {str(path)!r} has no table; expected files of {', '.join(SUFFIXES)}")
-        named = {
-            split: [file for file in files if file.name.lower().startswith(names)]
-            for split, names in _SPLITS_BY_NAME.items()
-        }
+        named: dict[str | None, list[Path]] = {"train": [], "heldout": [], "test": [], None: []}
+        for file in files:
+            named[_split_of(file)].append(file)
+        unnamed = named.pop(None)
         self._by_hash = not (named["train"] and named["heldout"])  # of what is not the test split
         if self._by_hash:
             tests = named["test"] if self.path.is_dir() else []
             others = [file for file in files if file not in tests]
             self._files = {"train": others, "heldout": others, "test": tests}
+        elif unnamed:
+            others = ", ".join(file.name for file in unnamed)
+            raise InputError(
+                f"source {str(path)!r} is split by the names of its files, and {others} in no split; expected names "
+                "that begin with train, validation or test"
+            )
         else:
             self._files = named
         self.skipped: dict[str, Counter] = {split: Counter() for split in self._files}
@@ -148,6 +155,12 @@ class Table:
                 self.first_bad = self.first_bad or str(row)
             else:
                 yield where, row
+
+
+def _split_of(file: Path) -> str | None:
+    """The split that a file's name says; `None`: it says none."""
+    found = _SPLIT_NAME.match(file.name)
+    return next(split for split, name in found.groupdict().items() if name) if found else None
 
 
 def table_files(folder: Path) -> list[Path]:
@@ -263,6 +276,9 @@ def _csv_rows(path: Path, columns: set[str] | None) -> Iterator[tuple[str, Mappi
         raise InputError(f"{path} line 1 is not {path.suffix[1:].upper()}: {error}") from error
     if bad:
         raise bad[0][1]
+    twice = next((column for column in header if column and header.count(column) > 1), None)
+    if twice is not None:
+        raise InputError(f"{path} has the column {twice!r} twice; expected each name once")
     _check_columns(path, header, columns or set())
     while True:
         start = number + 1

@@ -59,6 +59,7 @@ def test_a_bad_row_says_where_and_what(name, content, message, tmp_path):
     [
         ("question,anser\nq,a\n", "no column 'answer' among question, anser; nearest: anser"),
         ("", "no columns; expected answer, question"),
+        ("question,answer,,,question\nq,a,,,q\n", "the column 'question' twice; expected each name once"),
     ],
 )
 def test_a_missing_column_is_refused_with_the_nearest(content, message, tmp_path):
@@ -111,6 +112,28 @@ def test_files_named_after_splits_are_those_splits(tmp_path):
     assert table.splits == ["train", "heldout", "test"]
     found = {split: [row["inputs"] for row in table.rows(split)] for split in table.splits}
     assert found == {"train": ["q 0", "q 1"], "heldout": ["q 2"], "test": ["q 3"]}
+
+
+def test_files_of_other_names_are_in_no_split(tmp_path):
+    for i, name in enumerate(["train2.jsonl", "Training_a.csv", "val.jsonl", "dev-1.csv", "test.v1.tsv"]):
+        (tmp_path / name).write_text(good(i))
+    found = {
+        split: [file.name for file in Table(tmp_path, FIELDS).files(split)] for split in ("train", "heldout", "test")
+    }
+    assert found == {
+        "train": ["Training_a.csv", "train2.jsonl"],
+        "heldout": ["dev-1.csv", "val.jsonl"],
+        "test": ["test.v1.tsv"],
+    }
+    others = ["develop.jsonl", "testimonials.jsonl", "trainé.jsonl", "values.jsonl"]
+    for name in others:
+        (tmp_path / name).write_text(good(9))
+    with pytest.raises(InputError, match=rf"by the names of its files, and {', '.join(others)} in no split; expected"):
+        Table(tmp_path, FIELDS)
+    (tmp_path / "val.jsonl").unlink()
+    (tmp_path / "dev-1.csv").unlink()
+    table = Table(tmp_path, FIELDS)
+    assert table.files("train") == table.files("heldout") and len(table.files("train")) == 6
 
 
 def test_a_file_is_split_by_what_is_asked(tmp_path):
