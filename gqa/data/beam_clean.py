@@ -4,7 +4,7 @@ The cleaning of python -m gqa.data.clean, with its options, as an Apache Beam pi
 Output and report are the same, byte for byte: of copies the first in the order of the source is kept, whoever finds it.
 
 Workers read, repair and filter a table's file or 1024 files of text each, and see the source and the folder of
---output. Copies meet by the digest of their words, near-copies in the bands of their signatures, where each is compared
+--output. Copies meet by the digest of their text, near-copies in the bands of their signatures, where each is compared
 with each; which near-copies stay follows from all pairs that are alike, in one place. Too many bad rows are refused
 when all are counted. An order by similarity is for one machine.
 
@@ -175,6 +175,8 @@ def _exact(group: tuple[bytes, Iterable[tuple[Place, tuple[str, Cleaned]]]]) -> 
 def _bands(row: tuple[Place, tuple[str, Cleaned]], duplicates) -> Iterator:
     place, (name, cleaned) = row
     near = cleaned.signatures.near
+    if near is None:
+        return
     for number, (start, end) in enumerate(_ranges(duplicates)):
         yield (number, near[start:end].tobytes()), (place, name, near)
 

@@ -8,6 +8,7 @@ against are those that are kept: so the result is the same whatever found the ca
 import functools
 import hashlib
 import json
+import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +30,7 @@ _NEIGHBOURS = 32  # of a document, among which the next one is looked for
 class DuplicateFilter:
     """Which documents are the same."""
 
-    exact: bool  # those of the same words
+    exact: bool  # those of the same text but for case and blanks
     near: bool  # and those that are alike
     similarity: float  # Jaccard similarity from which they are
     ngram: int  # words whose sets are compared
@@ -62,20 +63,21 @@ class ContaminationFilter:
 class Signatures:
     """What rows are compared by."""
 
-    digest: bytes | None  # of the words
-    near: np.ndarray | None  # uint32 [permutations], MinHash of the n-grams
+    digest: bytes | None  # of the text: operators, punctuation and emoji count
+    near: np.ndarray | None  # uint32 [permutations], MinHash of the n-grams; None: there are no words
     order: np.ndarray | None  # uint32 [permutations], MinHash of the longer words
 
     @classmethod
     def of(cls, text: str, duplicates: DuplicateFilter, order: bool) -> "Signatures":
         """Those of a text, as far as they are called for."""
         words = plain_words(text)
-        digest = hashlib.sha256(" ".join(words).encode("utf-8", "surrogatepass")).digest()[:16]
+        plain = " ".join(unicodedata.normalize("NFC", text).casefold().split())
+        digest = hashlib.sha256(plain.encode("utf-8", "surrogatepass")).digest()[:16]
         near = None
         word_hashes = hashes(words)
-        if duplicates.near:
+        if duplicates.near and words:
             # A text of fewer words is one n-gram.
-            found = ngrams(word_hashes, min(duplicates.ngram, max(len(words), 1)))
+            found = ngrams(word_hashes, min(duplicates.ngram, len(words)))
             near = _minhash(found, duplicates.permutations)
         longer = [word for word in words if len(word) >= _ORDER_WORD_LENGTH] if order else []
         return cls(
@@ -99,7 +101,7 @@ class Duplicates:
             if signatures.digest in self._exact:
                 return "exact duplicate", f"of {self._exact[signatures.digest]}"
             self._exact[signatures.digest] = name
-        if self._bands is None:
+        if signatures.near is None:
             return None
         minhash = _as_minhash(signatures.near)
         candidates = sorted(self._bands.query(minhash))

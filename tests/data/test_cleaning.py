@@ -10,7 +10,7 @@ import pytest
 
 from gqa.command_line import load_config
 from gqa.data.cleaning import Cleaner, parse
-from gqa.data.duplicates import evaluation_sets
+from gqa.data.duplicates import DuplicateFilter, Duplicates, Signatures, evaluation_sets
 from gqa.errors import InputError
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "cleaning"
@@ -227,6 +227,34 @@ def test_each_side_of_a_pair_has_filters_of_its_own():
     kept, dropped = (Cleaner(config, NOTHING).clean(row) for row in rows)
     assert kept.rejection is None and kept.row == rows[0]
     assert dropped.rejection == ("targets: length", "1 words; expected 2 or more")
+
+
+def test_copies_are_of_the_whole_text_but_for_case_and_blanks():
+    """Operators, punctuation and emoji count; texts without words are alike where they are the same."""
+    filters = DuplicateFilter(exact=True, near=False, similarity=0.8, ngram=3, permutations=128)
+    texts = [
+        "Is C++ fast?",
+        "Is C# fast?",
+        "is  c++\nFAST?",
+        "int x = 1;",
+        "int x = -1;",
+        "le caf\u00e9",
+        "Le cafe\u0301",
+    ]
+    assert [found and found[1] for found in rejections(texts, filters)] == [
+        *(None, None, "of 0"),
+        *(None, None),
+        *(None, "of 5"),
+    ]
+    wordless = ["\U0001f600", "\U0001f389 !!", "\U0001f600", "..."]
+    near = dataclasses.replace(filters, near=True)
+    assert rejections(wordless, near) == [None, None, ("exact duplicate", "of 0"), None]
+    assert rejections(["one two three", "one two, three"], near) == [None, ("near duplicate", "1.00 alike 0")]
+
+
+def rejections(texts, filters):
+    duplicates = Duplicates(filters)
+    return [duplicates.rejection(str(i), Signatures.of(text, filters, False)) for i, text in enumerate(texts)]
 
 
 def test_contamination_is_what_shares_words_in_a_row_with_an_evaluation_set(tmp_path):
