@@ -6,13 +6,14 @@ of strings, and it sees the messages and the spelling of the special tokens alon
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from gqa.errors import InputError
 
 CONFIG = "tokenizer_config.json"
 TEMPLATE = "chat_template.jinja"  # newer checkpoints keep it in a file of its own
+_SPELLED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
 class ChatTemplate:
@@ -21,8 +22,11 @@ class ChatTemplate:
     Raises `InputError` for a folder without one, and for one that is no Jinja.
     """
 
-    def __init__(self, folder: str | Path, special_ids: Mapping[str, int]):
-        """`special_ids`: the vocabulary's own special tokens by spelling; the folder's added ones join them."""
+    def __init__(self, folder: str | Path, special_ids: Mapping[str, int], parsed: Collection[str] = ()):
+        """`special_ids`: the vocabulary's own special tokens by spelling; the folder's added ones join them.
+
+        `parsed`: those that the vocabulary itself reads in a text, which stay in the text of a piece.
+        """
         import jinja2
 
         folder = Path(folder)
@@ -42,16 +46,14 @@ class ChatTemplate:
         for number, token in (added if isinstance(added, dict) else {}).items():
             if number.isdecimal() and isinstance(token, dict) and token.get("special") and token.get("content"):
                 self.special_ids[str(token["content"])] = int(number)
-        self._variables = {
-            name: _spelling(config[name]) for name in ("bos_token", "eos_token", "unk_token") if config.get(name)
-        }
+        self._variables = {name: _spelling(config[name]) for name in _SPELLED if config.get(name)}
         self.eos = self._variables.get("eos_token")
         if self.eos is not None and self.eos not in self.special_ids:
             raise InputError(
                 f"{folder / CONFIG} has eos_token {self.eos!r}, which is no special token of the vocabulary"
             )
-        spellings = sorted(self.special_ids, key=len, reverse=True)
-        self._special = re.compile("|".join(map(re.escape, spellings))) if spellings else None
+        self._special = _any_of(self.special_ids)
+        self._split_at = _any_of(spelled for spelled in self.special_ids if spelled not in parsed)
         try:
             self._template = _environment().from_string(source)
         except jinja2.TemplateError as error:
@@ -69,21 +71,18 @@ class ChatTemplate:
                 documents=None,
                 **self._variables,
             )
+        except RecursionError as error:
+            raise InputError(f"the chat_template of {self.path} calls itself without end") from error
         except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:
             raise InputError(f"the chat_template of {self.path} refuses the conversation: {error}") from error
 
-    def pieces(self, messages: Sequence[Mapping]) -> Iterator[tuple[str | int, bool]]:
+    def pieces(self, messages: Sequence[Mapping]) -> list[tuple[str | int, bool]]:
         """`(text or id of a special token, trained)` in order; what an assistant message adds is trained.
 
         What that is shows by rendering the conversation with and without the message. Raises `InputError` where a
-        message changes how earlier ones are rendered, so that no such part exists, and where a text spells a special
-        token.
+        message changes how earlier ones are rendered, so that no such part exists.
         """
-        for number, message in enumerate(messages):
-            found = self._special and self._special.search(message["content"])
-            if found:
-                raise InputError(f"message {number + 1} spells the special token {found.group()!r}; take it out")
-        done = ""
+        done, found = "", []
         for number, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
@@ -94,19 +93,26 @@ class ChatTemplate:
                     f"the chat_template of {self.path} renders earlier messages otherwise once message {number + 1} "
                     "follows; train on conversations of one turn"
                 )
-            yield from self._split(prompt[len(done) :], False)
-            response = list(self._split(whole[len(prompt) :], message.get("train", True)))
-            yield from response
-            if self.eos is not None and not any(isinstance(piece, int) for piece, _ in response):
-                yield self.special_ids[self.eos], message.get("train", True)  # a response that never ends is not learnt
+            response, trained = whole[len(prompt) :], message.get("train", True)
+            found += [*self._split(prompt[len(done) :], False), *self._split(response, trained)]
+            if self.eos is not None and not self.spelled(response):
+                found.append((self.special_ids[self.eos], trained))  # a response that never ends is not learnt
             done = whole
         if messages[-1]["role"] != "assistant":
             prompt = self.render(messages, add_generation_prompt=True)
-            yield from self._split(prompt[len(done) :] if prompt.startswith(done) else prompt, False)
+            if not prompt.startswith(done):  # such as one that leaves out what an assistant thought before
+                done, found = "", []
+            found += self._split(prompt[len(done) :], False)
+        return found
+
+    def spelled(self, text: str) -> str | None:
+        """The first special token that a text spells."""
+        found = self._special.search(text)
+        return found.group() if found else None
 
     def _split(self, text: str, trained: bool) -> Iterator[tuple[str | int, bool]]:
         start = 0
-        for found in self._special.finditer(text) if self._special else ():
+        for found in self._split_at.finditer(text):
             if found.start() > start:
                 yield text[start : found.start()], trained
             yield self.special_ids[found.group()], trained
@@ -123,6 +129,11 @@ def _read(path: Path) -> dict:
     if not isinstance(content, dict):
         raise InputError(f"{path} holds a {type(content).__name__}; expected an object")
     return content
+
+
+def _any_of(spellings: Iterable[str]) -> re.Pattern:
+    """Finds the longest of them at a place; of none, nothing."""
+    return re.compile("|".join(map(re.escape, sorted(spellings, key=len, reverse=True))) or "(?!)")
 
 
 def _spelling(token) -> str:

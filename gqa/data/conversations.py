@@ -6,8 +6,8 @@
 | `preferences` | `{"prompt": text or messages, "chosen": text, "rejected": text}`, with or without `"rating"` |
 
 What no line may be (roles, missing fields, ratings outside of the scale) is refused with the line's number. What there
-is nothing to learn from (an empty response, a prompt longer than a row, chosen equal to rejected) is left out, and
-counted by reason.
+is nothing to learn from (an empty response, a prompt longer than a row, chosen equal to rejected, a text that spells a
+special token of the tokenizer's own template) is left out, and counted by reason.
 
 What a chunk of either holds: `gqa.data.packing`.
 """

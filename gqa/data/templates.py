@@ -142,7 +142,13 @@ class Template:
         if vocabulary.eos_id < 0 and name != TOKENIZER:
             raise InputError(f"vocabulary {vocabulary.path} has no EOS, which ends a response of template {name}")
         self.name, self.vocabulary = name, vocabulary
-        self._chat = ChatTemplate(vocabulary.path.parent, vocabulary.special_ids) if name == TOKENIZER else None
+        self._chat, self._reader = None, vocabulary
+        if name == TOKENIZER:
+            parsed = {}
+            if isinstance(vocabulary, TokenizerJson):
+                # Whole, special tokens in it, as transformers reads it: they may take the blanks beside them.
+                self._reader, parsed = TokenizerJson(vocabulary.path), vocabulary.special_ids
+            self._chat = ChatTemplate(vocabulary.path.parent, vocabulary.special_ids, parsed)
 
     @property
     def num_ids(self) -> int:
@@ -180,6 +186,11 @@ class Template:
             plain = [
                 message if "input" not in message else {**message, "content": _joined(message)} for message in messages
             ]
+            for number, message in enumerate(plain, start=1):
+                if spelled := self._chat.spelled(message["content"]):
+                    raise Unusable(
+                        "special token in a text", f"message {number} spells the special token {spelled!r}; take it out"
+                    )
             return self._chat.pieces(plain)
         system = messages[0]["content"] if messages[0]["role"] == "system" else None
         turns = list(_turns(messages[system is not None :]))
@@ -188,14 +199,15 @@ class Template:
 
     def _encode(self, pieces: Iterable[tuple[str | int, bool]]) -> Example:
         tokens, trained, after_text = [], [], False
+        reads_special = self._reader is not self.vocabulary
         # Texts of one kind are one: a tokenizer sees them whole. Where a response begins, tokens end, so that it is
         # predicted from just the tokens that a prompt has.
         for (kind, is_trained), group in itertools.groupby(pieces, lambda piece: (type(piece[0]), piece[1])):
             group = [piece for piece, _ in group]
-            ids = group if kind is int else self.vocabulary.encode("".join(group), continued=after_text)
+            ids = group if kind is int else self._reader.encode("".join(group), continued=after_text)
             tokens += ids
             trained += [is_trained] * len(ids)
-            after_text = kind is str
+            after_text = kind is str or reads_special
         return Example(np.array(tokens, np.int32), np.array(trained, bool))
 
 

@@ -11,6 +11,7 @@ from gqa.command_line import run
 from gqa.data import templates
 from gqa.data.conversations import cut, last_turn_only, messages_of
 from gqa.data.templates import Template, Unusable, check, marked
+from gqa.data.tokenizer_json import open_vocabulary
 from gqa.data.vocabulary import Vocabulary
 from gqa.errors import InputError
 
@@ -138,6 +139,35 @@ def test_a_tokenizers_own_template(tokenizer):
     # A response always ends: where the template writes no special token, EOS does.
     plain = tokenizer("{% for m in messages %}{{ m.role[0] + ':' + m.content + ';' }}{% endfor %}")
     assert table(plain.example(ONE), plain.vocabulary) == "▁ u : h i ; *a *: *y *o *; *</s>"
+    padded = tokenizer("{% for m in messages %}{{ pad_token + m.content }}{% endfor %}", pad_token="</s>")
+    assert table(padded.example(ONE), padded.vocabulary) == "</s> ▁ h i *</s> *▁ *y *o"
+    # A prompt is what the template makes of it, also where it leaves out what was said before.
+    source = "{% for m in messages if m.role == 'user' or m == messages[-1] %}{{ m.content + ';' }}{% endfor %}"
+    forgetful = tokenizer(source)
+    assert forgetful.vocabulary.decode(forgetful.prompt(TWO[:3])) == "hi;a b;"
+
+
+def test_a_tokenizers_own_template_is_read_whole_by_a_tokenizer_json(tmp_path):
+    """As transformers does: special tokens take the blanks beside them, and the first text alone gets a space."""
+    tokenizers = pytest.importorskip("tokenizers")
+    characters = {character: i for i, character in enumerate(["<unk>", *"▁hiyoabc"])}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(characters, [], unk_token="<unk>"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(prepend_scheme="first")
+    marks = [tokenizers.AddedToken(f"<|{name}|>", rstrip=True) for name in ("user", "assistant", "end")]
+    tokenizer.add_special_tokens(marks)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    source = "{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content + '<|end|>\n' }}{% endfor %}"
+    source += "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|end|>", "chat_template": source}))
+    template = Template("tokenizer", open_vocabulary(tmp_path, foreign=True))
+    example = template.example(TWO)
+    rendered = "".join(f"<|{m['role']}|>\n{m['content']}<|end|>\n" for m in TWO)
+    assert example.tokens.tolist() == tokenizer.encode(rendered).ids
+    found = zip(example.tokens.tolist(), example.trained.tolist(), strict=True)
+    assert " ".join("*" * trained + tokenizer.id_to_token(number) for number, trained in found) == (
+        "<|user|> h i <|end|> <|assistant|> *y *o *<|end|> <|user|> a ▁ b <|end|> <|assistant|> *c *<|end|>"
+    )
+    assert template.prompt([*ONE, TWO[2]]) == example.tokens[:-2].tolist()
 
 
 @pytest.mark.parametrize(
@@ -146,6 +176,7 @@ def test_a_tokenizers_own_template(tokenizer):
         ("{{ raise_exception('only in Latin') }}", "refuses the conversation: only in Latin"),
         ("{{ messages.__class__.__mro__ }}", "refuses the conversation: access to attribute '__class__'"),
         ("{{ 'a' * 10000000000 }}", r"refuses the conversation: \* of other than two numbers"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "calls itself without end"),
         ("{% for m in messages %}{{ m.content", "the chat_template is no Jinja"),
         (
             "{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}",
@@ -163,8 +194,9 @@ def test_a_text_that_spells_a_special_token(tokenizer, chat_vocabulary):
     """In our templates it is text; in a tokenizer's, which is text with special tokens in it, it is refused."""
     spelling = [{"role": "user", "content": "<s>"}, ONE[1]]
     assert 1 not in Template("llama2", chat_vocabulary).example(spelling).tokens[1:].tolist()
-    with pytest.raises(InputError, match="message 1 spells the special token '<s>'"):
+    with pytest.raises(Unusable, match="message 1 spells the special token '<s>'") as caught:
         tokenizer(CHATML).example(spelling)
+    assert caught.value.reason == "special token in a text"
 
 
 def test_default_words_of_alpaca_and_openbezoar(chat_vocabulary):
