@@ -68,6 +68,21 @@ def test_a_table_is_cleaned_to_the_same_bytes(overrides, folder, tmp_path, monke
         assert 0 < dropped["near duplicate"]["rows"] < 4 and dropped["exact duplicate"]["rows"] == 2
 
 
+def test_texts_without_words_are_no_near_copies(tmp_path):
+    pytest.importorskip("apache_beam", reason="needs the extra beam")
+    texts = ["+ - + - +", "- + - + -", "+ -  + - +", "= = = + -", "= = = + -"]
+    source = tmp_path / "a.jsonl"
+    source.write_text("".join(json.dumps({"body": text}) + "\n" for text in texts))
+    lenient = [f"--config.text.{name}=0.0" for name in ("min_alphabetic_words", "min_mean_word_length")]
+    lenient += [f"--config.text.max_{name}_ngrams=()" for name in ("top", "duplicate")]
+    lenient += ["--config.text.max_symbols_per_word=9.0", "--config.text.max_bullet_lines=1.0"]
+    spec = clean.make_spec(config(), str(source), {"text": "body"})
+    here, there = both(config(*lenient), spec, tmp_path)
+    assert there == here
+    dropped = json.loads(here["clean.report.json"])["dropped"]
+    assert {name: filtered["rows"] for name, filtered in dropped.items()} == {"exact duplicate": 2}
+
+
 def test_text_is_cleaned_to_the_same_bytes(folder, tmp_path, monkeypatch):
     """With an evaluation set, and a file that is not UTF-8 among 1100."""
     pytest.importorskip("apache_beam", reason="needs the extra beam")
