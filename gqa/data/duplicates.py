@@ -184,17 +184,19 @@ def similarity_order(signatures: Sequence[np.ndarray]) -> list[int]:
     for i, signature in enumerate(signatures):
         forest.add(i, _as_minhash(signature))
     forest.index()
-    left = dict.fromkeys(range(len(signatures)))
+    left = set(range(len(signatures)))
     order = []
-    here = 0
+    here = first = 0  # none before `first` is left
     while left:
-        del left[here]
+        left.remove(here)
         order.append(here)
         near = [i for i in forest.query(_as_minhash(signatures[here]), _NEIGHBOURS) if i in left]
         if near:
             here = min(near, key=lambda i: (-similarity_of(signatures[here], signatures[i]), i))
         elif left:
-            here = next(iter(left))
+            while first not in left:
+                first += 1
+            here = first
     return order
 
 

@@ -185,6 +185,14 @@ def read_manifest(folder: str | Path) -> Manifest:
         raise InputError(
             f"{path} has format {manifest.format}; expected {expected}: delete the folder and prepare it again"
         )
+    for name in ("corpus_digests", "num_documents", "num_tokens", "num_records", "record_bytes"):
+        found = getattr(manifest, name)
+        wanted = () if name == "record_bytes" and manifest.parts is not None else SPLITS
+        if not isinstance(found, dict) or set(found) != set(wanted):
+            raise InputError(
+                f"{path} is damaged ({name} is {found}; expected {' and '.join(wanted) or 'none'}); "
+                "delete the folder and prepare it again"
+            )
     for split, size in manifest.record_bytes.items():
         records = record_path(folder, split)
         found = records.stat().st_size if records.is_file() else 0

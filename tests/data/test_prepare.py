@@ -177,7 +177,13 @@ def test_damaged_folders_are_refused(make_spec, tmp_path):
     record_path(folder, "train").unlink()
     with pytest.raises(InputError, match="has 0 bytes"):
         read_manifest(folder)
-    for text in (manifest[:50], "{}", "[]", json.dumps({**json.loads(manifest), "surprise": 1})):
+    whole = json.loads(manifest)
+    changed = [
+        {**whole, "surprise": 1},
+        {name: value for name, value in whole.items() if name != "record_bytes"},
+        {**whole, "num_records": {"train": 1}},
+    ]
+    for text in (manifest[:50], "{}", "[]", *map(json.dumps, changed)):
         (folder / "manifest.json").write_text(text)
         with pytest.raises(InputError, match=r"manifest\.json is damaged"):
             read_manifest(folder)
