@@ -26,7 +26,7 @@ from tqdm import tqdm
 from gqa import files
 from gqa.command_line import nearest
 from gqa.data.conversations import lines, of_line
-from gqa.data.templates import Template
+from gqa.data.templates import Template, Unusable
 from gqa.data.vocabulary import Vocabulary
 from gqa.decode import batches, journal
 from gqa.errors import InputError
@@ -70,7 +70,7 @@ class Dialogue(NamedTuple):
 
 
 class Held(NamedTuple):
-    """A dialogue as it went; where it outgrew the model's positions, without its last turns."""
+    """A dialogue as it went; where it outgrew the model's positions, or what is read back, without its last turns."""
 
     messages: list[dict]
     obeyed: list[bool]  # by turn
@@ -97,7 +97,7 @@ def read_dialogues(path: str | Path) -> list[Dialogue]:
 def hold(dialogues: Sequence[Dialogue], respond: Respond) -> list[Held]:
     """Holds the dialogues, all of them turn by turn.
 
-    `respond(turn, conversations by number)` gives the response to each, or `None` where there is no room for one.
+    `respond(turn, conversations by number)` gives the response to each, or `None` where there can be none.
     """
     held = [Held([], []) for _ in dialogues]
     for turn in range(max(len(dialogue.turns) for dialogue in dialogues)):
@@ -158,7 +158,10 @@ def hold_with(
             numbers = {turn * len(dialogues) + number: number for number in conversations}
             waiting = {}
             for place, number in numbers.items():
-                tokens = template.prompt(conversations[number])
+                try:
+                    tokens = template.prompt(conversations[number])
+                except Unusable:  # an answer before that cannot be read back
+                    continue
                 fits = len(tokens) + settings.max_new_tokens <= checkpoint.config.max_position
                 if place not in done and fits:
                     waiting[place] = tokens

@@ -15,6 +15,7 @@ from gqa import files
 from gqa.checkpoints.source import identity
 from gqa.data.instructions.parts import Rejected, Request, read_seeds
 from gqa.data.instructions.pipeline import Answered, Written, generate
+from gqa.data.templates import Unusable
 from gqa.decode.buckets import bucket
 from gqa.decode.generate import check_lengths
 from gqa.decode.journal import append, open_journal
@@ -77,7 +78,12 @@ class Parent:
     def write(self, asked: Mapping[int, list[dict]]) -> dict[int, Written | Rejected]:
         """The answer to each message list, by its number."""
         template, config = self._opened.template, self._config
-        prompts = {number: template.prompt(messages) for number, messages in asked.items()}
+        prompts, rejected = {}, dict.fromkeys(asked, Rejected("prompt too long"))
+        for number, messages in asked.items():
+            try:
+                prompts[number] = template.prompt(messages)
+            except Unusable as unusable:  # of what the parent wrote before
+                rejected[number] = Rejected(unusable.reason)
         fitting = [number for number, tokens in prompts.items() if len(tokens) <= config.inputs_length]
         # A batch is a function of the prompts alone: what a kill took is drawn again with the same rows beside it.
         fitting.sort(key=lambda number: (len(prompts[number]), number))
@@ -90,8 +96,7 @@ class Parent:
                 if not all(number in self._done for number in numbers):
                     bar.update(self._draw({number: prompts[number] for number in numbers}))
         return {
-            number: self._written(self._done[number]) if number in self._done else Rejected("prompt too long")
-            for number in asked
+            number: self._written(self._done[number]) if number in self._done else rejected[number] for number in asked
         }
 
     def _draw(self, prompts: Mapping[int, list[int]]) -> int:

@@ -1,6 +1,7 @@
 """Judges of conversations: a model that is asked and answers Yes or No, or a reward model (OpenBezoar)."""
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,7 @@ from tqdm import tqdm
 
 from gqa.checkpoints.reward import HEAD
 from gqa.data.instructions.parts import user
-from gqa.data.templates import Template
+from gqa.data.templates import Template, Unusable
 from gqa.decode.score import rewards, score
 from gqa.errors import InputError
 from gqa.models.llama import Llama
@@ -24,11 +25,15 @@ def log_odds(
 ) -> list[float | None]:
     """log p(Yes) - log p(No), in nats, as the model's whole response to each question, messages that end with a user's.
 
-    `None` where the question and an answer exceed the model's positions. `name` is of the progress bar.
+    `None` where the question and an answer exceed the model's positions, or the template cannot write them. `name` is
+    of the progress bar.
     """
     rows: list[tuple[int, list[int], list[int]]] = []
     for number, messages in enumerate(questions):
-        examples = [template.example([*messages, {"role": "assistant", "content": word}]) for word in (YES, NO)]
+        try:
+            examples = [template.example([*messages, {"role": "assistant", "content": word}]) for word in (YES, NO)]
+        except Unusable:
+            continue
         if max(len(example.tokens) for example in examples) > model.config.max_position:
             continue
         for example in examples:
@@ -80,13 +85,17 @@ class Judge:
         if config.judge.kind == "model":
             model = rollouts.unstacked(load_policy(config.judge.checkpoint, config))
             return log_odds(model, template, list(map(question, conversations)), config.batch_size, "judge")
-        return self._rewards([template.example(messages).tokens.tolist() for messages in conversations])
+        sequences = {}
+        for number, messages in enumerate(conversations):
+            with contextlib.suppress(Unusable):
+                sequences[number] = template.example(messages).tokens.tolist()
+        return self._rewards(sequences, len(conversations))
 
-    def _rewards(self, sequences: Sequence[list[int]]) -> list[float | None]:
+    def _rewards(self, sequences: Mapping[int, list[int]], total: int) -> list[float | None]:
         limit = self._opened.policy.config.max_position
-        readable = [number for number, tokens in enumerate(sequences) if len(tokens) <= limit]
+        readable = [number for number, tokens in sequences.items() if len(tokens) <= limit]
         model = load_reward(self._config.judge.checkpoint, self._config)
-        found: list[float | None] = [None] * len(sequences)
+        found: list[float | None] = [None] * total
         scores = rewards(model, [sequences[number] for number in readable], self._config.batch_size)
         for number, value in zip(readable, scores.tolist(), strict=True):
             found[number] = value

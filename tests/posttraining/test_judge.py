@@ -1,14 +1,17 @@
 """Judges: the odds of Yes are those of the model's own log-probabilities, whatever the batch."""
 
+import types
+
 import jax
 import numpy as np
 import pytest
 
 from gqa import checkpoints
+from gqa.data.instructions.parts import Rejected
 from gqa.data.templates import Template
 from gqa.data.vocabulary import Vocabulary
 from gqa.decode.buckets import padded
-from gqa.posttraining import judge
+from gqa.posttraining import instructions, judge
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +45,15 @@ def test_a_question_beyond_the_positions_has_no_answer(model, template):
     questions = [[{"role": "user", "content": "x" * count}] for count in (model.config.max_position, 3)]
     long, short = judge.log_odds(model, template, questions, 2, "judge")
     assert long is None and isinstance(short, float)
+
+
+def test_what_a_template_cannot_write_has_no_answer(model, template):
+    """A model's own words may be so: nothing, or a special token spelled out."""
+    said = [{"role": role, "content": content} for role, content in (("user", "x"), ("assistant", ""), ("user", "y"))]
+    bad, good = judge.log_odds(model, template, [said, said[:1]], 2, "judge")
+    assert bad is None and isinstance(good, float)
+    config, opened = types.SimpleNamespace(inputs_length=8, batch_size=1), types.SimpleNamespace(template=template)
+    assert instructions.Parent(config, opened, None, {}).write({3: said}) == {3: Rejected("empty response")}
 
 
 def test_what_is_asked_shows_all_that_was_said():
