@@ -27,7 +27,7 @@ from gqa import files
 from gqa.command_line import nearest
 from gqa.data.conversations import lines, of_line
 from gqa.data.templates import Template, Unusable
-from gqa.data.vocabulary import Vocabulary
+from gqa.data.tokenizer_json import open_vocabulary
 from gqa.decode import batches, journal
 from gqa.errors import InputError
 from gqa.evaluation.checkpoint_text import TextModel
@@ -127,10 +127,10 @@ def shares(held: Sequence[Held]) -> list[Share]:
 
 def check_template(checkpoint: TextModel, name: str) -> Template:
     """The template for a checkpoint's vocabulary; `InputError` for what has no conversations."""
-    vocabulary = checkpoint.text.vocabulary
-    if not checkpoint.text.is_decoder or not isinstance(vocabulary, Vocabulary):
-        raise InputError(f"{checkpoint.checkpoint}: expected a decoder with a SentencePiece vocabulary for --dialogues")
-    return Template(name, vocabulary)
+    if not checkpoint.text.is_decoder:
+        raise InputError(f"{checkpoint.checkpoint} is an encoder-decoder; expected a decoder for --dialogues")
+    # As in training: a text that spells a special token is text.
+    return Template(name, open_vocabulary(checkpoint.text.vocabulary.path, foreign=True))
 
 
 def hold_with(

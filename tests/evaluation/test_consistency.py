@@ -2,6 +2,7 @@
 
 import json
 import sys
+import types
 
 import jax
 import pytest
@@ -11,7 +12,7 @@ from gqa.checkpoints import hf
 from gqa.data.templates import Template
 from gqa.data.vocabulary import Vocabulary
 from gqa.errors import InputError
-from gqa.evaluation.consistency import Dialogue, Rule, Share, hold, read_dialogues, shares, table
+from gqa.evaluation.consistency import Dialogue, Rule, Share, check_template, hold, read_dialogues, shares, table
 
 POSITIONS, NEW = 160, 2
 ROW = {"instruction": "say x", "turns": ["hi", "and", "so"], "rule": {"contains": ["x", "y"]}}
@@ -153,6 +154,18 @@ def test_the_command(call, checkpoint, tmp_path, tiny_vocabulary):
     assert sorted(journal.read_bytes().splitlines()) == sorted(whole.splitlines())
     code, _, error = call(*arguments, "--template=llama2")
     assert code == 2 and "holds a run with another settings" in error
+
+
+def test_a_tokenizer_json_is_read(tmp_path):
+    tokenizers = pytest.importorskip("tokenizers")
+    words = {word: number for number, word in enumerate(["<unk>", "</s>", "<human>:", "<bot>:", "hi"])}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
+    text = types.SimpleNamespace(is_decoder=True, vocabulary=types.SimpleNamespace(path=tmp_path / "tokenizer.json"))
+    template = check_template(types.SimpleNamespace(checkpoint=tmp_path, text=text), "human_bot")
+    assert template.response(template.prompt([{"role": "user", "content": "hi"}])).split()[:2] == ["<human>:", "hi"]
 
 
 def test_bad_arguments(call, checkpoint, tmp_path):
