@@ -159,13 +159,17 @@ def mixture(folders: Mapping[Path, float]) -> Manifest:
 
 def check_parts(folder: str | Path, manifest: Manifest) -> None:
     """Raises `InputError` where the parts of a mixture are no longer what was mixed: rates and totals are of others."""
-    now = mixture(manifest.parts)
-    for name in (*_ALIKE, "vocabulary_size", "corpus_digests", "num_documents", "num_tokens", "num_records"):
-        if getattr(now, name) != getattr(manifest, name):
-            raise InputError(
-                f"{folder}: a part of {', '.join(manifest.parts)} was prepared anew since ({name} is "
-                f"{getattr(now, name)}; expected {getattr(manifest, name)}); mix again"
-            )
+    for part in manifest.parts:
+        _refuse_changed(f"{folder}: part {part}", read_manifest(part), manifest, _ALIKE)
+    together = "vocabulary_size", "corpus_digests", "num_documents", "num_tokens", "num_records"
+    _refuse_changed(f"{folder}: a part of {', '.join(manifest.parts)}", mixture(manifest.parts), manifest, together)
+
+
+def _refuse_changed(part: str, now: Manifest, then: Manifest, names: Sequence[str]) -> None:
+    for name in names:
+        found, expected = getattr(now, name), getattr(then, name)
+        if found != expected:
+            raise InputError(f"{part} was prepared anew since ({name} is {found}; expected {expected}); mix again")
 
 
 def write_mixture(folders: Mapping[Path, float], output: Path) -> Manifest:
