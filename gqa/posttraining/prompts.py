@@ -74,8 +74,14 @@ def key_of(messages: Sequence[dict]) -> str:
 
 
 def held_out(prompts: Sequence[Prompt], count: int) -> tuple[list[Prompt], list[Prompt]]:
-    """The prompts to train on and the `count` that are held out."""
+    """The prompts to train on and the `count` that are held out; of prompts that begin alike, none is on both sides."""
     if 2 * count > len(prompts):
         raise InputError(f"train.heldout={count} of {len(prompts)} prompts; expected at most half: {len(prompts) // 2}")
     ordered = sorted(prompts, key=lambda prompt: (prompt.fraction, prompt.line))
-    return sorted(ordered[count:], key=lambda prompt: prompt.line), ordered[:count]
+    kept, left = (
+        ordered[:count],
+        [prompt for prompt in ordered[count:] if prompt.fraction > ordered[count - 1].fraction],
+    )
+    if not left:
+        raise InputError(f"train.heldout={count} of {len(prompts)} prompts leaves none: they all begin alike")
+    return sorted(left, key=lambda prompt: prompt.line), kept

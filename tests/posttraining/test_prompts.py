@@ -100,3 +100,14 @@ def test_no_prompt_is_on_both_sides(read, tmp_path):
         assert {int(line) for line in unseen} <= {prompt.line for prompt in heldout}
     with pytest.raises(InputError, match=r"train\.heldout=101 of 200 prompts; expected at most half: 100"):
         held_out(prompts, 101)
+
+
+def test_prompts_that_begin_alike_are_on_one_side(read):
+    said = [user("add 1"), {"role": "assistant", "content": "2"}]
+    prompts = read([{"messages": [*said, user(f"and {number}")]} for number in range(4)] + [{"prompt": "b"}])
+    train, heldout = held_out(prompts, 2)
+    assert not {prompt.messages[0]["content"] for prompt in train} & {
+        prompt.messages[0]["content"] for prompt in heldout
+    }
+    with pytest.raises(InputError, match="of 4 prompts leaves none: they all begin alike"):
+        held_out(prompts[:4], 2)
