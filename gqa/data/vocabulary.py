@@ -41,8 +41,8 @@ _LINE_BYTES = 4191  # SentencePiece passes over longer ones
 
 _SPACE = "\u2581"  # what SentencePiece writes for a space inside a piece
 _ANCHOR = "\ue000"  # a private character, part of no piece
-# A sentinel that is a piece of the file, of type 4: user-defined, which text is read as. Type 5 is unused.
-_OWN_SENTINEL = re.compile(rb"(\n.(?:\xe2\x96\x81)?<extra_id_\d\d?>(?:\x15.{4})?\x18)\x04", re.DOTALL)
+# A sentinel that is a piece of the file: its name and score, and its type, by which text is read as it.
+_OWN_SENTINEL = re.compile(rb"\n.(\n.(?:\xe2\x96\x81)?<extra_id_\d\d?>(?:\x15.{4})?)(?:\x18.)?", re.DOTALL)
 _LINE_PIECES = ["\n", "\t", "\n\n", "\n\n\n"] + ["\n" + _SPACE * n for n in (4, 8, 12, 16, 20)]
 _RUN_PIECES = [_SPACE * n for n in (2, 3, 4, 5, 6, 7, 8, 12, 16)]
 
@@ -97,12 +97,11 @@ class Vocabulary:
 
     def _keep_own_sentinels(self) -> None:
         """Counts the file's last pieces as the sentinels, and reads no text as one of them."""
-        self._model.LoadFromSerializedProto(_OWN_SENTINEL.sub(b"\\1\x05", self.path.read_bytes()))
+        self._model.LoadFromSerializedProto(_OWN_SENTINEL.sub(_unused, self.path.read_bytes()))
         self._num_pieces -= NUM_SENTINELS
         for index, name in _SENTINEL_NAMES:
             token = max(self.sentinel_id(index), 0)
-            never_text = self._model.IsUnused(token) or self._model.IsControl(token)
-            if self._model.IdToPiece(token).removeprefix(_SPACE) != name or not never_text:
+            if self._model.IdToPiece(token).removeprefix(_SPACE) != name or not self._model.IsUnused(token):
                 raise InputError(
                     f"vocabulary {self.path} has <extra_id_0>, but not all {NUM_SENTINELS} sentinels of T5 as last ids"
                 )
@@ -203,6 +202,12 @@ class Vocabulary:
                 text += [self._model.Decode(run_ids), f"<extra_id_{self.size - 1 - token}>"]
                 run_ids = []
         return "".join([*text, self._model.Decode(run_ids)])
+
+
+def _unused(piece: re.Match[bytes]) -> bytes:
+    """A piece in SentencePiece's file as one of type 5, which has its id and is no part of any text."""
+    entry = piece[1] + b"\x18\x05"
+    return b"\n" + bytes([len(entry)]) + entry
 
 
 def without_surrogates(text: str) -> str:

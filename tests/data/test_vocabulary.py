@@ -85,21 +85,21 @@ def test_sentinels_in_text_are_read_only_when_asked():
     assert 4095 not in VOCABULARY.encode(text)
 
 
-def with_sentinels(path: Path, names: list[str], piece_type: int = 4) -> Path:
-    """The shipped file with further pieces: 4, user-defined, is what mT5's sentinels are."""
-    entries = (
-        b"\n" + bytes([len(name.encode())]) + name.encode() + b"\x15\0\0\0\0\x18" + bytes([piece_type])
-        for name in names
-    )
+USER_DEFINED, NORMAL = b"\x18\x04", b""  # how SentencePiece's file says a piece's type
+
+
+def with_sentinels(path: Path, names: list[str], piece_type: bytes = USER_DEFINED) -> Path:
+    """The shipped file with further pieces."""
+    entries = (b"\n" + bytes([len(name.encode())]) + name.encode() + b"\x15\0\0\0\0" + piece_type for name in names)
     path.write_bytes(SHIPPED.read_bytes() + b"".join(b"\n" + bytes([len(entry)]) + entry for entry in entries))
     return path
 
 
-@pytest.mark.parametrize("space", ["", "\u2581"])
-def test_a_file_that_ends_with_the_sentinels_gets_no_others(space, tmp_path):
+@pytest.mark.parametrize(("space", "piece_type"), [("", USER_DEFINED), ("\u2581", USER_DEFINED), ("\u2581", NORMAL)])
+def test_a_file_that_ends_with_the_sentinels_gets_no_others(space, piece_type, tmp_path):
     """As mT5's does."""
     names = [f"{space}<extra_id_{i}>" for i in reversed(range(100))]
-    path = with_sentinels(tmp_path / "mt5.model", names)
+    path = with_sentinels(tmp_path / "mt5.model", names, piece_type)
     own = sentencepiece.SentencePieceProcessor(model_file=str(path))
     found = Vocabulary(path)
     assert found.size == own.GetPieceSize() == 4096
@@ -108,9 +108,8 @@ def test_a_file_that_ends_with_the_sentinels_gets_no_others(space, tmp_path):
         assert found.encode(text) == VOCABULARY.encode(text)  # text, although the file alone reads a sentinel
         ids = found.encode_with_sentinels(text)
         assert ids == VOCABULARY.encode_with_sentinels(text) and found.decode(ids) == text
-    for wrong in (with_sentinels(path, names[1:] + names[:1]), with_sentinels(path, names, piece_type=1)):
-        with pytest.raises(InputError, match="has <extra_id_0>, but not all 100 sentinels of T5 as last ids"):
-            Vocabulary(wrong)
+    with pytest.raises(InputError, match="has <extra_id_0>, but not all 100 sentinels of T5 as last ids"):
+        Vocabulary(with_sentinels(path, names[1:] + names[:1]))
 
 
 def test_decode_leaves_out_padding_and_eos():
