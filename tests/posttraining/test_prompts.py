@@ -104,7 +104,7 @@ def test_no_prompt_is_on_both_sides(read, tmp_path):
 
 def test_prompts_that_begin_alike_are_on_one_side(read):
     said = [user("add 1"), {"role": "assistant", "content": "2"}]
-    prompts = read([{"messages": [*said, user(f"and {number}")]} for number in range(4)] + [{"prompt": "b"}])
+    prompts = read([{"messages": [*said, user(f"and {number}")]} for number in range(4)] + [{"prompt": "b"}], 80)
     train, heldout = held_out(prompts, 2)
     assert not {prompt.messages[0]["content"] for prompt in train} & {
         prompt.messages[0]["content"] for prompt in heldout
