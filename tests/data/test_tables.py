@@ -115,7 +115,8 @@ def test_files_named_after_splits_are_those_splits(tmp_path):
 
 
 def test_files_of_other_names_are_in_no_split(tmp_path):
-    for i, name in enumerate(["train2.jsonl", "Training_a.csv", "val.jsonl", "dev-1.csv", "test.v1.tsv"]):
+    names = ["train2.jsonl", "Training_a.csv", "val.jsonl", "dev-1.csv", "test.v1.tsv", "testset.jsonl"]
+    for i, name in enumerate(names):
         (tmp_path / name).write_text(good(i))
     found = {
         split: [file.name for file in Table(tmp_path, FIELDS).files(split)] for split in ("train", "heldout", "test")
@@ -123,7 +124,7 @@ def test_files_of_other_names_are_in_no_split(tmp_path):
     assert found == {
         "train": ["Training_a.csv", "train2.jsonl"],
         "heldout": ["dev-1.csv", "val.jsonl"],
-        "test": ["test.v1.tsv"],
+        "test": ["test.v1.tsv", "testset.jsonl"],
     }
     others = ["develop.jsonl", "testimonials.jsonl", "trainé.jsonl", "values.jsonl"]
     for name in others:
