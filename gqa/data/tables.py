@@ -28,8 +28,8 @@ SUFFIXES = (".jsonl", ".csv", ".tsv", ".parquet")
 BAD = "bad row"  # why a row is left out
 GOOD_ROWS_PER_BAD = 1000
 
-# A word of its own, as in train-00.jsonl, val.csv and test2.tsv, or with what it is of, as in testset.jsonl: values.jsonl
-# and testimonials.jsonl are none.
+# A word of its own, as in train-00.jsonl, val.csv and test2.tsv, or compound, as in testset.jsonl: values.jsonl and
+# testimonials.jsonl are none.
 _SPLIT_NAME = re.compile(
     r"((?P<train>train(ing)?)|(?P<heldout>heldout|validation|valid|val|dev)|(?P<test>test(ing)?))"
     r"s?(set|split|data)?(?![^\W\d_])",
