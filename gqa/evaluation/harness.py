@@ -25,7 +25,7 @@ from gqa.evaluation.checkpoint_text import TextModel
 
 MAX_GENERATED = 256  # tokens, where a task does not say: the harness's own
 MAX_INPUT = 2048  # tokens an encoder-decoder reads where its files say nothing: the harness's own
-NO_LENGTH = 10**9  # transformers writes a larger one where a tokenizer knows none
+_NO_LENGTH = 10**9  # transformers writes a larger one where a tokenizer knows none
 _POSITIONS = ("n_positions", "max_position_embeddings", "n_ctx")
 
 # What a task may say about generation.
@@ -39,7 +39,7 @@ def encoder_length(folder: Path) -> int:
         if (folder / name).is_file():
             said = read_json(folder / name)
             for value in map(said.get, keys):
-                if type(value) is int and 0 < value < NO_LENGTH:
+                if type(value) is int and 0 < value < _NO_LENGTH:
                     return value
     return MAX_INPUT
 
