@@ -326,7 +326,8 @@ def _alone(row: dict[str, Any]) -> str:
         return ""
     of_caches = row["step_bytes"]["self_cache"] + row["step_bytes"]["cross_cache"]
     rest = row["step_ms"] / 1e3 - row["cache_seconds"]
-    return f"{of_caches / row['cache_seconds'] / 1e9:.1f}, {row['step_bytes']['weights'] / max(rest, 1e-9) / 1e9:.1f}"
+    weights = f"{row['step_bytes']['weights'] / rest / 1e9:.1f}" if rest > 0 else "–"  # attention alone was slower
+    return f"{of_caches / row['cache_seconds'] / 1e9:.1f}, {weights}"
 
 
 def _table_of(header: str, rows: list[dict[str, Any]], name: str, cells: Callable[[dict], str]) -> list[str]:

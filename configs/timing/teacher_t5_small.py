@@ -1,4 +1,4 @@
-"""The smaller T5 teacher's shapes, timed as the shipped one's: batch 8, input 2048, 64 new tokens, float32.
+"""The smaller T5 teacher's shapes, timed as the shipped one's: batch 8, input 2048, 512 new tokens, float32.
 
 With `--output=DIR/t5_small`, experiments.figures sets its times beside the scores of the sweep of sizes.
 """
