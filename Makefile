@@ -46,8 +46,9 @@ miniature: .venv/.core  ## the paper's sweeps on the shipped teacher, and their 
 	test -e runs/teacher_small/finished.json || $(RUN) -m gqa.train --config=configs/teacher_t5_small.py --workdir=runs/teacher_small
 	-$(SWEEP)/sizes.py --workdir=$(MINIATURE)/sizes --known=$(MINIATURE)/methods/results.json
 	-$(SWEEP)/docstring.py --workdir=$(MINIATURE)/docstring
-	test -e $(MINIATURE)/timing/t5/timing.png || { rm -rf $(MINIATURE)/timing/t5; $(RUN) -m experiments.timing --config=configs/timing/teacher_t5.py --output=$(MINIATURE)/timing/t5; }
-	test -e $(MINIATURE)/timing/t5_small/timing.png || { rm -rf $(MINIATURE)/timing/t5_small; $(RUN) -m experiments.timing --config=configs/timing/teacher_t5_small.py --output=$(MINIATURE)/timing/t5_small; }
+	-for turn in 1 2 3; do for size in t5 t5_small; do \
+	    $(RUN) -m experiments.timing --config=configs/timing/teacher_$$size.py --output=$(MINIATURE)/timing/$$size --add; \
+	done; done
 	$(RUN) -m experiments.figures --runs=$(MINIATURE) --output=$(MINIATURE)/figures
 
 test: .venv/.test  ## run the tests

@@ -45,7 +45,7 @@ SCORES = ("loss", "accuracy", "target_tokens")
 SCRATCH = "scratch"  # a method; its α is 1
 DRAWN = ("random", "+")  # methods, or marks of methods, whose conversion depends on the seed
 RESULT, FAILED, LOG, LOCK, METRICS = "result.json", "failed.json", "log.txt", ".lock", "metrics.jsonl"
-FINETUNING = ("config", "rows", "metrics", "inputs_length", "max_new_tokens")  # of each task
+FINETUNING = ("config", "overrides", "rows", "metrics", "inputs_length", "max_new_tokens")  # of each task
 EXAMPLES = {"alpha": "0.05", "kv_heads": "2", "seed": "1"}
 COMMANDS = "commands.json"  # those that are over of a run at work, and their seconds
 SETTINGS = "sweep.json"  # of the sweep whose runs the folder holds
@@ -420,7 +420,7 @@ def _finetuning(task: str, choice, run: Run, checkpoint: Path, folder: Path) -> 
     tuned, rows = folder / task, folder / f"{task}.jsonl"
     if not (tuned / "finished.json").exists():
         arguments = [f"--config={choice.config}", f"--workdir={tuned}", f"--config.model.checkpoint={checkpoint}"]
-        yield "gqa.train", [*arguments, f"--config.train.seed={run.seed}"]
+        yield "gqa.train", [*arguments, f"--config.train.seed={run.seed}", *choice.overrides]
     if not rows.exists():
         source = command_line.load_config(Path(choice.config)).data.source
         arguments = [f"--task={task}", *([f"--source={source}"] if source else [])]

@@ -1,4 +1,4 @@
-"""python -m experiments.timing --config=configs/timing/t5_xxl.py [--output=DIR] [--config.kv_heads=1,8 …]
+"""python -m experiments.timing --config=configs/timing/t5_xxl.py [--output=DIR [--add]] [--config.kv_heads=1,8 …]
 
 Time per sample against the number of key/value heads (GQA §3.1, fig. 6), on random weights of a model's shapes: the
 largest batch that fits, a warm-up, the median and spread of repetitions; apart, what a decoding step takes, the bytes
@@ -8,10 +8,14 @@ prompts of mixed length with and without continuous batching (decoders), and spe
 table, timing.json, written after every row, and timing.png.
 
 Each pair of config.weights (None, int8, int4) and config.cache (None, int8) is measured with every number of heads.
+
+Two runs on a machine whose speed drifts do not compare; run in turns, each adding its repetitions to its earlier ones
+(--add), they do.
 """
 
 import argparse
 import itertools
+import json
 import sys
 import time
 from collections.abc import Callable
@@ -34,7 +38,10 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     command_line.add_config_argument(parser)
-    parser.add_argument("--output", type=Path, help="folder for timing.json and timing.png; must not exist")
+    parser.add_argument(
+        "--output", type=Path, help="folder for timing.json and timing.png; must not exist unless --add"
+    )
+    parser.add_argument("--add", action="store_true", help="add to the repetitions in --output, where there are some")
     arguments, config = command_line.parse(parser)
     command_line.check_keys(config, KEYS, "configs/timing/t5_xxl.py")
     least = dict(max_batch_size=1, inputs_length=1, new_tokens=1, repetitions=1, num_prompts=0, num_drafted=0)
@@ -43,13 +50,45 @@ def main() -> None:
             raise InputError(f"config.{name}={config[name]}; expected at least {number}")
     if config.new_tokens < 2:
         raise InputError("config.new_tokens=1; expected at least 2, so that steps can be told from reading the input")
+    earlier = []
     if arguments.output and arguments.output.exists():
-        raise InputError(f"--output={arguments.output} exists already; name a new folder")
-    measure(config, " ".join(["python -m experiments.timing", *sys.argv[1:]]), arguments.output)
+        if not arguments.add:
+            raise InputError(f"--output={arguments.output} exists already; name a new folder, or add to it with --add")
+        earlier = earlier_rows(arguments.output / "timing.json", config)
+    elif arguments.add and not arguments.output:
+        raise InputError("--add without --output; expected the folder to add to")
+    measure(config, " ".join(["python -m experiments.timing", *sys.argv[1:]]), arguments.output, earlier=earlier)
 
 
-def measure(config, command: str, output: Path | None, may_go_on: Callable[[], bool] = lambda: True) -> dict[str, Any]:
-    """The results of all rows of `config`, written to `output` after every row; stops when it may not go on."""
+def earlier_rows(path: Path, config) -> list[dict[str, Any]]:
+    """Those of the timing.json at `path`, which has to be of this configuration and machine."""
+    from experiments.measure import machine
+
+    try:
+        results = json.loads(path.read_text())
+        rows = [row for row in results["rows"] if all(row["repetitions"][part] for part in ("reading", "decoding"))]
+        theirs = {"config": results["config"], "machine": results["machine"]}
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise InputError(f"{path} is no measurement to add to ({type(error).__name__}: {error})") from None
+    ours = json.loads(json.dumps({"config": config.to_dict(), "machine": machine()}))
+    for part, values in ours.items():
+        if theirs[part] != values:
+            changed = [name for name in values if theirs[part].get(name) != values[name]]
+            raise InputError(f"{path} is of another {part} ({', '.join(changed)} differ); name a new folder")
+    return rows
+
+
+def measure(
+    config,
+    command: str,
+    output: Path | None,
+    may_go_on: Callable[[], bool] = lambda: True,
+    earlier: list[dict[str, Any]] | None = None,
+) -> dict[str, Any]:
+    """The results of all rows of `config`, written to `output` after every row; stops when it may not go on.
+
+    A row goes on with the repetitions of its like in `earlier`; of those not measured again, `earlier` is kept.
+    """
     from gqa.training.memory import keep_freed_memory
 
     keep_freed_memory()
@@ -92,14 +131,19 @@ def measure(config, command: str, output: Path | None, may_go_on: Callable[[], b
         "commit": commit(),
         "config": config.to_dict(),
         "copy_gb_per_second": 0.0,
-        "rows": [],
+        "rows": list(earlier or []),
     }
     for (weights, cache), K in tqdm(list(itertools.product(formats, config.kv_heads)), desc="models", unit="model"):
         if not may_go_on():
             break
         # The best of the whole run: a shared machine is slow at times.
         results["copy_gb_per_second"] = max(results["copy_gb_per_second"], copy_bandwidth() / 1e9)
-        results["rows"].append(row(config, architectures[K], K, weights, cache))
+        before = next(
+            (r for r in results["rows"] if (r["kv_heads"], r["weights"], r["cache"]) == (K, weights, cache)), None
+        )
+        if before:
+            results["rows"].remove(before)
+        results["rows"].append(row(config, architectures[K], K, weights, cache, before))
         results["rows"].sort(key=lambda row: (formats.index((row["weights"], row["cache"])), row["kv_heads"]))
         if output:
             write_json(output / "timing.json", results)
@@ -110,8 +154,15 @@ def measure(config, command: str, output: Path | None, may_go_on: Callable[[], b
     return results
 
 
-def row(config, architecture, num_kv_heads: int, weights: str | None, cache: str | None) -> dict[str, Any]:
-    """The measurements of one model."""
+def row(
+    config,
+    architecture,
+    num_kv_heads: int,
+    weights: str | None,
+    cache: str | None,
+    before: dict[str, Any] | None,
+) -> dict[str, Any]:
+    """The measurements of one model, on top of the repetitions of `before`."""
     import jax
 
     from gqa import models
@@ -129,7 +180,8 @@ def row(config, architecture, num_kv_heads: int, weights: str | None, cache: str
     batch_size = config.max_batch_size
     while True:
         try:
-            times = _times(config, model, batch_size, kind)
+            as_large = before is not None and before["batch_size"] == batch_size
+            times = _times(config, model, batch_size, kind, before["repetitions"] if as_large else None)
             break
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error) or batch_size == 1:
@@ -226,7 +278,7 @@ def speculation(config, model) -> dict[str, Any]:
     }
 
 
-def _times(config, model, batch_size: int, kind: dict) -> dict[str, Any]:
+def _times(config, model, batch_size: int, kind: dict, before: dict[str, list[float]] | None) -> dict[str, Any]:
     import jax
 
     from gqa.decode import generate
@@ -243,7 +295,7 @@ def _times(config, model, batch_size: int, kind: dict) -> dict[str, Any]:
     first_calls = [seconds(read)]
     state = jax.block_until_ready(read())
     first_calls.append(seconds(lambda: decode(state)))
-    reading, decoding = [], []
+    reading, decoding = [list(before[part]) if before else [] for part in ("reading", "decoding")]  # seconds of each
     for _ in range(config.repetitions):
         start = time.perf_counter()
         state = jax.block_until_ready(read())
@@ -260,6 +312,7 @@ def _times(config, model, batch_size: int, kind: dict) -> dict[str, Any]:
         "reading_seconds": float(np.median(reading)),
         "step_ms": 1e3 * step,
         "step_ms_range": [1e3 * min(decoding) / config.new_tokens, 1e3 * max(decoding) / config.new_tokens],
+        "repetitions": {"reading": reading, "decoding": decoding},
         "compile_seconds": max(0.0, sum(first_calls) - float(np.median(reading)) - float(np.median(decoding))),
         "step_bytes": predicted,
         "gb_per_second": total / step / 1e9,
@@ -309,12 +362,13 @@ def table(results: dict[str, Any]) -> str:
     )
     config = results["config"]
     machine = results["machine"]
+    repetitions = min(len(row["repetitions"]["reading"]) for row in results["rows"])
     return "\n".join(
         [
             *lines,
             "",
             f"{size_name(config)}, {config['dtype']}, input {config['inputs_length']}, {config['new_tokens']} new "
-            f"tokens, median of {config['repetitions']}; {machine['num_devices']} x {machine['device']}, "
+            f"tokens, median of {repetitions}; {machine['num_devices']} x {machine['device']}, "
             f"{machine['cores']} cores; a large copy reaches {results['copy_gb_per_second']:.1f} GB/s.",
         ]
     )

@@ -22,7 +22,7 @@ def get_config() -> ConfigDict:
             calibration=dict(calibrate="embedded_large", calibration_length=128),
             # Of the uptraining and of the scores.
             overrides=("--config.train.eval_every=1000000",),
-            # Task -> the config that fine-tunes on it, and how its held-out examples are answered and scored.
+            # Task -> the config that fine-tunes on it and changes to it, and how its held-out examples are scored.
             finetune=dict(),
             keep_checkpoints=False,
         )

@@ -1,7 +1,7 @@
-"""The shipped T5 teacher's shapes: batch 8, float32, input 2048 and 512 new tokens as in the paper; minutes on two cores.
+"""The shipped T5 teacher's shapes: batch 8, float32; input 2048 and 512 new tokens, as the paper has it.
 
 The times of GQA's fig. 3 and Table 1 in miniature: with `--output=DIR/t5`, experiments.figures sets them beside the
-scores of the sweeps' teacher t5.
+scores of the sweeps' teacher t5. Minutes on two CPU cores.
 """
 
 from pathlib import Path

@@ -16,6 +16,7 @@ Several rules hold together. An empty response obeys none, and ends its dialogue
 import hashlib
 import json
 import re
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -173,6 +174,16 @@ def hold_with(
             return {number: _text(template, settings, done.get(place)) for place, number in numbers.items()}
 
         held = hold(dialogues, respond)
+    cut = [
+        dialogue.line for each, dialogue in zip(held, dialogues, strict=True) if len(each.obeyed) < len(dialogue.turns)
+    ]
+    if cut:
+        print(
+            f"{checkpoint.checkpoint}: {len(cut)} of {len(dialogues)} dialogues ended before their last turn, where a "
+            f"prompt does not fit its positions or cannot be read back (line {', '.join(map(str, cut[:5]))}"
+            f"{', …' if len(cut) > 5 else ''})",
+            file=sys.stderr,
+        )
     rows = (
         {"messages": each.messages, "obeyed": each.obeyed, "line": dialogue.line}
         for each, dialogue in zip(held, dialogues, strict=True)

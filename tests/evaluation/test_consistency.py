@@ -127,7 +127,8 @@ def test_the_command(call, checkpoint, tmp_path, tiny_vocabulary):
     rows = [ROW, {**ROW, "turns": ["z" * POSITIONS]}, {**ROW, "turns": ["a" * 5] * 9, "rule": {"max_words": 99}}]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     arguments = [f"--checkpoint={checkpoint}", f"--dialogues={file}", f"--max_new_tokens={NEW}", f"--output={output}"]
-    code, out, _ = call(*arguments, "--template=human_bot")
+    code, out, error = call(*arguments, "--template=human_bot")
+    assert "2 of 3 dialogues ended before their last turn" in error and "(line 2, 3)" in error
     assert code == 0 and out == (output / "consistency.md").read_text()
     lines = [json.loads(line) for line in (output / "llama" / "dialogues.jsonl").read_text().splitlines()]
     first, too_long, cut = lines

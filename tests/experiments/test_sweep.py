@@ -48,7 +48,14 @@ def finetuning(tmp_path):
     path.write_text(
         "from ml_collections import ConfigDict\n\nget_config = lambda: ConfigDict(dict(data=dict(source='texts')))\n"
     )
-    return dict(config=str(path), rows=9, inputs_length=256, max_new_tokens=64, metrics="rouge")
+    return dict(
+        config=str(path),
+        overrides=("--config.train.steps=7",),
+        rows=9,
+        inputs_length=256,
+        max_new_tokens=64,
+        metrics="rouge",
+    )
 
 
 @pytest.fixture
@@ -178,6 +185,7 @@ def test_fine_tunes_and_scores(sweep_file, tmp_path, called, finetuning):
     assert (
         tuning["config.model.checkpoint"] == str(folder / "uptrained" / "model") and tuning["config.train.seed"] == "3"
     )
+    assert tuning["config.train.steps"] == "7"
     assert rows == dict(task="docstring", source="texts", limit="9", output=str(folder / "docstring.jsonl"))
     assert scoring["checkpoint"] == str(folder / "docstring" / "model") and scoring["task_file"] == rows["output"]
     with (workdir / "results.csv").open() as file:
@@ -370,7 +378,10 @@ def test_scores_that_cannot_be_read_fail_their_run_alone(start, called, tmp_path
         (dict(runs=dict(method=("meen",))), r"method='meen' is unknown; expected one of mean, first"),
         (dict(runs=dict(alpha=("5%",))), r"runs\.alpha holds '5%'; expected numbers such as 0\.05"),
         (dict(runs=dict(kv_heads=(2.5,))), r"runs\.kv_heads holds 2\.5; expected numbers such as 2"),
-        (dict(finetune=dict(rows=None)), r"finetune\.docstring\.rows is not set; a task has config, rows, metrics"),
+        (
+            dict(finetune=dict(rows=None)),
+            r"finetune\.docstring\.rows is not set; a task has config, overrides, rows, metrics",
+        ),
         (dict(finetune=dict(config="no.py")), r"finetune\.docstring\.config is no\.py, which is missing; run from"),
     ],
 )

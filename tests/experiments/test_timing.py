@@ -2,6 +2,7 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from experiments import bandwidth, timing
@@ -75,6 +76,33 @@ def test_table_json_and_picture(run, tmp_path, capsys):
         assert f"| {row['gb_per_second']:.1f} | {share:.0%} |" in out
     assert (tmp_path / "out" / "timing.png").read_bytes().startswith(b"\x89PNG")
     assert "| 4 | float32, float32 | 2 |" in out and "| 4 | int4, int8 | 2 |" in out
+
+
+def test_repetitions_are_added_to_those_of_the_same_measurement_alone(run, tmp_path, capsys):
+    output = tmp_path / "out"
+    run(f"--output={output}", "--add")
+    first = json.loads((output / "timing.json").read_text())
+    run(f"--output={output}", "--add")
+    second = json.loads((output / "timing.json").read_text())
+    for before, after in zip(first["rows"], second["rows"], strict=True):
+        for part, times in before["repetitions"].items():
+            assert after["repetitions"][part][: len(times)] == times and len(after["repetitions"][part]) == 4
+        reading, decoding = (after["repetitions"][part] for part in ("reading", "decoding"))
+        assert after["step_ms"] == pytest.approx(1e3 * np.median(decoding) / 4)
+        samples = np.add(reading, decoding) / 2
+        assert after["seconds_per_sample"] == pytest.approx(np.median(samples))
+        assert after["seconds_per_sample_range"] == pytest.approx([samples.min(), samples.max()])
+    assert "median of 4;" in capsys.readouterr().out
+    with pytest.raises(InputError, match=r"exists already; name a new folder, or add to it with --add"):
+        run(f"--output={output}")
+    with pytest.raises(InputError, match=r"is of another config \(new_tokens differ\); name a new folder"):
+        run(f"--output={output}", "--add", "--config.new_tokens=5")
+    with pytest.raises(InputError, match="--add without --output; expected the folder to add to"):
+        run("--add")
+    assert json.loads((output / "timing.json").read_text()) == second
+    (output / "timing.json").write_text(json.dumps(first | {"rows": [{}]}))
+    with pytest.raises(InputError, match=r"timing\.json is no measurement to add to \(KeyError: 'repetitions'\)"):
+        run(f"--output={output}", "--add")
 
 
 def test_continuous_batching_and_speculation(run, tmp_path, capsys):
