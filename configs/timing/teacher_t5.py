@@ -20,6 +20,5 @@ def get_config() -> ConfigDict:
     config.kv_heads = (1, 2, 8)
     config.dtype = "float32"
     config.max_batch_size = 8
-    config.repetitions = 5
     config.num_drafted = 0
     return config
