@@ -50,24 +50,24 @@ def main() -> None:
             raise InputError(f"config.{name}={config[name]}; expected at least {number}")
     if config.new_tokens < 2:
         raise InputError("config.new_tokens=1; expected at least 2, so that steps can be told from reading the input")
-    earlier = []
+    earlier = None
     if arguments.output and arguments.output.exists():
         if not arguments.add:
             raise InputError(f"--output={arguments.output} exists already; name a new folder, or add to it with --add")
-        earlier = earlier_rows(arguments.output / "timing.json", config)
+        earlier = read_earlier(arguments.output / "timing.json", config)
     elif arguments.add and not arguments.output:
         raise InputError("--add without --output; expected the folder to add to")
     measure(config, " ".join(["python -m experiments.timing", *sys.argv[1:]]), arguments.output, earlier=earlier)
 
 
-def earlier_rows(path: Path, config) -> list[dict[str, Any]]:
-    """Those of the timing.json at `path`, which has to be of this configuration and machine."""
+def read_earlier(path: Path, config) -> dict[str, Any]:
+    """The timing.json at `path`, which has to be of this configuration and machine."""
     from experiments.measure import machine
 
     try:
         results = json.loads(path.read_text())
-        rows = [row for row in results["rows"] if all(row["repetitions"][part] for part in ("reading", "decoding"))]
         theirs = {"config": results["config"], "machine": results["machine"]}
+        _ = results["copy_gb_per_second"], [row["repetitions"]["decoding"] for row in results["rows"]]
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise InputError(f"{path} is no measurement to add to ({type(error).__name__}: {error})") from None
     ours = json.loads(json.dumps({"config": config.to_dict(), "machine": machine()}))
@@ -75,7 +75,7 @@ def earlier_rows(path: Path, config) -> list[dict[str, Any]]:
         if theirs[part] != values:
             changed = [name for name in values if theirs[part].get(name) != values[name]]
             raise InputError(f"{path} is of another {part} ({', '.join(changed)} differ); name a new folder")
-    return rows
+    return results
 
 
 def measure(
@@ -83,11 +83,11 @@ def measure(
     command: str,
     output: Path | None,
     may_go_on: Callable[[], bool] = lambda: True,
-    earlier: list[dict[str, Any]] | None = None,
+    earlier: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The results of all rows of `config`, written to `output` after every row; stops when it may not go on.
 
-    A row goes on with the repetitions of its like in `earlier`; of those not measured again, `earlier` is kept.
+    A row goes on with the repetitions of its like in the results `earlier`.
     """
     from gqa.training.memory import keep_freed_memory
 
@@ -130,13 +130,13 @@ def measure(
         "machine": machine(),
         "commit": commit(),
         "config": config.to_dict(),
-        "copy_gb_per_second": 0.0,
-        "rows": list(earlier or []),
+        # The best of the whole run: a shared machine is slow at times.
+        "copy_gb_per_second": earlier["copy_gb_per_second"] if earlier else 0.0,
+        "rows": list(earlier["rows"]) if earlier else [],
     }
     for (weights, cache), K in tqdm(list(itertools.product(formats, config.kv_heads)), desc="models", unit="model"):
         if not may_go_on():
             break
-        # The best of the whole run: a shared machine is slow at times.
         results["copy_gb_per_second"] = max(results["copy_gb_per_second"], copy_bandwidth() / 1e9)
         before = next(
             (r for r in results["rows"] if (r["kv_heads"], r["weights"], r["cache"]) == (K, weights, cache)), None

@@ -84,6 +84,7 @@ def test_repetitions_are_added_to_those_of_the_same_measurement_alone(run, tmp_p
     first = json.loads((output / "timing.json").read_text())
     run(f"--output={output}", "--add")
     second = json.loads((output / "timing.json").read_text())
+    assert second["copy_gb_per_second"] >= first["copy_gb_per_second"]
     for before, after in zip(first["rows"], second["rows"], strict=True):
         for part, times in before["repetitions"].items():
             assert after["repetitions"][part][: len(times)] == times and len(after["repetitions"][part]) == 4
