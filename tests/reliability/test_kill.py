@@ -9,7 +9,10 @@ import hashlib
 import json
 import os
 import random
+import re
+import shutil
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -134,6 +137,45 @@ def test_killed_in_each_phase(start, assert_same_end, tmp_path):
     assert left[:4] == [None, [], ["10.unfinished", "5"], ["10.unfinished", "5"]]
     process = start(workdir, *NEVER)
     assert process.returncode == 0, process.stderr
+    assert_same_end(workdir)
+
+
+# In a mount namespace of its own: a run on a tmpfs with room for a checkpoint and a half, killed; room, and on it goes.
+ON_A_TMPFS = """
+set -e
+workdir=$1 size=$2 python=$3 test=$4
+shift 4
+mkdir "$workdir"
+mount -t tmpfs -o size=$((size * 3 / 2)) none "$workdir"
+code=0
+"$python" "$test" metrics 19 SIGKILL "$@" || code=$?
+echo "code $code; checkpoints: $(ls "$workdir/checkpoints" | tr '\\n' ' ')"
+mount -o remount,size=$((size * 9)) "$workdir"
+"$python" "$test" never 1 SIGKILL "$@"
+cp -r "$workdir" "$workdir.kept"
+umount "$workdir"
+rmdir "$workdir"
+mv "$workdir.kept" "$workdir"
+"""
+
+
+def test_a_disk_fills_up(uninterrupted, assert_same_end, config_file, run_python, tmp_path):
+    """The run goes on without checkpoints 10 and 15, and is killed at step 17; with room again it loses nothing."""
+    workdir, probe = tmp_path / "run", ["unshare", "-rm", "mount", "-t", "tmpfs", "none", str(tmp_path)]
+    if shutil.which("unshare") is None or subprocess.run(probe, capture_output=True).returncode:
+        pytest.skip("no tmpfs can be mounted here; tests/checkpoints/test_store.py has a limit on the size of files")
+    size = sum(path.stat().st_blocks * 512 for path in (uninterrupted[0] / "checkpoints" / "20").rglob("*"))
+    command = ["unshare", "-rm", "sh", "-c", ON_A_TMPFS, "sh", workdir, size, sys.executable, __file__]
+    command += [f"--config={config_file('t5', OVERRIDES)}", f"--workdir={workdir}"]
+    replace_by = "import os, sys; os.execvp(sys.argv[1], sys.argv[1:])"
+    process = run_python("-c", replace_by, *command, GQA_CACHE=str(cache_of(workdir)))
+    assert process.returncode == 0, process.stderr
+    (checkpoints,) = re.findall(r"code 137; checkpoints: (.*)", process.stdout)
+    assert checkpoints.split()[-1] == "5" and set(checkpoints.split()) <= {"5", "15.unfinished"}
+    warnings = [line for line in process.stderr.splitlines() if "could not be saved" in line]
+    assert warnings[0] == (
+        "warning: checkpoint of step 10 could not be saved: No space left on device; the run goes on, older ones stay"
+    )
     assert_same_end(workdir)
 
 
