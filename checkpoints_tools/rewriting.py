@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+import os
 import platform
 import shlex
 import sys
@@ -109,6 +110,11 @@ def check_output(output: Path, dtype: str | None) -> None:
         raise InputError(f"--output={output} ends in ..; expected the name of a new directory")
     if output.exists():
         raise InputError(f"--output={output} exists already; name a new directory")
+    nearest = next(parent for parent in output.absolute().parents if parent.exists())
+    if not nearest.is_dir():
+        raise InputError(f"--output={output}: {nearest} is no directory")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise InputError(f"--output={output}: nothing can be made in {nearest}")
     if dtype not in (None, *hf.SAVED_DTYPES):
         raise InputError(f"--dtype={dtype} is unknown; expected one of {', '.join(hf.SAVED_DTYPES)}")
 

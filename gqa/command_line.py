@@ -21,6 +21,9 @@ import ast
 import dataclasses
 import difflib
 import errno
+import os
+import select
+import signal
 import sys
 import traceback
 import types
@@ -92,12 +95,18 @@ def run(main: Callable[[], int | None]) -> None:
 
     Exits 2 with the single line `error: …` on stderr for `InputError` and for a path or disk at fault (missing, not
     permitted, a file where a folder should be, full), and 130 on Ctrl-C, with the interrupt's own message where it has
-    one. Other exceptions are bugs: they propagate.
+    one. 141, as a shell has it, when whoever reads the output has had enough (`| head`). Other exceptions are bugs:
+    they propagate.
     """
     try:
         code = main() or 0
+        sys.stdout.flush()
     except InputError as error:
         code = _report(str(error))
+    except BrokenPipeError:
+        if not _stdout_is_closed():
+            raise
+        code = 128 + signal.SIGPIPE
     except OSError as error:
         if error.errno not in _USER_ERRNOS:
             raise
@@ -107,6 +116,17 @@ def run(main: Callable[[], int | None]) -> None:
         print(str(interrupt) or "interrupted", file=sys.stderr)
         code = 130
     sys.exit(code)
+
+
+def _stdout_is_closed() -> bool:
+    """Whether nobody reads stdout; it is /dev/null from then on, so that Python ends without a word about it."""
+    stdout = sys.stdout.fileno()
+    poll = select.poll()
+    poll.register(stdout, 0)
+    if not any(event & select.POLLERR for _, event in poll.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stdout)
+    return True
 
 
 def nearest(word: str, choices: Iterable[str]) -> str | None:

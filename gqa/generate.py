@@ -242,6 +242,7 @@ class _Line(NamedTuple):
 
 
 def _read_line(number: int, line: bytes, tokens_of: Callable[[str], list[int]]) -> _Line:
+    fields = None
     try:
         fields = json.loads(line.decode("utf-8"))
         if not isinstance(fields, dict) or not isinstance(fields.get("prompt"), str):
@@ -255,7 +256,7 @@ def _read_line(number: int, line: bytes, tokens_of: Callable[[str], list[int]]) 
         message = str(error)
     except ValueError as error:  # a number of thousands of digits
         message = f"no JSON: {error}"
-    return _Line({}, [], f"line {number}: {message}")
+    return _Line(fields if isinstance(fields, dict) else {}, [], f"line {number}: {message}")
 
 
 def _generate_file(generator: _Generator, source: Path, output: Path) -> None:
@@ -296,7 +297,7 @@ def _generate_file(generator: _Generator, source: Path, output: Path) -> None:
         with open(finished, "w", encoding="utf-8", errors="replace") as file:
             for number, line in lines.items():
                 if line.error:
-                    entry = {"error": line.error}
+                    entry = line.fields | {"error": line.error}
                 else:
                     text = generator.text(line.tokens, done[number])
                     entry = line.fields | {"output": text, "num_tokens": len(done[number])}

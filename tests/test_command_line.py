@@ -144,6 +144,16 @@ def test_bugs_keep_their_traceback(bug):
         run(raiser(bug))
 
 
+def test_whoever_reads_has_had_enough():
+    """As of `| head`: no word on stderr, and a shell's code for it."""
+    code = "from gqa.command_line import run; run(lambda: print('x' * 200_000))"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.read(10)
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 141
+
+
 def test_nearest():
     assert nearest("kv_head", ["kv_heads", "method", "output"]) == "kv_heads"
     assert nearest("anything", []) is None

@@ -74,7 +74,7 @@ def test_prompt_file_and_terminal_agree(name, checkpoints, call, tmp_path):
     # JSON may spell half a surrogate pair, which UTF-8 has none of.
     lines = [json.dumps({"prompt": prompt, "id": f"{i}\ud800"}).encode() for i, prompt in enumerate(PROMPTS)]
     digits = b'{"prompt": ' + b"1" * 5000 + b"}"
-    bad = {2: b"nonsense", 4: b'{"prompt": "\xff"}', 5: b'{"text": "x"}', 6: b'{"prompt": ""}', 7: digits}
+    bad = {2: b"nonsense", 4: b'{"prompt": "\xff"}', 5: b'{"text": "x"}', 6: b'{"prompt": "", "id": 9}', 7: digits}
     for number in sorted(bad):
         lines.insert(number - 1, bad[number])
     (tmp_path / "in.jsonl").write_bytes(b"\n".join(lines) + b"\n")
@@ -97,6 +97,7 @@ def test_prompt_file_and_terminal_agree(name, checkpoints, call, tmp_path):
         5: 'line 5: expected a JSON object with a "prompt" that is text',
         6: "line 6: the prompt is empty; expected some text",
     }
+    assert found[5]["id"] == 9 and found[4]["text"] == "x"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "out.jsonl"]
     code, _, err = call(*common, *files)
     assert (code, err) == (2, f"error: --output={tmp_path / 'out.jsonl'} exists already; name a new file\n")

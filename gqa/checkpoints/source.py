@@ -2,9 +2,10 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from gqa import models
+from gqa.checkpoints.hf_config import read_json
 from gqa.checkpoints.table import Row, Transform
 from gqa.checkpoints.tensor import Tensor
 from gqa.errors import InputError
@@ -35,6 +36,25 @@ def identity(files: Iterable[Path]) -> dict[str, list[int]]:
     """What tells whether files are still the same."""
     stats = {str(file.absolute()): file.stat() for file in files}
     return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
+
+
+def special_ids(checkpoint: Path, contents: Contents) -> dict[str, list[int]]:
+    """Special tokens by name: those of `generation_config.json` where there is one, else of `config.json`.
+
+    Raises `InputError` for what is no token id.
+    """
+    raw: Mapping[str, Any] = contents.token_ids or {}
+    for file in contents.companions:
+        if file.name == "generation_config.json":
+            raw = dict(raw) | {name: value for name, value in read_json(file).items() if value is not None}
+    found = {}
+    for name in ("bos_token_id", "eos_token_id"):
+        if name in raw:
+            ids = raw[name] if isinstance(raw[name], list) else [raw[name]]
+            if not ids or not all(type(token) is int and token >= 0 for token in ids):
+                raise InputError(f"{checkpoint}: {name}={raw[name]!r}; expected a token id or a list of them")
+            found[name] = ids
+    return found
 
 
 def match(

@@ -156,6 +156,22 @@ class Template:
         added = self._chat.special_ids.values() if self._chat else ()
         return max(self.vocabulary.size, *(number + 1 for number in added), 0)
 
+    @property
+    def eos_id(self) -> int:
+        """What ends a response: of a tokenizer's own template its EOS, where it names one."""
+        if self._chat is not None and self._chat.eos is not None:
+            return self._chat.special_ids[self._chat.eos]
+        return self.vocabulary.eos_id
+
+    def ending(self) -> list[int]:
+        """The tokens that end an example: EOS, and what the template writes after it (ChatML: a new line)."""
+        try:
+            tokens = self.example([{"role": "user", "content": "a"}, {"role": "assistant", "content": "a"}]).tokens
+        except InputError:  # a template that refuses so short a conversation
+            return [self.eos_id]
+        places = np.flatnonzero(tokens == self.eos_id)
+        return tokens[places[-1] :].tolist() if len(places) else [self.eos_id]
+
     def example(self, messages: Sequence[Message]) -> Example:
         """A conversation with the responses that are trained: text and end of every assistant's message.
 

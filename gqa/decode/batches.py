@@ -43,8 +43,8 @@ class Settings:
             raise InputError(f"beams={self.num_beams} with sampling; expected beams=1 or no temperature, top_k, top_p")
         if self.batch_size < 1:
             raise InputError(f"batch_size={self.batch_size} is below 1; expected 1 or more")
-        if not -(2**63) <= self.seed < 2**63:
-            raise InputError(f"seed={self.seed} has more than 64 bits; expected a smaller number")
+        if not 0 <= self.seed < 2**32:  # JAX keeps the lower 32 bits of others
+            raise InputError(f"seed={self.seed}; expected 0..{2**32 - 1}; nearest: {min(max(self.seed, 0), 2**32 - 1)}")
         check_cache_dtype(self.cache_dtype)
 
 

@@ -31,14 +31,16 @@ def open_journal(journal: IO[bytes], path: Path, identity: dict[str, Any]) -> di
             entry = None
         if entry is None:  # torn by a kill
             break
-        if header is None:
+        if header is None and isinstance(entry, dict):
             header = entry
-        else:
+        elif header is not None and _is_result(entry):
             done[entry[0]] = entry[1]
+        else:
+            raise InputError(f"{path} is no journal of this command's; delete it or name another --output")
         end += len(line)
     if header != identity:
         if done:
-            wrong = next(name for name in identity if header.get(name) != identity[name])
+            wrong = next(name for name in [*identity, *header] if header.get(name) != identity.get(name))
             raise InputError(f"{path} holds a run with another {wrong}; delete it or name another --output")
         journal.truncate(0)
         journal.write(json.dumps(identity).encode() + b"\n")
@@ -46,6 +48,10 @@ def open_journal(journal: IO[bytes], path: Path, identity: dict[str, Any]) -> di
     else:
         journal.truncate(end)
     return done
+
+
+def _is_result(entry: Any) -> bool:
+    return isinstance(entry, list) and len(entry) == 2 and isinstance(entry[0], int) and isinstance(entry[1], list)
 
 
 def append(journal: IO[bytes], number: int, tokens: list[int]) -> None:

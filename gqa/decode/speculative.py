@@ -119,8 +119,9 @@ def _generate(model, draft, state: State, draft_cache, eos_E, sampling, key, num
                 finished_B=state.finished_B | ended_B,
             ),
             draft_cache._replace(index=index_B + count_B),
-            loop.num_proposed + num_drafted * jnp.sum(running),
-            loop.num_accepted + jnp.sum(jnp.where(running, accepted_B, 0)),
+            # Proposals after a row's end were of no use to anyone: they count on neither side.
+            loop.num_proposed + jnp.sum(jnp.where(running, jnp.where(accepted_B < count_B, num_drafted, count_B), 0)),
+            loop.num_accepted + jnp.sum(jnp.where(running, jnp.minimum(accepted_B, count_B), 0)),
         )
 
     zero = jnp.zeros((), jnp.int32)

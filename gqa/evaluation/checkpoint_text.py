@@ -1,15 +1,13 @@
 """A checkpoint as a reader and writer of text: its tokenizer, its special tokens and its model, ready to decode."""
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 
 from gqa import checkpoints, models
-from gqa.checkpoints.hf_config import read_json
-from gqa.checkpoints.source import Contents, identity
+from gqa.checkpoints.source import Contents, identity, special_ids
 from gqa.data.tokenizer_json import TokenizerJson, tokenizer_file
 from gqa.data.vocabulary import Vocabulary
 from gqa.errors import InputError
@@ -33,7 +31,7 @@ class CheckpointText:
                 f"{self.vocabulary.path} has {self.vocabulary.size} ids, the model {contents.config.vocab_size}; "
                 "expected the model's own tokenizer"
             )
-        ids = _token_ids(checkpoint, contents)
+        ids = special_ids(checkpoint, contents)
         # What the tokenizer calls the end of a text ends it, whatever else does.
         self.eos_ids = tuple(sorted({*ids.get("eos_token_id", []), self.vocabulary.eos_id} - {-1}))
         self.eos_id = self.vocabulary.eos_id
@@ -91,19 +89,3 @@ class TextModel:
 def _vocabulary(checkpoint: Path, companions: Sequence[Path], foreign: bool) -> Vocabulary | TokenizerJson:
     file = tokenizer_file(checkpoint, companions)
     return TokenizerJson(file) if file.suffix == ".json" else Vocabulary(file, foreign=foreign)
-
-
-def _token_ids(checkpoint: Path, contents: Contents) -> dict[str, list[int]]:
-    """Special tokens by name: those of `generation_config.json` where there is one, else of `config.json`."""
-    raw: Mapping[str, Any] = contents.token_ids or {}
-    for file in contents.companions:
-        if file.name == "generation_config.json":
-            raw = dict(raw) | {name: value for name, value in read_json(file).items() if value is not None}
-    found = {}
-    for name in ("bos_token_id", "eos_token_id"):
-        if name in raw:
-            ids = raw[name] if isinstance(raw[name], list) else [raw[name]]
-            if not ids or not all(type(token) is int and token >= 0 for token in ids):
-                raise InputError(f"{checkpoint}: {name}={raw[name]!r}; expected a token id or a list of them")
-            found[name] = ids
-    return found

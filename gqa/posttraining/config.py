@@ -78,7 +78,7 @@ class PPOConfig:
     discount: float  # γ
     decay: float  # λ of GAE
     beta: float  # cost of a nat of KL from the reference, in standard deviations of the initial rewards (Llama 2: 0.01)
-    kl_limit: float  # nats a response: above it beta doubles, and no checkpoint counts as the best
+    kl_limit: float  # nats a response: above it beta doubles; each nat over costs a checkpoint a deviation of reward
 
     def __post_init__(self):
         one_of("ppo.method", self.method, METHODS)

@@ -2,20 +2,17 @@
 
 import contextlib
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-from gqa.checkpoints.reward import HEAD
 from gqa.data.instructions.parts import user
 from gqa.data.templates import Template, Unusable
 from gqa.decode.score import rewards, score
-from gqa.errors import InputError
 from gqa.models.llama import Llama
 from gqa.posttraining import rollouts
 from gqa.posttraining.config import InstructionsConfig
-from gqa.posttraining.opening import load_policy, load_reward, open_model
+from gqa.posttraining.opening import check_reward, load_policy, load_reward, open_model
 
 YES, NO = "Yes", "No"
 
@@ -74,8 +71,8 @@ class Judge:
         judge = config.judge
         self._config = config
         self._opened = open_model("judge", judge.checkpoint, judge.template, judge.vocabulary, config)
-        if judge.kind == "reward" and not (Path(judge.checkpoint) / HEAD).is_file():
-            raise InputError(f"judge {judge.checkpoint} has no {HEAD}; expected a reward model that gqa.train wrote")
+        if judge.kind == "reward":
+            check_reward("judge", judge.checkpoint)
 
     def scores(self, conversations: Sequence[list[dict]]) -> list[float | None]:
         """The score of each conversation's response; `None` where the judge cannot read so much."""

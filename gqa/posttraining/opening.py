@@ -7,7 +7,7 @@ from jax.sharding import Mesh
 
 from gqa import checkpoints
 from gqa.checkpoints import reward
-from gqa.checkpoints.source import Contents
+from gqa.checkpoints.source import Contents, special_ids
 from gqa.data.templates import Template
 from gqa.data.vocabulary import Vocabulary
 from gqa.decode.generate import check_lengths
@@ -24,12 +24,7 @@ class Opened(NamedTuple):
     template: Template
     policy: Contents
     eos_ids: tuple[int, ...]  # tokens that end a response
-
-    @property
-    def eos_id(self) -> int:
-        """What stands at the end of a response that reward models have read."""
-        own = self.template.vocabulary.eos_id
-        return own if own in self.eos_ids else min(self.eos_ids, default=own)
+    ending: tuple[int, ...]  # what stands at the end of a response that reward models have read: EOS, and what follows
 
     @property
     def token_ids(self) -> dict[str, int | list[int]]:
@@ -58,6 +53,8 @@ def open_all(config: SampledConfig, others: dict[str, str | None]) -> Opened:
     for name, folder in others.items():
         if folder is None:
             continue
+        if name != "reference":
+            check_reward(name, folder)
         other = _open(name, folder, config, vocabulary).config
         if other.vocab_size != policy.config.vocab_size:
             raise InputError(
@@ -81,9 +78,14 @@ def open_model(
             f"vocabulary {vocabulary} has {opened.num_ids} ids, {name} {folder} {contents.config.vocab_size}; "
             f"expected the {name}'s own"
         )
-    eos_ids = (contents.token_ids or {}).get("eos_token_id", [])
-    eos_ids = set(eos_ids if isinstance(eos_ids, list) else [eos_ids])
-    return Opened(opened, contents, tuple(sorted((eos_ids | {tokens.eos_id}) - {-1})))
+    eos_ids = {*special_ids(Path(folder), contents).get("eos_token_id", []), tokens.eos_id, opened.eos_id} - {-1}
+    return Opened(opened, contents, tuple(sorted(eos_ids)), tuple(opened.ending()))
+
+
+def check_reward(name: str, folder: str) -> None:
+    """Raises `InputError` for a folder, the `name` of a config, that is no reward model's."""
+    if not (Path(folder) / reward.HEAD).is_file():
+        raise InputError(f"{name} {folder} has no {reward.HEAD}; expected a reward model that gqa.train wrote")
 
 
 def load_policy(folder: str, config: SampledConfig | InstructionsConfig, mesh: Mesh | None = None) -> Llama:

@@ -3,6 +3,7 @@
 import collections
 import contextlib
 import functools
+import hashlib
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,6 +31,7 @@ from gqa.training.metrics import JSONL, MetricsWriter
 from gqa.training.signals import Interrupted, Signals
 from gqa.training.state import TrainState, abstract_state, initial_state, jit_train_step, make_train_step
 
+PROMPTS = "prompts.json"  # in the working folder: the digest of the file
 _HELDOUT_ROWS = 2**30  # number of the first held-out row: its draws are those of no other row, and always the same
 
 
@@ -69,8 +71,8 @@ class _Models(NamedTuple):
 def run(config: PPORunConfig, workdir: Path) -> None:
     """Trains to the end, going on from the newest intact checkpoint in `workdir` if there is one.
 
-    `workdir` gets `config.json`, `architecture.json`, `metrics.jsonl`, `tensorboard/`, `checkpoints/` and, at the end,
-    `model/`: the policy of the iteration that did best on the held-out prompts.
+    `workdir` gets `config.json`, `prompts.json`, `architecture.json`, `metrics.jsonl`, `tensorboard/`, `checkpoints/`
+    and, at the end, `model/`: the policy of the iteration that did best on the held-out prompts.
 
     Raises `InputError` for what the config, the checkpoints, the prompts and the folder may not be, and `Interrupted`
     after a signal.
@@ -84,6 +86,7 @@ def run(config: PPORunConfig, workdir: Path) -> None:
     with contextlib.ExitStack() as stack:
         stack.enter_context(run_folder.locked(workdir))
         run_folder.claim(workdir, config)
+        check_prompts(workdir, config)
         architecture = opened.policy.config
         written = hf_config.write(architecture, architecture.param_dtype, opened.token_ids)
         run_folder.write_json(workdir / training_run.ARCHITECTURE, written)
@@ -96,6 +99,19 @@ def run(config: PPORunConfig, workdir: Path) -> None:
             load_reward(config.safety, config, mesh),
         )
         _Run(config, workdir, mesh, opened, frozen, length).train(train, heldout, store, signals)
+
+
+def check_prompts(workdir: Path, config: PPORunConfig) -> None:
+    """Raises `InputError` where the run in `workdir` began with other prompts than are in the file now."""
+    digest = hashlib.sha256(Path(config.prompts).read_bytes()).hexdigest()
+    path = workdir / PROMPTS
+    if not path.exists():
+        run_folder.write_json(path, {"sha256": digest})
+    elif hf_config.read_json(path).get("sha256") != digest:
+        raise InputError(
+            f"workdir {workdir} holds a run with other prompts than {config.prompts} has now; choose another folder or "
+            "the same prompts"
+        )
 
 
 class _Run:
@@ -226,7 +242,7 @@ class _Run:
             temperature=config.temperature,
             size=size,
         )
-        tokens_BT, lengths_B = rollouts.ended(responses, self._opened.eos_id)
+        tokens_BT, lengths_B = rollouts.ended(responses, np.array(self._opened.ending, np.int32))
         scores_B = rollouts.score(
             self._frozen.reward,
             self._frozen.safety,

@@ -1,7 +1,10 @@
 """A round of rejection sampling: draw, score, keep the best of all rounds (Llama 2 §3.2.3)."""
 
+import contextlib
 import hashlib
+import itertools
 import json
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -13,7 +16,7 @@ from tqdm import tqdm
 from gqa import files
 from gqa.checkpoints.source import identity
 from gqa.data.conversations import lines, of_line
-from gqa.data.templates import check
+from gqa.data.templates import Unusable, check
 from gqa.decode.buckets import padded
 from gqa.decode.journal import append, open_journal
 from gqa.errors import InputError
@@ -73,26 +76,26 @@ def run(config: RejectionConfig, output: Path) -> None:
 def _run(config: RejectionConfig, output: Path) -> None:
     opened = open_all(config, {"reward": config.reward, "safety": config.safety})
     prompts = read_prompts(config.prompts, opened.template, config.inputs_length)
-    former = [] if config.former is None else read_round(config.former)
+    former, former_sequences = _read_former(config.former, opened)
     length = prompt_length(prompts, config, opened)
     samples = _draw_all(config, opened, prompts, length, output)
 
-    # Candidates are scored as the text that is written; what cannot be written, as it was drawn, with an EOS: reward
+    # Candidates are scored as the text that is written; what cannot be written, as it was drawn, with an end: reward
     # models have only read responses that end.
     rows, sequences, candidates = [], [], []
     for number, (prompt, temperature, tokens) in enumerate(_numbered(config, prompts, samples)):
-        messages = _finished(opened, prompt, tokens)
+        messages, whole = _finished(opened, prompt, tokens), None
         if messages is not None:
-            candidates.append((number, messages, temperature))
-            whole = opened.template.example(messages).tokens.tolist()
-        else:
-            end = [] if tokens[-1] in opened.eos_ids else [opened.eos_id]
-            whole = [*prompt.tokens, *tokens, *end]
+            with contextlib.suppress(Unusable):  # the text spells a special token of the tokenizer's own template
+                whole = opened.template.example(messages).tokens.tolist()
+                candidates.append((number, messages, temperature))
+        if whole is None:
+            whole = [*prompt.tokens, *tokens, *opened.ending[tokens[-1] in opened.eos_ids :]]
         rows.append(prompt.is_safety)
         sequences.append(whole)
     is_safety = {key_of(prompt.messages): prompt.is_safety for prompt in prompts}
     rows += [is_safety.get(kept.key, False) for kept in former]
-    sequences += [opened.template.example(kept.messages).tokens.tolist() for kept in former]
+    sequences += former_sequences
     scores = _score_all(config, sequences, rows, max(map(len, sequences)))
 
     this_round = 1 + max((kept.round for kept in former), default=0)
@@ -127,6 +130,20 @@ def _run(config: RejectionConfig, output: Path) -> None:
     )
 
 
+def _read_former(path: str | None, opened: Opened) -> tuple[list[Kept], list[list[int]]]:
+    """The lines of the former round that the template can write, and their tokens."""
+    kept, sequences, left_out = [], [], 0
+    for line in [] if path is None else read_round(path):
+        try:
+            sequences.append(opened.template.example(line.messages).tokens.tolist())
+            kept.append(line)
+        except Unusable:
+            left_out += 1
+    if left_out:
+        print(f"{path}: {left_out} lines spell a special token and are left out", file=sys.stderr)
+    return kept, sequences
+
+
 def _numbered(config: RejectionConfig, prompts: Sequence[Prompt], samples: Mapping[int, list[int]]) -> Iterator[tuple]:
     """Every sample in the order of its number: by temperature, prompt and sample."""
     N = config.samples
@@ -141,6 +158,7 @@ def _draw_all(
     """Tokens of every sample by number: from the journal, and drawn for the rest."""
     N, count = config.samples, len(prompts)
     at_once = max(1, config.batch_size // N)  # prompts, each read once for its samples
+    most = min(N, config.batch_size)  # samples of each
     total = len(config.temperatures) * count * N
     with open(_journal_path(output), "ab+") as journal:
         done = open_journal(journal, _journal_path(output), _identity(config, opened))
@@ -148,10 +166,10 @@ def _draw_all(
         bar = tqdm(total=total, initial=len(done), unit="sample", desc="draw", delay=1, dynamic_ncols=True)
         with bar:
             for place, temperature in enumerate(config.temperatures):
-                for first in range(0, count, at_once):
+                for first, sample in itertools.product(range(0, count, at_once), range(0, N, most)):
                     here = prompts[first : first + at_once]
                     start = (place * count + first) * N
-                    numbers = range(start, start + len(here) * N)
+                    numbers = range(start + sample, start + min(sample + at_once * most, len(here) * N))
                     if all(number in done for number in numbers):
                         continue
                     if policy is None:
@@ -159,7 +177,7 @@ def _draw_all(
                     drawn = rollouts.draw(
                         policy,
                         [prompt.tokens for prompt in here],
-                        start + np.arange(at_once * N),
+                        start + sample + np.arange(at_once * most),
                         shape=(at_once, length, config.new_tokens),
                         eos_ids=opened.eos_ids,
                         temperature=temperature,

@@ -86,16 +86,22 @@ def _joined(prompts_PS, lengths_P, state: generate.State, eos_E) -> Responses:
 
 
 @jax.jit
-def ended(responses: Responses, eos_id: int) -> tuple[jax.Array, jax.Array]:
-    """Prompts and responses `[B, T + 1]` and their lengths, those that were cut with an EOS at their end.
+def ended(responses: Responses, ending_E: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Prompts and responses `[B, T + E]` with the end of the template's examples, and their lengths.
 
-    Reward models have only read responses that end: of others they say anything, and a policy finds out what.
+    `ending_E` is EOS and what follows it; a response that has an EOS lacks the latter alone. Reward models have only
+    read responses that end so: of others they say anything, and a policy finds out what.
     """
+    E = len(ending_E)
     lengths_B = responses.prompt_lengths_B + responses.counts_B
-    is_cut_B = ~responses.ended_B & (responses.counts_B > 0)
-    tokens_BT = jnp.pad(responses.tokens_BT, ((0, 0), (0, 1)))
-    is_end_BT = (jnp.arange(tokens_BT.shape[1]) == lengths_B[:, None]) & is_cut_B[:, None]
-    return jnp.where(is_end_BT, eos_id, tokens_BT), lengths_B + is_cut_B
+    is_there_B = responses.counts_B > 0
+    # Where the ending would begin, the response's own EOS among it.
+    starts_B = lengths_B - (responses.ended_B & is_there_B)
+    tokens_BT = jnp.pad(responses.tokens_BT, ((0, 0), (0, E)))
+    place_BT = jnp.arange(tokens_BT.shape[1]) - starts_B[:, None]
+    is_end_BT = (place_BT >= (lengths_B - starts_B)[:, None]) & (place_BT < E) & is_there_B[:, None]
+    tokens_BT = jnp.where(is_end_BT, ending_E[jnp.clip(place_BT, 0, E - 1)], tokens_BT)
+    return tokens_BT, jnp.where(is_there_B, starts_B + E, lengths_B)
 
 
 unstacked = jax.jit(lambda model: model.unstacked())

@@ -146,6 +146,7 @@ def test_llama_keeps_its_dtype_unless_told_otherwise(llama, tmp_path, monkeypatc
         ({"souce": "x"}, "unknown option --souce; nearest: --source"),
         ({"source": "{tmp}/nothing"}, "{tmp}/nothing is not a directory; expected a checkpoint's"),
         ({"output": "{source}"}, "--output={source} exists already; name a new directory"),
+        ({"output": "/dev/null/x/y"}, "--output=/dev/null/x/y: /dev/null is no directory"),
         ({"output": "{tmp}/new/.."}, "--output={tmp}/new/.. ends in ..; expected the name of a new directory"),
     ],
 )

@@ -88,7 +88,8 @@ def test_buckets():
         ({"num_beams": 0}, r"num_beams=0 is below 1"),
         ({"length_penalty": float("nan")}, r"length_penalty=nan is not finite"),
         ({"batch_size": 0}, r"batch_size=0 is below 1"),
-        ({"seed": 2**64}, r"seed=18446744073709551616 has more than 64 bits; expected a smaller number"),
+        ({"seed": 2**32}, r"seed=4294967296; expected 0\.\.4294967295; nearest: 4294967295"),
+        ({"seed": -1}, r"seed=-1; expected 0\.\.4294967295; nearest: 0"),
     ],
 )
 def test_settings_that_contradict_themselves(changes, message):

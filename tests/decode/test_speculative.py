@@ -45,6 +45,12 @@ def test_greedy_is_exactly_the_models_own(name):
     assert rates[0] == 1 and 0.3 < rates[1] < 1 and rates[2] < 0.3
 
 
+def test_proposals_after_the_last_token_do_not_count():
+    network = model(NAMES[1])
+    found = speculative.generate(network, network, INPUTS, LENGTHS, max_new_tokens=1, eos_ids=[], num_drafted=3)
+    assert found.num_proposed == found.num_accepted == found.counts_B.sum() == 3  # a row is empty
+
+
 V, G = 1000, 2
 RNG = np.random.default_rng(0)
 TARGET = RNG.normal(0, 2, (G + 1, V)).astype(np.float32)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import sys
 
@@ -210,6 +211,24 @@ def test_runs_that_are_refused(start, tmp_path, changes, message):
     with pytest.raises(InputError, match=message):
         start(tmp_path / "run", changes)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_that_is_no_reward_model(start, folders, tmp_path):
+    for name in ("reward", "safety"):
+        with pytest.raises(InputError, match=f"{name} .* has no reward_head.safetensors; expected a reward model"):
+            start(tmp_path / "run", {name: str(folders["policy"])})
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_goes_on_with_its_own_prompts_alone(sampling_config, prompts_file, tmp_path):
+    prompts = tmp_path / "prompts.jsonl"
+    shutil.copy(prompts_file, prompts)
+    config = run_config.parse(sampling_config("ppo", {**CHANGES, "prompts": str(prompts)}), PPORunConfig)
+    for _ in range(2):
+        ppo.check_prompts(tmp_path, config)
+    prompts.write_text('{"prompt": "another"}\n')
+    with pytest.raises(InputError, match=r"holds a run with other prompts than .*prompts\.jsonl has now"):
+        ppo.check_prompts(tmp_path, config)
 
 
 def main() -> None:

@@ -2,13 +2,14 @@
 
 import json
 import re
+import shutil
 
 import pytest
 
 from gqa.checkpoints import reward
 from gqa.data.conversations import messages_of
 from gqa.errors import InputError
-from gqa.posttraining import rejection
+from gqa.posttraining import opening, rejection
 from gqa.posttraining.config import RejectionConfig
 from gqa.training import config as run_config
 
@@ -105,6 +106,60 @@ def test_a_safety_model_scores_what_is_tagged(run, tmp_path, folders, prompts_fi
     before = [line["messages"] for line in plain.values()]
     changed = {line["messages"][0]["content"] for line in lines if line["messages"] not in before}
     assert changed <= tagged and len(changed) > len(tagged) / 2, "some prompts have one whole response alone"
+
+
+@pytest.fixture
+def chat(tmp_path, tiny_vocabulary):
+    """A function (text of a special token) -> the vocabulary with a template of its own beside it, as changes."""
+
+    def make(special):
+        config = {
+            "chat_template": "{% for m in messages %}{{ m.role[0] }}:{{ m.content }}</s>\n{% endfor %}"
+            "{% if add_generation_prompt %}a:{% endif %}",
+            "eos_token": "</s>",
+            "added_tokens_decoder": {"250": {"content": special, "special": True}},
+        }
+        folder = tmp_path / "tokenizer"
+        folder.mkdir()
+        shutil.copy(tiny_vocabulary, folder)
+        (folder / "tokenizer_config.json").write_text(json.dumps(config))
+        return {"template": "tokenizer", "vocabulary": str(folder / tiny_vocabulary.name)}
+
+    return make
+
+
+def test_samples_and_lines_that_spell_a_special_token_are_left_out(run, chat, tmp_path, prompts_file, capsys):
+    said = "".join(line["messages"][1]["content"] for line in run(tmp_path / "plain.jsonl"))
+    special = max(set(said) - set(prompts_file.read_text()), key=lambda character: (said.count(character), character))
+    former = tmp_path / "former.jsonl"
+    lines = [kept("a", f"say {special}", 9.0, 1), kept("b", "say x", 9.0, 1)]
+    former.write_text("".join(json.dumps(line._asdict()) + "\n" for line in lines))
+    found = run(tmp_path / "out.jsonl", {**chat(special), "former": str(former)})
+    contents = [line["messages"][1]["content"] for line in found]
+    assert len(contents) > 20 and not any(special in content for content in contents)
+    assert "say x" in contents
+    assert f"{former}: 1 lines spell a special token and are left out" in capsys.readouterr().err
+
+
+def test_what_ends_a_response(sampling_config, chat, folders, tmp_path):
+    """EOS and the line's end of the template's examples; every end that `generation_config.json` names."""
+    policy = tmp_path / "policy"
+    shutil.copytree(folders["policy"], policy)
+    (policy / "generation_config.json").write_text(json.dumps({"eos_token_id": [77, 78]}))
+    opened, template = [], chat("<|user|>")
+    for changes in ({}, template, {**template, "policy": str(policy)}):
+        config = run_config.parse(sampling_config("rejection_sampling", changes), RejectionConfig)
+        opened.append(opening.open_all(config, {"reward": config.reward}))
+    plain, with_template, with_ends = opened
+    example = with_template.template.example([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
+    assert plain.ending == (1,) and len(with_template.ending) == 2
+    assert with_template.ending == tuple(example.tokens[-2:].tolist()) and with_template.ending[0] == 1
+    assert with_template.eos_ids == plain.eos_ids and with_ends.eos_ids == (1, 77, 78)
+
+
+def test_fewer_rows_at_a_time_than_samples(run, tmp_path):
+    whole, parts = run(tmp_path / "whole.jsonl"), run(tmp_path / "parts.jsonl", {"batch_size": 3})
+    assert [line["messages"] for line in parts] == [line["messages"] for line in whole]
 
 
 def test_what_is_refused(run, tmp_path, tiny_run, tiny_vocabulary, folders, liking_model):

@@ -38,13 +38,15 @@ def test_rows_are_prompts_and_their_responses(drawn):
     np.testing.assert_array_equal(drawn.weights_BN.sum(axis=1), counts)
 
 
-def test_what_was_cut_gets_an_end(drawn):
-    tokens, lengths = map(np.asarray, rollouts.ended(drawn, 7))
+@pytest.mark.parametrize("ending", [[7], [7, 9], [7, 9, 8]])
+def test_all_get_the_end_that_templates_write(drawn, ending):
+    """What was cut all of it, what has its own EOS what follows, a row that is not there nothing."""
+    tokens, lengths = map(np.asarray, rollouts.ended(drawn, np.array(ending)))
     plain, counts = np.asarray(drawn.tokens_BT), np.asarray(drawn.prompt_lengths_B + drawn.counts_B)
     for row in range(16):
-        is_cut = row < 12 and not drawn.ended_B[row]
-        assert lengths[row] == counts[row] + is_cut
-        assert tokens[row].tolist() == [*plain[row, : counts[row]], *[7] * is_cut, *[0] * (S + N + 1 - lengths[row])]
+        end = [] if row >= 12 else ending[1:] if drawn.ended_B[row] else ending
+        assert lengths[row] == counts[row] + len(end)
+        assert tokens[row].tolist() == [*plain[row, : counts[row]], *end, *[0] * (S + N + len(ending) - lengths[row])]
 
 
 def test_samples_are_what_their_numbers_draw_alone(policy, drawn):
