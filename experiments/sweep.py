@@ -31,7 +31,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -93,16 +93,20 @@ def main() -> int | None:
     if arguments.array is not None and arguments.array < 1:
         raise InputError(f"--array={arguments.array}; expected 1 process or more")
     sweep = Sweep(config, arguments.workdir)
-    known = [row for path in arguments.known for row in sweep.finished(path)]
+    known: dict[str, dict[str, Any]] = {}  # of two of one name the first
+    for path in arguments.known:
+        known = sweep.finished(path) | known
+    if arguments.list:
+        sweep.check_settings(arguments.workdir)
+        sweep.report(known)
+        return None
     sweep.claim()
     if arguments.array is not None:
         print(f"wrote {_write_array(arguments, sys.argv[1:])}")
         return None
     sweep.know(known)
-    if not arguments.list:
-        sweep.do(sweep.runs[number::of])
-    failed = sweep.collect()
-    return 1 if failed and not arguments.list else None
+    sweep.do(sweep.runs[number::of])
+    return 1 if sweep.collect() else None
 
 
 def _worker(text: str) -> tuple[int, int]:
@@ -155,6 +159,15 @@ class Sweep:
         missing += [f"runs.{name}" for name in AXES[1:] if not missing and name not in config.runs]
         if missing:
             raise InputError(f"the config has no {missing[0]}; expected a sweep's, such as configs/sweeps/groups.py")
+        sections = {"teachers": config.teachers, "runs": config.runs, "finetune": config.get("finetune") or {}}
+        for kind in ("teachers", "finetune"):
+            sections |= {f"{kind}.{name}": each for name, each in _items(sections[kind])}
+        for name, section in sections.items():
+            if not hasattr(section, "items"):
+                raise InputError(f"{name} is {section!r}; expected a section, as in configs/sweeps/docstring.py")
+        for name in AXES[1:]:
+            if not isinstance(config.runs[name], tuple | list):
+                raise InputError(f"runs.{name} is {config.runs[name]!r}; expected several values, such as (1, 2)")
         self.workdir = workdir
         self._config, self._finetune = config, config.get("finetune") or {}
         for task, choice in self._finetune.items():
@@ -176,6 +189,8 @@ class Sweep:
                 if not teacher.get(key) or not Path(teacher[key]).exists():
                     found = teacher.get(key)
                     raise InputError(f"teachers.{name}.{key}: {found} is missing; run from the project's root")
+            if "checkpoint" in needed:
+                _check_heads(name, teacher)
         empty = [name for name in AXES[1:] if not config.runs[name]] or (["teachers"] if not self._teachers else [])
         if empty:
             raise InputError(f"runs.{empty[0]} is empty; give one value or more")
@@ -186,6 +201,8 @@ class Sweep:
 
         axes = self._config.runs
         for method in axes.method:
+            if not isinstance(method, str):
+                raise InputError(f"runs.method holds {method!r}; expected names such as mean")
             if method != SCRATCH:
                 Method.parse(method)
         for name, kind in (("alpha", int | float), ("kv_heads", int), ("seed", int)):
@@ -209,41 +226,51 @@ class Sweep:
 
         More teachers may come in. Raises `InputError` where the folder's runs have other settings.
         """
+        earlier = self.check_settings(self.workdir)
+        self.workdir.mkdir(parents=True, exist_ok=True)
+        if earlier | self._settings() != earlier:
+            files.write_json(self.workdir / SETTINGS, earlier | self._settings(), shared=True)
+
+    def check_settings(self, folder: Path) -> dict[str, Any]:
+        """The settings of the runs in a folder, if any; raises `InputError` where they are not this sweep's."""
+        path = folder / SETTINGS
+        earlier = _read(path)
+        if earlier is None and path.exists():
+            raise InputError(f"{path} is damaged; delete it if the runs beside it have this sweep's settings")
+        for name, ours in self._settings().items():
+            if (earlier or {}).get(name, ours) != ours:
+                raise InputError(
+                    f"{path}: runs in this folder have {name}={json.dumps(earlier[name])}, this sweep has "
+                    f"{json.dumps(ours)}; expected the same or another folder"
+                )
+        return earlier or {}
+
+    def _settings(self) -> dict[str, Any]:
         config = {"calibration": {}, "finetune": {}} | self._config.to_dict()
         settings = {name: config[name] for name in ("calibration", "overrides", "finetune")}
         settings |= {f"teachers.{name}": teacher for name, teacher in self._teachers.items()}
-        settings = json.loads(json.dumps(settings))  # as they are read
-        path = self.workdir / SETTINGS
-        earlier = _read(path) or {}
-        for name, ours in settings.items():
-            if earlier.get(name, ours) != ours:
-                raise InputError(
-                    f"{path}: runs in this folder have {name}={json.dumps(earlier[name])}, this sweep has "
-                    f"{json.dumps(ours)}; expected the same or another --workdir"
-                )
-        self.workdir.mkdir(parents=True, exist_ok=True)
-        if earlier | settings != earlier:
-            files.write_json(path, earlier | settings, shared=True)
+        return json.loads(json.dumps(settings))  # as they are read
 
-    def finished(self, path: Path) -> list[dict[str, Any]]:
-        """The runs of a results.json that have this sweep's scores. Raises `InputError` for a file that is none."""
+    def finished(self, path: Path) -> dict[str, dict[str, Any]]:
+        """The runs of a results.json that have this sweep's scores, by name; of two of one name the first.
+
+        Raises `InputError` for a file that is none, and where the settings beside it are not this sweep's.
+        """
         from gqa.checkpoints import hf_config
 
+        self.check_settings(path.parent)
         rows = hf_config.read_json(path).get("runs")
         try:
             names = [Run(*(row[name] for name in AXES)).name for row in rows]
         except (KeyError, TypeError, ValueError):
             raise InputError(f"--known={path} is no results.json of a sweep; expected its list of runs") from None
-        found = [row for row in rows if self._is_scored(row)]
+        found = [(name, row) for name, row in zip(names, rows, strict=True) if self._is_scored(row)]
         if len(found) < len(names):
             print(f"--known={path}: {len(names) - len(found)} runs lack scores of this sweep and are left out")
-        return found
+        return dict(reversed(found))
 
-    def know(self, rows: Sequence[dict[str, Any]]) -> None:
-        """Takes over finished runs; of two of one name the first."""
-        known: dict[str, dict[str, Any]] = {}
-        for row in rows:
-            known.setdefault(Run(*(row[name] for name in AXES)).name, row)
+    def know(self, known: Mapping[str, dict[str, Any]]) -> None:
+        """Takes over finished runs, by name."""
         for run in self.runs:
             if run.name in known and self._result(run) is None:
                 folder = self.workdir / run.name
@@ -252,8 +279,9 @@ class Sweep:
 
     def _result(self, run: Run) -> dict[str, Any] | None:
         """The row of a finished run; None where there is none, a damaged one or one without this sweep's scores."""
-        row = _read(self.workdir / run.name / RESULT)
-        return row if row is not None and self._is_scored(row) else None
+        row = _read(self.workdir / run.name / RESULT) or {}
+        is_its_own = all(row.get(name) == value for name, value in run._asdict().items())
+        return row if is_its_own and self._is_scored(row) else None
 
     def _is_scored(self, row: dict[str, Any]) -> bool:
         tasks = all(any(name.startswith(f"{task} ") for name in row) for task in self._finetune)
@@ -280,10 +308,11 @@ class Sweep:
             return True
 
     def _work(self, run: Run, folder: Path, lock: int) -> None:
-        from experiments import measure
-
         (folder / FAILED).unlink(missing_ok=True)
-        log, seconds = folder / LOG, _read(folder / COMMANDS) or {}
+        log = folder / LOG
+        seconds = {
+            name: each for name, each in (_read(folder / COMMANDS) or {}).items() if isinstance(each, int | float)
+        }
         command = failure = None
         try:
             for module, arguments in self._commands(run, folder):
@@ -296,7 +325,7 @@ class Sweep:
                 seconds[command] = seconds.get(command, 0.0) + time.time() - start
                 files.write_json(folder / COMMANDS, seconds)
             else:
-                result = run._asdict() | self._scores(folder)
+                self._finish(run, folder, seconds)
         except InputError as error:  # a command that cannot be made
             failure = {"command": None, "code": 2, "reason": " ".join(str(error).splitlines())}
         except Exception as error:  # whatever else it is, the other runs go on
@@ -304,7 +333,12 @@ class Sweep:
             failure = {"command": command, "code": 1, "reason": reason}
         if failure:
             files.write_json(folder / FAILED, run._asdict() | failure)
-            return
+
+    def _finish(self, run: Run, folder: Path, seconds: dict[str, float]) -> None:
+        """Writes the result of a run whose commands are over, and deletes its checkpoints unless they are kept."""
+        from experiments import measure
+
+        result = run._asdict() | self._scores(folder)
         if (history := folder / "uptrained" / METRICS).exists():
             shutil.copy(history, folder)  # for the figure of stability
         # The processor, not the accelerator: to ask for one would take it from the commands.
@@ -369,17 +403,28 @@ class Sweep:
         yield "gqa.evaluate", [f"--config={pretrain}", f"--checkpoint={trained / 'model'}", output, *overrides]
         return trained / "model"
 
-    def collect(self) -> list[dict[str, Any]]:
-        """Writes and prints the results so far; the failed runs."""
+    def report(self, known: Mapping[str, dict[str, Any]]) -> tuple[list[dict[str, Any]], list[dict[str, Any]], int]:
+        """Prints the results so far, the known ones among them; gives them, the failed runs and the others' number."""
         done, failed, waiting = [], [], 0
         for run in self.runs:
             folder = self.workdir / run.name
-            if (row := self._result(run)) is not None:
+            if (row := self._result(run) or known.get(run.name)) is not None:
                 done.append(row)
             elif "reason" in (row := _read(folder / FAILED) or {}):
                 failed.append(run._asdict() | row)
             else:
                 waiting += 1
+        for row in done:
+            print("  ".join(f"{name}={row[name]:g}" if name == "alpha" else f"{row[name]}" for name in AXES), end="  ")
+            print(f"loss {row['loss']:.4f}")
+        for row in failed:
+            print(f"failed: {Run(*(row[name] for name in AXES)).name}: {row['reason']}")
+        print(f"{len(done)} done, {len(failed)} failed, {waiting} waiting; {self.workdir / 'results.csv'}")
+        return done, failed, waiting
+
+    def collect(self) -> list[dict[str, Any]]:
+        """Writes and prints the results so far; the failed runs."""
+        done, failed, waiting = self.report({})
         columns = list(dict.fromkeys([*AXES, *SCORES, *(name for row in done for name in row if name != "commands")]))
         files.write_json(
             self.workdir / "results.json", {"runs": done, "failed": failed, "waiting": waiting}, shared=True
@@ -391,12 +436,6 @@ class Sweep:
             table = csv.DictWriter(file, columns, extrasaction="ignore")
             table.writeheader()
             table.writerows(done)
-        for row in done:
-            print("  ".join(f"{name}={row[name]:g}" if name == "alpha" else f"{row[name]}" for name in AXES), end="  ")
-            print(f"loss {row['loss']:.4f}")
-        for row in failed:
-            print(f"failed: {Run(*(row[name] for name in AXES)).name}: {row['reason']}")
-        print(f"{len(done)} done, {len(failed)} failed, {waiting} waiting; {self.workdir / 'results.csv'}")
         return failed
 
 
@@ -413,6 +452,25 @@ def _equal_parameters(config, kv_heads: int) -> dict[str, int]:
 
     one_wider = size(d_ff=model.d_ff + 1) - size()
     return heads | {"d_ff": model.d_ff + round((size() - size(**heads)) / one_wider)}
+
+
+def _items(section) -> list[tuple[str, Any]]:
+    return list(section.items()) if hasattr(section, "items") else []
+
+
+def _check_heads(name: str, teacher: dict[str, Any]) -> None:
+    """Raises `InputError` unless a teacher's checkpoint has as many key/value heads as its section says."""
+    from gqa import checkpoints, models
+
+    choices = dict(dtype="float32", param_dtype="float32", scan_layers=False, remat="none", dropout_rate=0.0)
+    config = checkpoints.read(teacher["checkpoint"], **choices).config
+    sites = models.FAMILIES[models.family_of(config)].converted_sites
+    found = sorted({K for site in sites for K in config.kv_heads(site)})
+    if found != [teacher["kv_heads"]]:
+        raise InputError(
+            f"teachers.{name}.kv_heads is {teacher['kv_heads']}, {teacher['checkpoint']} has "
+            f"{', '.join(map(str, found))}; expected the same"
+        )
 
 
 def _finetuning(task: str, choice, run: Run, checkpoint: Path, folder: Path) -> Iterator[tuple[str, list[str]]]:

@@ -4,7 +4,6 @@ import csv
 import dataclasses
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -127,6 +126,7 @@ def test_lists_and_writes_an_array(sweep_file, run_python, tmp_path):
     arguments = ("-m", "experiments.sweep", f"--config={sweep_file}", f"--workdir={tmp_path / 'runs'}")
     listed = run_python(*arguments, "--list")
     assert listed.returncode == 0 and "0 done, 0 failed, 9 waiting" in listed.stdout
+    assert not (tmp_path / "runs").exists()
     assert run_python(*arguments, "--array=4").returncode == 0
     script = (tmp_path / "runs" / "array.sh").read_text()
     assert "#SBATCH --array=0-3\n" in script and '--worker="$SLURM_ARRAY_TASK_ID/4"' in script
@@ -147,6 +147,11 @@ def test_takes_over_known_runs(sweep_file, run_python, tmp_path):
     arguments = ("-m", "experiments.sweep", f"--config={sweep_file}", f"--workdir={workdir}", "--list")
     listed = run_python(*arguments, f"--known={known}")
     assert listed.returncode == 0 and "2 done, 0 failed, 7 waiting" in listed.stdout
+    assert not workdir.exists()
+    runs = sweep.Sweep(load_config(sweep_file), workdir)
+    runs.claim()
+    runs.know(runs.finished(known))
+    assert runs.collect() == []
     assert json.loads((workdir / "results.json").read_text())["runs"] == [rows[1], rows[0]]
     for content, reason in (('{"runs": [{}]}', "is no results.json of a sweep"), ("{", "is not readable JSON")):
         known.write_text(content)
@@ -277,7 +282,6 @@ def test_known_runs_without_the_sweeps_scores_are_not_taken(start, tmp_path, swe
     for config, taken in ((tuned, 1), (sweep_file, 2)):
         listed = start(*arguments, config=config)[1]
         assert f"{4 - taken} runs lack scores of this sweep" in listed and f"{taken} done, 0 failed" in listed
-        shutil.rmtree(tmp_path / "runs")
     known.write_text(json.dumps({"runs": [rows[0] | {"alpha": "x"}]}))
     with pytest.raises(InputError, match=r"is no results\.json of a sweep"):
         start(*arguments)
@@ -294,6 +298,19 @@ def test_a_folder_has_the_runs_of_one_sweeps_settings(start, called, tmp_path, s
     other.write_text(sweep_file.read_text().replace("'tiny'", "'other'"))
     assert start(*ONE_RUN, config=other)[0] is None
     assert {"teachers.tiny", "teachers.other"} < set(json.loads(settings.read_text()))
+    results = tmp_path / "runs" / "results.json"
+    with pytest.raises(InputError, match=r"sweep\.json: runs in this folder have overrides=\[\]"):
+        start(
+            *ONE_RUN[:2],
+            "--config.overrides=--config.train.batch_size=4",
+            f"--known={results}",
+            f"--workdir={tmp_path / 'new'}",
+        )
+    whole = settings.read_text()
+    settings.write_text(whole[:20])
+    with pytest.raises(InputError, match=r"sweep\.json is damaged; delete it if the runs beside it have this sweep's"):
+        start(*ONE_RUN)
+    assert settings.read_text() == whole[:20]
     settings.unlink()  # a folder of before
     assert "1 done" in start(*ONE_RUN)[1] and settings.exists() and len(called) == 2 * commands
 
@@ -325,12 +342,16 @@ def test_seconds_and_commands_are_those_of_all_sessions(start, called, tmp_path,
     )
 
 
-@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"loss": null}'])
+OTHERS = dict(teacher="tiny", method="mean", kv_heads=4, alpha=1.0, seed=1, loss=1.0, accuracy=0.5, target_tokens=7)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"loss": null}', json.dumps(OTHERS)])
 def test_damaged_results_are_done_again(content, start, called, tmp_path):
     folder = tmp_path / "runs" / "tiny-mean-k2-a1-s1"
     folder.mkdir(parents=True)
     for name in ("result.json", "failed.json"):
         (folder / name).write_text(content)
+    (folder / "commands.json").write_text('{"x": "y"}')
     assert "0 done, 0 failed, 1 waiting" in start(*ONE_RUN, "--list")[1]
     assert "1 done, 0 failed, 0 waiting" in start(*ONE_RUN)[1]
 
@@ -377,6 +398,12 @@ def test_scores_that_cannot_be_read_fail_their_run_alone(start, called, tmp_path
     [
         (dict(runs=dict(method=("meen",))), r"method='meen' is unknown; expected one of mean, first"),
         (dict(runs=dict(alpha=("5%",))), r"runs\.alpha holds '5%'; expected numbers such as 0\.05"),
+        (dict(runs=dict(kv_heads=2)), r"runs\.kv_heads is 2; expected several values, such as \(1, 2\)"),
+        (dict(runs=dict(method=(3,))), r"runs\.method holds 3; expected names such as mean"),
+        (dict(teachers=3), r"teachers is 3; expected a section, as in configs/sweeps"),
+        (dict(teachers=dict(tiny=3)), r"teachers\.tiny is 3; expected a section"),
+        (dict(finetune=3), r"finetune is 3; expected a section"),
+        (dict(heads=4), r"teachers\.tiny\.kv_heads is 4, .* has 8; expected the same"),
         (dict(runs=dict(kv_heads=(2.5,))), r"runs\.kv_heads holds 2\.5; expected numbers such as 2"),
         (
             dict(finetune=dict(rows=None)),
@@ -388,7 +415,14 @@ def test_scores_that_cannot_be_read_fail_their_run_alone(start, called, tmp_path
 def test_what_no_run_could_do_is_said_before_the_first(change, reason, sweep_file, finetuning, tmp_path):
     config = ConfigDict(load_config(sweep_file).to_dict())
     config.runs = ConfigDict(config.runs.to_dict() | change.get("runs", {}))
-    config.finetune = ConfigDict({"docstring": finetuning | change.get("finetune", {})})
+    changed = change.get("finetune", {})
+    with config.ignore_type():
+        config.finetune = ConfigDict({"docstring": finetuning | changed}) if isinstance(changed, dict) else changed
+    if "heads" in change:
+        config.teachers.tiny.kv_heads = change["heads"]
+    if "teachers" in change:
+        with config.ignore_type():
+            config.teachers = change["teachers"]
     with pytest.raises(InputError, match=reason):
         sweep.Sweep(config, tmp_path)
 
