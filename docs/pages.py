@@ -7,6 +7,7 @@ become plain text.
 """
 
 import ast
+import collections
 import dataclasses
 import inspect
 import io
@@ -119,14 +120,27 @@ def commands() -> str:
 
 def config_reference() -> str:
     """Every value that a configuration may have, in Markdown: its name, type, default and meaning."""
+    from gqa.data.cleaning import CleaningConfig
     from gqa.models.llama import LlamaConfig
     from gqa.models.t5 import T5Config
     from gqa.planning.decode import DecodeConfig
+    from gqa.posttraining.config import InstructionsConfig, PPORunConfig, RejectionConfig
     from gqa.training.config import RunConfig
 
-    lines = []
-    for where, kind in sections("config", RunConfig):
-        lines += [f"## {where}", "", *_table(kind)]
+    lines, shown = [], {}
+    others = {
+        "gqa.ppo": PPORunConfig,
+        "gqa.rejection_sampling": RejectionConfig,
+        "gqa.instructions": InstructionsConfig,
+        "gqa.data.clean": CleaningConfig,
+    }
+    parts = [*sections("config", RunConfig)]
+    for command, config in others.items():
+        parts += sections(f"{command}: config", config)
+    for where, kind in parts:
+        lines += [f"## {where}", ""]
+        lines += [f"As `{shown[kind]}`.", ""] if kind in shown else _table(kind)
+        shown.setdefault(kind, where)
     lines += ["## config.model.changes: T5", "", *_table(T5Config)]
     lines += ["## config.model.changes: Llama", "", *_table(LlamaConfig)]
     lines += ["## Decoding, for gqa.plan", "", *_table(DecodeConfig)]
@@ -165,7 +179,8 @@ def _type(hint) -> str:
 
 
 def comments(kind: type) -> dict[str, str]:
-    """What stands behind each field of a class in its source."""
+    """What stands behind each field of a class in its source, or in that of a class that it extends."""
+    inherited = [comments(base) for base in kind.__bases__ if dataclasses.is_dataclass(base)]
     source = textwrap.dedent(inspect.getsource(kind))
     said = {
         token.start[0]: token.string.lstrip("# ")
@@ -173,4 +188,5 @@ def comments(kind: type) -> dict[str, str]:
         if token.type == tokenize.COMMENT
     }
     fields = [node for node in ast.parse(source).body[0].body if isinstance(node, ast.AnnAssign)]
-    return {node.target.id: said[node.lineno] for node in fields if node.lineno in said}
+    own = {node.target.id: said[node.lineno] for node in fields if node.lineno in said}
+    return dict(collections.ChainMap(own, *inherited))

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from gqa.posttraining.config import IterationsConfig, RejectionConfig
 from gqa.training.config import RunConfig, TrainConfig
 
 ROOT = Path(__file__).parent.parent
@@ -33,6 +34,11 @@ def test_every_key_of_a_configuration_is_there_with_its_meaning(pages):
     row = "| `z_loss` | `float` |  | coefficient of log(Z)^2 (T5: 1e-4) |"
     assert row in reference and pages.comments(TrainConfig)["batch_size"] == "rows a step, over all devices"
     assert "| `skip_above` | `float or None` | `None` |" in reference
+    for where in ("gqa.ppo: config.ppo", "gqa.instructions: config.judge", "gqa.data.clean: config.pair"):
+        assert f"\n## {where}\n" in reference
+    assert "| `kl_limit` | `float` |" in reference
+    assert "\n## gqa.ppo: config.mesh\n\nAs `config.mesh`.\n" in reference
+    assert {"policy", "reward", "heldout"} <= {*pages.comments(RejectionConfig), *pages.comments(IterationsConfig)}
 
 
 def test_sections_of_the_readme_and_links(pages):
