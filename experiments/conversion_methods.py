@@ -3,8 +3,8 @@
 What each conversion keeps: all methods at 2:1, 4:1 and MQA, without uptraining and after it, on a shipped teacher.
 Without uptraining a seed draws the calibration text; after it, also the order of the data. The learning rate of each
 method is the best on a split of its own (the first half of the held-out rows; losses are of the second), with one seed
-at 4:1: from the schedule's own up or down until the next is worse. The unconverted teacher is uptrained the same way. A
-run that ends at the largest share passes the smaller ones: the schedules of uptraining do not know where they end.
+at 4:1 and α = 5 %: from the schedule's own up or down until the next is worse. The unconverted teacher is uptrained the
+same way. A run that ends at a larger share passes the smaller ones: schedules of uptraining do not know where they end.
 
 Each finished run is one JSON file in the working folder: started again, the command goes on. Tables, a picture and all
 runs go to --results (experiments/results/conversion_methods/), after every run; what that folder holds of the same
@@ -16,7 +16,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -63,6 +63,7 @@ UPTRAINED = ("mean", "svd+group+tune+refit")  # unless told otherwise
 DETERMINISTIC = ("mean", "first", "svd without text")  # one run whatever the number of seeds
 RATES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)  # multiples of the schedule's learning rate
 CALIBRATION_ROWS, BATCH = 256, 32
+COMPARED = 0.05  # the share of pre-training at which GQA compares methods (fig. 4)
 
 
 class Run(NamedTuple):
@@ -145,6 +146,12 @@ def main() -> None:
     print(write())
 
 
+def _tuned_at(alphas: Iterable[float]) -> float:
+    """The share at which rates are chosen, for all: the paper's 5 %, else the next smaller, else the next larger."""
+    shares = sorted(alpha for alpha in alphas if alpha > 0)
+    return max((alpha for alpha in shares if alpha <= COMPARED), default=shares[0] if shares else 0.0)
+
+
 def _run_of(row: Mapping[str, Any]) -> Run:
     return Run(*(row[name] for name in Run._fields))
 
@@ -215,7 +222,7 @@ class Bench:
             own = self._path(_run_of(run))
             if not own.exists():
                 write_json(own, run)
-        self._tried = (max(run["alpha"] for run in earlier["runs"]), earlier["tuning"])
+        self._tried = (_tuned_at({run["alpha"] for run in earlier["runs"]}), earlier["tuning"])
 
     def all(
         self, methods: tuple[str, ...], uptrained: tuple[str, ...], alphas: list[float], seeds: int
@@ -250,7 +257,7 @@ class Bench:
             for K in (self._num_heads, kv_heads[1], kv_heads[2], kv_heads[0]):
                 for method in ("teacher",) if self._num_heads == K else uptrained:
                     if method not in best:
-                        best[method] = self._best_rate(Run(together, method, K, self._alphas[-1], 0, 1.0))
+                        best[method] = self._best_rate(Run(together, method, K, _tuned_at(self._alphas), 0, 1.0))
                     for alpha in self._alphas:
                         yield Run(together, method, K, alpha, seed, best[method])
 
@@ -283,7 +290,8 @@ class Bench:
 
         if not self._path(run).exists():
             if run.alpha > 0:
-                self._uptrain(run._replace(alpha=self._alphas[-1]))
+                tuned_at = _tuned_at(self._alphas)  # the rates that turn out worse go no further
+                self._uptrain(run._replace(alpha=tuned_at if run.alpha <= tuned_at else self._alphas[-1]))
             else:
                 write_json(self._path(run), run._asdict() | self._converted(run) | _origin())
         return json.loads(self._path(run).read_text())
@@ -347,7 +355,7 @@ class Bench:
             model, _ = self.model(run)
             hf.save(model, start, dtype="float32")
         rate = self._config.optimizer.learning_rate * run.rate
-        for alpha in self._alphas:
+        for alpha in (alpha for alpha in self._alphas if alpha <= run.alpha):
             path = self._path(run._replace(alpha=alpha))
             if path.exists():
                 continue

@@ -43,7 +43,8 @@ def _table(cells: dict, teacher: float, sites: str, alpha: float) -> list[str]:
     methods = list(dict.fromkeys(key[3] for key in cells if key[:2] == (sites, alpha) and key[3] != "teacher"))
     control = cells.get((sites, alpha, max((key[2] for key in cells), default=0), "teacher"))
     reference = float(np.mean(control)) if control else teacher
-    heading = f"{sites.replace('+', ' and ')}, α = {alpha:.0%}" + (f" (control {reference:.4f})" if alpha else "")
+    beside = "control" if control else "the teacher as it is"
+    heading = f"{sites.replace('+', ' and ')}, α = {alpha:.0%}" + (f" ({beside} {reference:.4f})" if alpha else "")
     lines = [f"**{heading}**", "", "| method | " + " | ".join(f"K = {K} | gap closed" for K in kv_heads) + " |"]
     lines += ["|---|" + "--:|--:|" * len(kv_heads)]
     for method in methods:

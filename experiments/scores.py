@@ -1,5 +1,6 @@
 """Scores of converted models as one tidy list, whichever experiment measured them."""
 
+import collections
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -109,6 +110,7 @@ def read(path: Path) -> Results | None:
             return _known(f"{folder}_{path.stem}", of_conversions(content, path.stem))
     if "teacher" in _first(content.get("runs")):
         with reading(path, "experiments.sweep"):
+            _check_text(path, content["runs"])
             return _known(folder, [of_sweep(run) for run in content["runs"]], _settings(path.with_name("sweep.json")))
     if "loss_mean" in _first(content.get("rows")):
         with reading(path, "experiments.uptrain_full"):
@@ -127,8 +129,23 @@ def _known(name: str, scores: Sequence[Score], heads: Mapping[str, int] = Mappin
 
     The most key/value heads of others say nothing: T5-XXL's GQA-8 and MQA are no MHA.
     """
+    for score, count in collections.Counter(score[:5] for score in scores).items():
+        if count > 1:
+            axes = ", ".join(f"{axis}={value}" for axis, value in zip(AXES, score, strict=True))
+            raise InputError(f"{name}: {count} results of one run ({axes}); expected one: seeds are other runs")
     own = {score.teacher: score.kv_heads for score in scores if score.method == TEACHER}
     return Results(name, scores, {**heads, **own})
+
+
+def _check_text(path: Path, runs: Sequence[Mapping[str, Any]]) -> None:
+    """Raises `InputError` where runs of a teacher were scored on held-out texts of different lengths."""
+    texts: dict[str, set[float]] = {}
+    for run in runs:
+        texts.setdefault(run["teacher"], set()).add(run.get("target_tokens"))
+    for teacher, found in texts.items():
+        if len(found) > 1:
+            tokens = ", ".join(map(str, sorted(found, key=str)))
+            raise InputError(f"{path}: runs of {teacher} are scored on {tokens} tokens; expected one held-out text")
 
 
 def _settings(path: Path) -> dict[str, int]:

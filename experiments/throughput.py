@@ -8,6 +8,7 @@ written after every batch, and throughput.png.
 """
 
 import argparse
+import math
 import sys
 import time
 from pathlib import Path
@@ -46,12 +47,14 @@ def measure(config, command: str, output: Path | None) -> dict[str, Any]:
     from experiments import pictures
     from experiments.measure import commit, machine, write_json
     from gqa import models
+    from gqa.training.config import DTYPES
 
+    command_line.one_of("config.dtype", config.dtype, DTYPES)
+    if models.family_of(models.size(config.size)) != "llama":
+        raise InputError(f"config.size={config.size} is no decoder; expected one, such as llama_2_7b")
     architecture = models.replace(
         models.size(config.size), **config.changes, dtype=config.dtype, param_dtype=config.dtype, remat="none"
     )
-    if not isinstance(architecture, models.llama.LlamaConfig):
-        raise InputError(f"config.size={config.size} is no decoder; expected one, such as llama_2_7b")
     if config.context + config.new_tokens > architecture.max_position:
         room = architecture.max_position - config.new_tokens
         if room < 1:
@@ -92,7 +95,7 @@ def _memory_bytes(memory_gb: float | None) -> int:
     import jax
 
     if memory_gb is not None:
-        if memory_gb <= 0:
+        if not 0 < memory_gb < math.inf:
             raise InputError(f"config.memory_gb={memory_gb}; expected a positive number of gigabytes")
         return int(1e9 * memory_gb)
     limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")

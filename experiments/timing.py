@@ -99,6 +99,7 @@ def measure(
     from gqa.models.heads import nearest_divisors
     from gqa.models.quantize import check_weights
     from gqa.nn.cache import check_cache_dtype
+    from gqa.training.config import DTYPES
 
     if not config.kv_heads:
         raise InputError(f"config.kv_heads={config.kv_heads}; expected at least one number of heads")
@@ -109,6 +110,7 @@ def measure(
         check_cache_dtype(cache)
         if weights is not None:
             check_weights(weights)
+    command_line.one_of("config.dtype", config.dtype, DTYPES)
     architecture = models.replace(
         models.size(config.size), **config.changes, dtype=config.dtype, param_dtype=config.dtype, remat="none"
     )

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import jax
 
+from gqa.command_line import nearest
 from gqa.errors import InputError
 from gqa.models import llama, t5
 
@@ -85,7 +86,11 @@ def site_path(site: str, layer: int) -> str:
 
 
 def replace(config: ModelConfig, **changes) -> ModelConfig:
-    """`dataclasses.replace`, validated again."""
+    """`dataclasses.replace`, validated again; raises `InputError` for a field that the architecture has not."""
+    known = [field.name for field in dataclasses.fields(config)]
+    for name in changes:
+        if name not in known:
+            raise InputError(f"{type(config).__name__} has no {name!r}; nearest: {nearest(name, known)}")
     return dataclasses.replace(config, **changes)
 
 

@@ -142,6 +142,14 @@ def test_rates_are_tried_until_the_next_is_worse(losses, best, tried, monkeypatc
     assert bench._best_rate(run) == best
 
 
+@pytest.mark.parametrize(
+    ("alphas", "share"),
+    [({0.0, 0.01, 0.05}, 0.05), ({0.01, 0.05, 0.1}, 0.05), ({0.0, 0.01}, 0.01), ({0.1, 1.0}, 0.1), ({0.0}, 0.0)],
+)
+def test_rates_are_chosen_at_the_share_that_is_compared(alphas, share):
+    assert conversion_methods._tuned_at(alphas) == share
+
+
 def test_a_run_that_was_stopped_is_no_result(tmp_path, command, monkeypatch):
     """Told to stop, gqa.train saves its state and ends with 0."""
     run, ended = subprocess.run, types.SimpleNamespace(returncode=0)

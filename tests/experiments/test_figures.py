@@ -440,6 +440,18 @@ def test_bad_input(folder, tmp_path, monkeypatch):
     assert not (tmp_path / "out").exists()
 
 
+def test_runs_that_cannot_stand_beside_each_other(tmp_path):
+    """Not another seed, and not scored on the same text."""
+    path = tmp_path / "results.json"
+    for runs, message in (
+        ([RUNS[0], RUNS[0] | {"loss": 9.0}], "2 results of one run .*seed="),
+        ([RUNS[0] | {"target_tokens": 7}, RUNS[1] | {"target_tokens": 9}], "are scored on 7, 9 tokens; expected one"),
+    ):
+        path.write_text(json.dumps({"runs": runs}))
+        with pytest.raises(InputError, match=message):
+            scores.read(path)
+
+
 @pytest.mark.parametrize(
     ("name", "content", "experiment"),
     [

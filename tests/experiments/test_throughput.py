@@ -63,7 +63,10 @@ def test_batches_double_until_the_memory_is_full(run, tmp_path, capsys):
         ("--config.new_tokens=99999", "config.new_tokens=99999 are more than the model has positions for; nearest: "),
         ("--config.kv_heads=", "config.kv_heads=(); expected at least one number of heads"),
         ("--config.size=t5_1_1_mini", "config.size=t5_1_1_mini is no decoder; expected one, such as llama_2_7b"),
+        ("--config.size=t5_1_1_base", "config.size=t5_1_1_base is no decoder; expected one, such as llama_2_7b"),
         ("--config.memory_gb=-1.0", "config.memory_gb=-1.0; expected a positive number"),
+        ("--config.memory_gb=nan", "config.memory_gb=nan; expected a positive number"),
+        ("--config.dtype=float16", "config.dtype: unknown 'float16'; expected one of float32, bfloat16"),
         ("--config.kv_heads=(3,)", "3"),
     ],
 )

@@ -133,6 +133,7 @@ def test_continuous_batching_and_speculation(run, tmp_path, capsys):
         ("--config.weights=int3", r"weights='int3'; expected int8, int4, nf4"),
         ("--config.weights=None,int8", r"config\.weights=.* and config\.cache=.*; expected as many of each"),
         ("--config.size=t5", "no model size 't5'"),
+        ("--config.dtype=float16", "config.dtype: unknown 'float16'; expected one of float32, bfloat16"),
         ("--config.kv_heads=", r"config\.kv_heads=\(\); expected at least one number of heads"),
         ("--config.num_prompts=-2", r"config\.num_prompts=-2; expected at least 0"),
         ("--config.num_drafted=-2", r"config\.num_drafted=-2; expected at least 0"),

@@ -52,6 +52,11 @@ def test_key_value_heads_per_layer_equal_the_repeated_model(kv_heads):
     np.testing.assert_allclose(forward(model, inputs), forward(repeated, inputs), rtol=1e-5, atol=1e-5)
 
 
+def test_a_field_that_is_not_there():
+    with pytest.raises(InputError, match="LlamaConfig has no 'num_layer'; nearest: num_layers"):
+        models.replace(models.size("llama_mini"), num_layer=2)
+
+
 def test_stacks_are_runs_of_equal_layers():
     model = models.abstract(models.replace(CONFIG, num_layers=6, decoder_self_kv_heads=(4, 4, 1, 2, 2, 2)))
     assert [num_layers(stack) for stack in model.decoder] == [2, 1, 3]
