@@ -79,7 +79,7 @@ def drawn(settings, key, batches: int, rows: int):
     "settings",
     [
         pytest.param(sampling(1.0), id="all", marks=pytest.mark.full),
-        pytest.param(sampling(0.9, top_k=100, top_p=0.9), id="top"),
+        pytest.param(sampling(0.9, top_k=100, top_p=0.9), id="top", marks=pytest.mark.full),
     ],
 )
 def test_draws_have_the_models_distribution_whatever_the_draft(settings, check_frequencies, optimised):

@@ -80,9 +80,9 @@ def test_table_json_and_picture(run, tmp_path, capsys):
 
 def test_repetitions_are_added_to_those_of_the_same_measurement_alone(run, tmp_path, capsys):
     output = tmp_path / "out"
-    run(f"--output={output}", "--add")
+    run(f"--output={output}", "--add", "--config.kv_heads=1")
     first = json.loads((output / "timing.json").read_text())
-    run(f"--output={output}", "--add")
+    run(f"--output={output}", "--add", "--config.kv_heads=1")
     second = json.loads((output / "timing.json").read_text())
     assert second["copy_gb_per_second"] >= first["copy_gb_per_second"]
     for before, after in zip(first["rows"], second["rows"], strict=True):
@@ -97,13 +97,13 @@ def test_repetitions_are_added_to_those_of_the_same_measurement_alone(run, tmp_p
     with pytest.raises(InputError, match=r"exists already; name a new folder, or add to it with --add"):
         run(f"--output={output}")
     with pytest.raises(InputError, match=r"is of another config \(new_tokens differ\); name a new folder"):
-        run(f"--output={output}", "--add", "--config.new_tokens=5")
+        run(f"--output={output}", "--add", "--config.kv_heads=1", "--config.new_tokens=5")
     with pytest.raises(InputError, match="--add without --output; expected the folder to add to"):
         run("--add")
     assert json.loads((output / "timing.json").read_text()) == second
     (output / "timing.json").write_text(json.dumps(first | {"rows": [{}]}))
     with pytest.raises(InputError, match=r"timing\.json is no measurement to add to \(KeyError: 'repetitions'\)"):
-        run(f"--output={output}", "--add")
+        run(f"--output={output}", "--add", "--config.kv_heads=1")
 
 
 def test_continuous_batching_and_speculation(run, tmp_path, capsys):

@@ -135,6 +135,7 @@ def test_adapters_learn_and_the_base_stays(run, base, tmp_path, tiny_run):
     assert weights[0] == weights[1]
 
 
+@pytest.mark.full
 def test_qlora_learns_beside_a_base_in_few_bits(run, base, tmp_path, tiny_run, tiny_config, call):
     """The adapter is all that comes out; it goes on bit for bit, and merged it has the loss that the run measured."""
     changes = {"adapter": LORA | {"base": "nf4"}, "train.save_every": 15, "train.eval_every": 15}
