@@ -10,7 +10,7 @@ or not.
 
 import argparse
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -163,14 +163,18 @@ class Template:
             return self._chat.special_ids[self._chat.eos]
         return self.vocabulary.eos_id
 
-    def ending(self) -> list[int]:
-        """The tokens that end an example: EOS, and what the template writes after it (ChatML: a new line)."""
+    def ending(self, eos_ids: Collection[int]) -> list[int]:
+        """The tokens that end an example: the last of `eos_ids`, and what the template writes after it.
+
+        ChatML writes a new line. One of `eos_ids` where the template writes none of them; nothing where there is none.
+        """
+        own = [self.eos_id] if self.eos_id in eos_ids else sorted(eos_ids)[:1]
         try:
             tokens = self.example([{"role": "user", "content": "a"}, {"role": "assistant", "content": "a"}]).tokens
         except InputError:  # a template that refuses so short a conversation
-            return [self.eos_id]
-        places = np.flatnonzero(tokens == self.eos_id)
-        return tokens[places[-1] :].tolist() if len(places) else [self.eos_id]
+            return own
+        places = np.flatnonzero(np.isin(tokens, list(eos_ids)))
+        return tokens[places[-1] :].tolist() if len(places) else own
 
     def example(self, messages: Sequence[Message]) -> Example:
         """A conversation with the responses that are trained: text and end of every assistant's message.

@@ -46,10 +46,13 @@ def run_choices(config: SampledConfig | InstructionsConfig) -> dict:
 def open_all(config: SampledConfig, others: dict[str, str | None]) -> Opened:
     """Checks the policy and `others` (name of the config's field -> folder or `None`) against the vocabulary.
 
-    Raises `InputError` for a folder that is no decoder's and for one of another vocabulary.
+    Raises `InputError` for a folder that is no decoder's or of another vocabulary, no reward model where one is needed,
+    and where nothing ends a response.
     """
     opened = open_model("policy", config.policy, config.template, config.vocabulary, config)
     policy, vocabulary = opened.policy, opened.template.vocabulary
+    if not opened.eos_ids:
+        raise InputError(f"policy {config.policy} and {vocabulary.path} name no EOS, which ends a response")
     for name, folder in others.items():
         if folder is None:
             continue
@@ -79,7 +82,7 @@ def open_model(
             f"expected the {name}'s own"
         )
     eos_ids = {*special_ids(Path(folder), contents).get("eos_token_id", []), tokens.eos_id, opened.eos_id} - {-1}
-    return Opened(opened, contents, tuple(sorted(eos_ids)), tuple(opened.ending()))
+    return Opened(opened, contents, tuple(sorted(eos_ids)), tuple(opened.ending(eos_ids)))
 
 
 def check_reward(name: str, folder: str) -> None:

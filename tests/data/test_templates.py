@@ -123,6 +123,25 @@ def test_tokens_and_loss_of_a_template(chat_vocabulary, name, messages, expected
             assert example.tokens[: len(prompt)].tolist() == prompt
 
 
+@pytest.mark.parametrize(
+    ("source", "eos_ids", "expected"),
+    [
+        (CHATML, {92}, "<|im_end|> ▁ \\n"),
+        (CHATML, {2, 92}, "<|im_end|> ▁ \\n"),
+        (CHATML, {2}, "</s>"),  # which it never writes
+        (CHATML, {75, 70}, 70),
+        (CHATML, set(), ""),
+        (LLAMA2, {2}, "</s>"),
+        ("{{ raise_exception('no') }}", {2}, "</s>"),
+    ],
+)
+def test_what_ends_an_example(tokenizer, source, eos_ids, expected):
+    template = tokenizer(source)
+    assert template.eos_id == 2
+    found = template.ending(eos_ids)
+    assert found == [expected] or " ".join(pieces(found, template.vocabulary)) == expected
+
+
 def test_a_tokenizers_own_template(tokenizer):
     """ChatML, whose special tokens follow the vocabulary's, and Llama 2's, whose spelling gives ours token by token."""
     template = tokenizer(CHATML)
