@@ -22,7 +22,7 @@ import numpy as np
 
 from gqa import models
 from gqa.checkpoints import hf_config, writer
-from gqa.checkpoints.source import Contents, match, some
+from gqa.checkpoints.source import GENERATION_CONFIG, Contents, match, some
 from gqa.checkpoints.table import FLAT, FROM_HEADS, LINEAR, SAME, Row, parameters
 from gqa.checkpoints.tensor import Tensor, equal, open_safetensors
 from gqa.checkpoints.torch_files import open_torch
@@ -148,6 +148,9 @@ def read(directory: Path, run_choices: Mapping[str, Any]) -> Contents:
         if not equal(tensors[embeddings[0]], tensors[copy]):
             raise InputError(f"the embedding is set twice in {directory}: {embeddings[0]} and {copy} differ")
     config = hf_config.read(raw, directory / CONFIG, {**run_choices, "tied_logits": ties and not own_logits})
+    if family == "t5" and (generation := directory / GENERATION_CONFIG).is_file():
+        # Where it says with what decoding starts, config.json need not.
+        hf_config.Fields(hf_config.read_json(generation), generation).expect("decoder_start_token_id", 0)
     rows = names.table(config)
     rows = {embeddings[0]: SAME_EMBEDDING} | {name: row for name, row in rows.items() if row.path != "embedding"}
     logits_from_embedding = family == "t5" and not ties and not own_logits

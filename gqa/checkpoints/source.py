@@ -22,9 +22,10 @@ class Contents(NamedTuple):
     companions: list[Path] | None = None
 
 
+GENERATION_CONFIG = "generation_config.json"
 # Everything that tokenizers of these families are saved as, and how to generate.
 COMPANIONS = ("*.model", "tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt")
-COMPANIONS += ("chat_template.jinja", "generation_config.json", "reward_head.safetensors")
+COMPANIONS += ("chat_template.jinja", GENERATION_CONFIG, "reward_head.safetensors")
 
 
 def companions(directory: Path) -> list[Path]:
@@ -45,7 +46,7 @@ def special_ids(checkpoint: Path, contents: Contents) -> dict[str, list[int]]:
     """
     raw: Mapping[str, Any] = contents.token_ids or {}
     for file in contents.companions:
-        if file.name == "generation_config.json":
+        if file.name == GENERATION_CONFIG:
             raw = dict(raw) | {name: value for name, value in read_json(file).items() if value is not None}
     found = {}
     for name in ("bos_token_id", "eos_token_id"):

@@ -387,6 +387,16 @@ def test_t5_configs_that_are_refused(saved, changes, message):
     assert message in saved.refused()
 
 
+def test_another_start_of_decoding_is_found_in_either_file(saved):
+    del saved.raw["decoder_start_token_id"]
+    saved.write()
+    generation = saved.directory / "generation_config.json"
+    generation.write_text(json.dumps({"decoder_start_token_id": 0, "eos_token_id": [1, 5]}))
+    checkpoints.load(saved.directory, **RUN)
+    generation.write_text(json.dumps({"decoder_start_token_id": 7}))
+    assert "generation_config.json: decoder_start_token_id=7 is not supported; expected 0" in saved.refused()
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
