@@ -38,7 +38,7 @@ class TokenizerJson:
         # The file keeps how it was last called: texts are neither cut nor filled up, as transformers reads it.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        self.size = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+        self.size = 1 + max(self.ids.values(), default=-1)
         config = _read_config(path.with_name(CONFIG))
         self.eos_id = self._named(config, "eos_token")
         self.pad_id = self._named(config, "pad_token")
@@ -71,6 +71,11 @@ class TokenizerJson:
         total = hashlib.sha256(self.path.read_bytes())
         total.update(json.dumps(self.token_ids).encode())
         return total.hexdigest()
+
+    @property
+    def ids(self) -> dict[str, int]:
+        """All tokens by their spelling."""
+        return self._tokenizer.get_vocab(with_added_tokens=True)
 
     @property
     def special_ids(self) -> dict[str, int]:

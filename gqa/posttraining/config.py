@@ -30,7 +30,7 @@ class SampledConfig:
     safety_gate: float  # probability of being safe below which the safety model's score counts (Llama 2: 0.15)
     prompts: str  # JSONL file
     template: str  # that the policy was tuned with
-    vocabulary: str  # SentencePiece file of all of these models
+    vocabulary: str  # of all of these models: SentencePiece's file, a tokenizer.json, or a folder with one of them
     inputs_length: int  # most tokens of a prompt; longer ones are left out
     new_tokens: int  # most tokens of a response
     dtype: str  # of activations and matrix products: float32 or bfloat16
@@ -153,7 +153,7 @@ class JudgeConfig:
     kind: str  # model: asked whether the response is good; reward: a reward model's score
     checkpoint: str  # folder of that model
     template: str  # that it was tuned with
-    vocabulary: str  # its SentencePiece file
+    vocabulary: str  # its own: SentencePiece's file, a tokenizer.json, or a folder with one of them
     threshold: float  # least score accepted: log-odds of Yes over No of a model, else the reward model's
 
     def __post_init__(self):
@@ -166,7 +166,7 @@ class InstructionsConfig:
 
     parent: str  # folder of the checkpoint that writes
     template: str  # that the parent was tuned with
-    vocabulary: str  # its SentencePiece file
+    vocabulary: str  # its own: SentencePiece's file, a tokenizer.json, or a folder with one of them
     seeds: str  # JSONL file
     inputs_length: int  # most tokens of what the parent is asked; longer ones are rejected
     new_tokens: int  # most tokens of what it answers

@@ -155,7 +155,7 @@ def _identity(config: InstructionsConfig, opened: Opened, requests: Sequence[Req
     return {
         "seeds": hashlib.sha256(asked.encode()).hexdigest(),
         "parent": identity(opened.policy.weight_files),
-        "vocabulary": hashlib.sha256(Path(config.vocabulary).read_bytes()).hexdigest(),
+        "vocabulary": opened.template.vocabulary.sha256,
         "settings": [
             config.program_name,
             config.template,

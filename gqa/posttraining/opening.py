@@ -8,7 +8,9 @@ from jax.sharding import Mesh
 from gqa import checkpoints
 from gqa.checkpoints import reward
 from gqa.checkpoints.source import Contents, special_ids
+from gqa.data import tokenizer_json
 from gqa.data.templates import Template
+from gqa.data.tokenizer_json import TokenizerJson
 from gqa.data.vocabulary import Vocabulary
 from gqa.decode.generate import check_lengths
 from gqa.errors import InputError
@@ -34,8 +36,11 @@ class Opened(NamedTuple):
     @property
     def tokenizer_files(self) -> list[Path]:
         """What a copy of the policy takes along."""
-        files = self.policy.companions
-        return files if any(file.suffix == ".model" for file in files) else [*files, self.template.vocabulary.path]
+        files, vocabulary = self.policy.companions, self.template.vocabulary
+        if _tokenizers(self.policy, vocabulary):
+            return files
+        names = {file.name for file in files}
+        return [*files, *(file for file in vocabulary.files if file.name not in names)]
 
 
 def run_choices(config: SampledConfig | InstructionsConfig) -> dict:
@@ -73,7 +78,7 @@ def open_model(
     name: str, folder: str, template: str, vocabulary: str, config: SampledConfig | InstructionsConfig
 ) -> Opened:
     """Checks one checkpoint, the `name` of a config, against its template and vocabulary; errors as of `open_all`."""
-    tokens = Vocabulary(vocabulary, foreign=True)
+    tokens = tokenizer_json.open_vocabulary(vocabulary, foreign=True)
     opened = Template(template, tokens)
     contents = _open(name, folder, config, tokens)
     if opened.num_ids > contents.config.vocab_size:
@@ -116,11 +121,28 @@ def prompt_length(prompts: list[Prompt], config: SampledConfig, opened: Opened) 
     return -(-len(longest.tokens) // 8) * 8
 
 
-def _open(name: str, folder: str, config: SampledConfig | InstructionsConfig, vocabulary: Vocabulary) -> Contents:
+def _open(
+    name: str, folder: str, config: SampledConfig | InstructionsConfig, vocabulary: Vocabulary | TokenizerJson
+) -> Contents:
     contents = checkpoints.read(folder, **run_choices(config))
     if not isinstance(contents.config, LlamaConfig):
         raise InputError(f"{name} {folder} is an encoder-decoder; expected a decoder")
-    for file in contents.companions or []:
-        if file.suffix == ".model" and file.read_bytes() != vocabulary.path.read_bytes():
+    for file in _tokenizers(contents, vocabulary):
+        if not _same(file, vocabulary):
             raise InputError(f"{name} {folder} is of another vocabulary: {file.name} differs from {vocabulary.path}")
     return contents
+
+
+def _tokenizers(contents: Contents, vocabulary: Vocabulary | TokenizerJson) -> list[Path]:
+    """A checkpoint's tokenizers of the vocabulary's kind."""
+    files = contents.companions or []
+    if isinstance(vocabulary, TokenizerJson):
+        return [file for file in files if file.name == tokenizer_json.FILE]
+    return [file for file in files if file.suffix == ".model"]
+
+
+def _same(file: Path, vocabulary: Vocabulary | TokenizerJson) -> bool:
+    """Whether a tokenizer is the vocabulary; of a `tokenizer.json` the tokens count, which others write differently."""
+    if file.read_bytes() == vocabulary.path.read_bytes():
+        return True
+    return isinstance(vocabulary, TokenizerJson) and TokenizerJson(file).ids == vocabulary.ids

@@ -234,7 +234,7 @@ def _identity(config: RejectionConfig, opened: Opened) -> dict:
     return {
         "prompts": hashlib.sha256(Path(config.prompts).read_bytes()).hexdigest(),
         "policy": identity(opened.policy.weight_files),
-        "vocabulary": hashlib.sha256(Path(config.vocabulary).read_bytes()).hexdigest(),
+        "vocabulary": opened.template.vocabulary.sha256,
         "settings": [
             config.template,
             config.inputs_length,

@@ -5,6 +5,7 @@ import re
 import shutil
 
 import pytest
+import tokenizers
 
 from gqa.checkpoints import reward
 from gqa.data.conversations import messages_of
@@ -155,6 +156,38 @@ def test_what_ends_a_response(sampling_config, chat, folders, tmp_path):
     assert plain.ending == (1,) and len(with_template.ending) == 2
     assert with_template.ending == tuple(example.tokens[-2:].tolist()) and with_template.ending[0] == 1
     assert with_template.eos_ids == plain.eos_ids and with_ends.eos_ids == (1, 77, 78)
+
+
+def test_a_tokenizer_json_in_place_of_sentencepiece(run, sampling_config, folders, tmp_path):
+    """The policy's folder as vocabulary; another's is known by its tokens, however the file is written."""
+    characters = tokenizers.pre_tokenizers.Split("", "isolated")
+    ids = {"<pad>": 0, "</s>": 1} | {chr(code): code for code in range(32, 127)}
+    models = {name: tmp_path / name for name in ("talker", "reward", "other")}
+    for name, model in models.items():
+        shutil.copytree(folders["reward" if name == "other" else name], model)
+        next(model.glob("*.model")).unlink()
+        tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(ids, unk_token=" "))
+        tokenizer.pre_tokenizer, tokenizer.decoder = characters, tokenizers.decoders.Fuse()
+        tokenizer.add_special_tokens(["<pad>", "</s>"])
+        tokenizer.save(str(model / "tokenizer.json"), pretty=name == "talker")
+        (model / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
+        ids = ids | {"a": ids["b"], "b": ids["a"]} if name == "reward" else ids
+    changes = {"policy": str(models["talker"]), "vocabulary": str(models["talker"]), "reward": str(models["reward"])}
+    lines = run(tmp_path / "one.jsonl", changes)
+    assert len(lines) > 30 and all(messages_of(line)[-1]["content"].isascii() for line in lines)
+
+    config = run_config.parse(sampling_config("rejection_sampling", changes), RejectionConfig)
+    opened = opening.open_all(config, {"reward": config.reward})
+    names = ["tokenizer.json", "tokenizer_config.json"]
+    assert opened.eos_ids[0] == 1 and [file.name for file in opened.tokenizer_files] == names
+    (models["talker"] / "tokenizer.json").rename(tmp_path / "tokenizer.json")
+    config = run_config.parse(
+        sampling_config("rejection_sampling", changes | {"vocabulary": str(models["reward"])}), RejectionConfig
+    )
+    files = opening.open_all(config, {"reward": config.reward}).tokenizer_files
+    assert sorted(files) == [models["reward"] / names[0], models["talker"] / names[1]], "what the policy lacks"
+    with pytest.raises(InputError, match=r"reward .* is of another vocabulary: tokenizer.json differs from"):
+        run(tmp_path / "two.jsonl", changes | {"vocabulary": str(models["reward"]), "reward": str(models["other"])})
 
 
 def test_fewer_rows_at_a_time_than_samples(run, tmp_path):
