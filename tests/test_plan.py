@@ -1,13 +1,14 @@
 """`python -m gqa.plan`: a whole plan on eight forced devices, an estimate, and what is refused."""
 
 import json
+import os
 import sys
 
 import pytest
 
 from gqa import command_line, plan
 from gqa.errors import InputError
-from gqa.planning import decode
+from gqa.planning import decode, report
 from gqa.planning.chips import parse_topology
 
 MESH = {"mesh": {"data": 2, "fsdp": 2, "tensor": 2}}
@@ -212,6 +213,11 @@ def error_of(config_file, monkeypatch, capsys):
         ({}, ["--topology=v4:5x5x5"], "--topology=v4:5x5x5: v4 has no slice 5x5x5; nearest: v4:4x4x8 (128 chips)"),
         ({}, ["--topology=gpu", "--price=-1"], "--price=-1.0; expected USD per chip-hour, at least 0"),
         ({}, ["--topology=gpu", "--price=nan"], "--price=nan; expected USD per chip-hour, at least 0"),
+        (
+            {},
+            ["--topology=gpu:h100:8", "--quick"],
+            "--quick is for what libtpu compiles; found --topology=gpu:h100:8, expected one of a TPU",
+        ),
         ({}, ["--topology=gpu", "--output=tests"], "--output=tests is a folder; nearest: tests/plan.json"),
         ({}, ["--topology=gpu", "--output=no/plan.json"], "--output=no/plan.json: there is no folder no"),
         (
@@ -243,6 +249,27 @@ def error_of(config_file, monkeypatch, capsys):
 )
 def test_bad_input_takes_one_line(error_of, overrides, arguments, message):
     assert error_of(overrides, *arguments) == message
+
+
+def test_quick_asks_the_compiler_for_less_effort(config_file, monkeypatch, capsys, tmp_path):
+    environment = {"JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "3", "JAX_OPTIMIZATION_LEVEL": ""}
+    for name, value in environment.items():  # what `main` sets is undone
+        monkeypatch.setenv(name, value)
+    levels = []
+
+    def make_plan(*_, **__):
+        levels.append(os.environ["JAX_OPTIMIZATION_LEVEL"])
+        return {}, "a plan"
+
+    monkeypatch.setattr(plan, "make_plan", make_plan)
+    for arguments, level, lines in ((["--quick"], "O1", ["a plan", report.QUICK]), ([], "", ["a plan"])):
+        monkeypatch.setenv("JAX_OPTIMIZATION_LEVEL", "")
+        output = tmp_path / "plan.json"
+        arguments = [f"--config={config_file('t5', {})}", "--topology=v5e:2x4", f"--output={output}", *arguments]
+        monkeypatch.setattr(sys, "argv", ["plan.py", *arguments])
+        plan.main()
+        assert levels[-1] == level and capsys.readouterr().out.splitlines() == lines
+        assert json.loads(output.read_text())["planning"]["quick"] == (level == "O1")
 
 
 def test_without_libtpu_one_line_says_how_to_get_it(error_of, monkeypatch):
