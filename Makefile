@@ -46,6 +46,8 @@ miniature: .venv/.core  ## the paper's sweeps on the shipped teacher, and their 
 	test -e runs/teacher_small/finished.json || $(RUN) -m gqa.train --config=configs/teacher_t5_small.py --workdir=runs/teacher_small
 	-$(SWEEP)/sizes.py --workdir=$(MINIATURE)/sizes --known=$(MINIATURE)/methods/results.json
 	-$(SWEEP)/docstring.py --workdir=$(MINIATURE)/docstring
+	-$(SWEEP)/docstring.py --workdir=$(MINIATURE)/docstring_random --config.runs.method=random, --config.runs.kv_heads=1, \
+	    --config.runs.alpha=0.0, --config.runs.seed=1,
 	-for turn in 1 2 3; do for size in t5 t5_small; do \
 	    $(RUN) -m experiments.timing --config=configs/timing/teacher_$$size.py --output=$(MINIATURE)/timing/$$size --add; \
 	done; done

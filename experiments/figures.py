@@ -1,9 +1,9 @@
-"""python -m experiments.figures [--runs=DIR …] --output=DIR [--score=loss] [--redraw]
+"""python -m experiments.figures [--runs=DIR …] --output=DIR [--score=NAME] [--redraw]
 
 The paper's figures and its Table 1, drawn from results alone, as PNG and SVG, with the paper's own numbers beside them
 where they compare:
 
-    fig3       quality against time per sample
+    fig3       quality against time per sample; as in the paper that of a task, where a sweep fine-tunes on one
     fig4       conversion methods
     fig5       quality against α
     fig6       time per sample against key/value heads, and what the bytes alone would take
@@ -59,7 +59,9 @@ def main() -> None:
         help=f"folder of results; may be repeated ({RESULTS.name}/)",
     )
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder of the figures")
-    parser.add_argument("--score", default="loss", help="what is drawn of a sweep's scores (default: loss)")
+    parser.add_argument(
+        "--score", help="what is drawn of a sweep's scores (default: loss; in fig. 3 the first of a task, if any)"
+    )
     parser.add_argument(
         "--redraw", action="store_true", help="also draw again, in their places, the pictures beside the results"
     )
@@ -82,8 +84,11 @@ def main() -> None:
             print(f"{figure}: left out, its results are not there: {command}")
 
 
-def draw(paths: Sequence[Path], folders: Sequence[Path], score: str, output: Path) -> Iterator[tuple[str, Path]]:
-    """Writes every figure that there are results for; its name and file, one after the other."""
+def draw(paths: Sequence[Path], folders: Sequence[Path], score: str | None, output: Path) -> Iterator[tuple[str, Path]]:
+    """Writes every figure that there are results for; its name and file, one after the other.
+
+    Of what `score` names; `None`: the loss, and in fig. 3 the first score of a task where there is one.
+    """
     timed = [path for path in paths if path.name == "timing.json"]
     _check_names("timings", [path.parent.name for path in timed])
     timings = {path.parent.name: _timing(path) for path in timed}
@@ -91,6 +96,7 @@ def draw(paths: Sequence[Path], folders: Sequence[Path], score: str, output: Pat
     found = scores.share_heads(found)
     _check_names("results", [results.name for results in found])
     known = sorted({name for results in found for name in results.names})
+    chosen, score = score, score or "loss"
     if known and score not in known:
         nearest = command_line.nearest(score, known)
         raise InputError(f"--score={score} is in no results; expected one of {', '.join(known)}; nearest: {nearest}")
@@ -99,7 +105,8 @@ def draw(paths: Sequence[Path], folders: Sequence[Path], score: str, output: Pat
         if results.alpha is not None:
             yield "table1", _write(output / f"table1_{results.name}.md", table_1(results, times))
         if results.alpha is not None and any(teacher in timings for teacher in results.teachers):
-            yield from _save("fig3", results.name, pictures.quality_against_time(results, times, score), output)
+            quality = chosen or next((name for name in results.names if scores.is_of_task(name)), score)
+            yield from _save("fig3", results.name, pictures.quality_against_time(results, times, quality), output)
         for teacher in results.teachers:
             own = results.of(teacher)
             name = results.name if len(results.teachers) == 1 else f"{results.name}_{teacher}"

@@ -95,7 +95,12 @@ def size_name(config: Mapping[str, Any], folder: str | None = None) -> str:
 
 def label(name: str) -> str:
     """A score's axis label."""
-    return LABELS.get(name, name)
+    return LABELS.get(name, name.replace(" rouge", " ROUGE-"))
+
+
+def is_of_task(name: str) -> bool:
+    """Whether a score is one of a task: sweeps name them "TASK METRIC"."""
+    return " " in name
 
 
 def read(path: Path) -> Results | None:

@@ -407,6 +407,15 @@ def test_command(folder, tmp_path, monkeypatch, capsys):
     assert left_out.startswith("stability: ") and "configs/sweeps/alpha.py" in left_out
 
 
+def test_quality_against_time_is_a_tasks_where_there_is_one(folder, tmp_path, monkeypatch):
+    runs = [{**run, "docstring rouge1": 20 - run["loss"]} for run in RUNS]
+    (folder / "groups" / "results.json").write_text(json.dumps({"runs": runs}))
+    for arguments, label in (([], "docstring ROUGE-1"), (["--score=loss"], "held-out loss")):
+        run_figures(monkeypatch, f"--runs={folder}", f"--output={tmp_path / label}", *arguments)
+        drawn = {name: (tmp_path / label / f"{name}_groups.svg").read_text() for name in ("fig3", "heads")}
+        assert label in drawn["fig3"] and "held-out loss" in drawn["heads"]
+
+
 def test_what_is_committed_is_of_the_committed_results(tmp_path, monkeypatch):
     committed, output = figures.RESULTS / "figures", tmp_path / "figures"
     monkeypatch.setattr(pictures, "save", lambda figure, path: path.touch())  # what pictures show has tests of its own
