@@ -96,7 +96,7 @@ def draw(paths: Sequence[Path], folders: Sequence[Path], score: str | None, outp
     found = scores.share_heads(found)
     _check_names("results", [results.name for results in found])
     known = sorted({name for results in found for name in results.names})
-    chosen, score = score, score or "loss"
+    given, score = score, score or "loss"
     if known and score not in known:
         nearest = command_line.nearest(score, known)
         raise InputError(f"--score={score} is in no results; expected one of {', '.join(known)}; nearest: {nearest}")
@@ -105,7 +105,7 @@ def draw(paths: Sequence[Path], folders: Sequence[Path], score: str | None, outp
         if results.alpha is not None:
             yield "table1", _write(output / f"table1_{results.name}.md", table_1(results, times))
         if results.alpha is not None and any(teacher in timings for teacher in results.teachers):
-            quality = chosen or next((name for name in results.names if scores.is_of_task(name)), score)
+            quality = given or next((name for name in results.names if scores.is_of_task(name)), score)
             yield from _save("fig3", results.name, pictures.quality_against_time(results, times, quality), output)
         for teacher in results.teachers:
             own = results.of(teacher)

@@ -157,6 +157,18 @@ class Store:
         """What `save` was told about a restored step, with `time`, when it was saved (seconds since 1970)."""
         return read_json(self.folder(step) / SAVE)
 
+    def thin(self, losses: Mapping[int, float]) -> None:
+        """Removes what `save` would have, had a kill not come between; for a run that goes on, after `restore_newest`.
+
+        Where that skipped damaged steps nothing goes before the next save has made a new one.
+        """
+        if jax.process_index() == 0 and not self._damaged:
+            for folder in self._folders:
+                try:
+                    self._thin(folder, losses)
+                except OSError as error:
+                    _warn(f"older checkpoints in {folder} could not be removed: {_reason(error)}")
+
     def discard_after(self, step: int) -> None:
         """Removes every later step."""
         self.wait()

@@ -156,6 +156,7 @@ class _Run:
         found = store.restore_newest(self._like)
         step, state = found or (0, self._initial())
         writer = MetricsWriter(workdir, step if found else None, store.folder(step) if found else None)
+        store.thin(writer.losses)
         clock = _Clock()
         bar = tqdm(total=config.steps, initial=step, unit="iteration", desc="ppo", dynamic_ncols=True)
         with contextlib.closing(writer), bar:

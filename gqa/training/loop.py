@@ -187,6 +187,7 @@ def train(
         facts = store.facts(step) if found else {}
         writer = MetricsWriter(workdir, step, store.folder(step)) if found else MetricsWriter(workdir, None)
         stack.callback(lambda: writer.close())  # whichever it is then
+        store.thin(writer.losses)
         del initial_model, found  # not kept beside the state
         recipe = recipe._replace(initial=None)
         started = facts.get("started", run_folder.started(workdir))

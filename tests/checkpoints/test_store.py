@@ -62,6 +62,29 @@ def test_the_newest_stay(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["3", "4"]
 
 
+def test_what_a_kill_left_beyond_those_that_stay_goes_once_the_newest_is_restored(tmp_path, monkeypatch):
+    folders = (tmp_path / "steps", tmp_path / "mirror")
+
+    def left():
+        return [sorted(os.listdir(folder)) for folder in folders]
+
+    with monkeypatch.context() as patch, Store(folders[0], keep=2, mirror=folders[1]) as store:
+        patch.setattr(Store, "_thin", lambda *_: None)  # killed before it
+        for step in (1, 2, 3, 4, 5):
+            store.save(step, state_of(step))
+    assert left() == 2 * [["1", "2", "3", "4", "5"]]
+    with Store(folders[0], keep=2, mirror=folders[1]) as store:
+        assert store.restore_newest(abstract(state_of(0)))[0] == 5
+        store.thin({2: 0.5, 3: 0.7})
+    assert left() == 2 * [["2", "4", "5"]]
+    for folder in folders:
+        (folder / "5" / "SHA256SUMS").unlink()
+    with Store(folders[0], keep=1, mirror=folders[1]) as store:
+        assert store.restore_newest(abstract(state_of(0)))[0] == 4
+        store.thin({})
+    assert left() == 2 * [["2", "4", "5"]], "the damaged one stands for none that is intact"
+
+
 def test_a_step_is_on_the_disk_before_older_ones_go(tmp_path, monkeypatch):
     """As a power failure needs it: files and folders, then the name of the step, then the older step's end."""
     events, rename = [], Path.rename
