@@ -6,8 +6,8 @@ scans counted in full, collectives by kind and bytes, the step's time at the chi
 and cost of the run. It is compiled without the flags by which a run's collectives overlap with computation
 (`gqa/compiler_flags.py`): their buffers come on top, and what they cut into pieces is counted whole.
 
-With --quick libtpu compiles at XLA's effort level O1: a training step in a quarter to half of the time and in about half
-of this machine's memory. It is another program: the table says by how much full ones differ.
+With --quick libtpu compiles at XLA's effort level O1: a training step in a quarter to half of the time and with about
+half of this machine's memory. It is another program: the table says by how much full ones differ.
 
 Topologies: v4:4x4x8, v5p:4x4x8 (3D), v5e:16x16, v6e:16x16 (2D): compiled by libtpu, `pip install 'jax[tpu]'`, no TPU
 needed; cpu:8: forced host devices; gpu or gpu:h100:8: compiled where the GPUs are, else an estimate, labelled so.
