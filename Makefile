@@ -34,7 +34,7 @@ quickstart: .venv/.core  ## convert the shipped model to GQA and MQA, uptrain it
 posttraining: .venv/.core  ## SFT to PPO and to DPO on the shipped Llama, with a report
 	$(RUN) -m experiments.posttraining
 
-miniature: .venv/.core  ## the paper's sweeps on the shipped teacher, and their figures: about 18 hours, resumable
+miniature: .venv/.core  ## the paper's sweeps on the shipped teacher, and their figures: about 20 hours, resumable
 	mkdir -p $(MINIATURE)
 	test -e runs/recall/records/manifest.json || $(RUN) -m experiments.recall
 	test -e runs/recall/teacher/finished.json || $(RUN) -m gqa.train --config=configs/recall/teacher.py --workdir=runs/recall/teacher
@@ -45,9 +45,11 @@ miniature: .venv/.core  ## the paper's sweeps on the shipped teacher, and their 
 	-$(SWEEP)/groups.py --workdir=$(MINIATURE)/groups --known=$(MINIATURE)/methods/results.json
 	test -e runs/teacher_small/finished.json || $(RUN) -m gqa.train --config=configs/teacher_t5_small.py --workdir=runs/teacher_small
 	-$(SWEEP)/sizes.py --workdir=$(MINIATURE)/sizes --known=$(MINIATURE)/methods/results.json
-	-$(SWEEP)/docstring.py --workdir=$(MINIATURE)/docstring
-	-$(SWEEP)/docstring.py --workdir=$(MINIATURE)/docstring_random --config.runs.method=random, --config.runs.kv_heads=1, \
-	    --config.runs.alpha=0.0, --config.runs.seed=1,
+	-for task in docstring long_docstring; do \
+	    $(SWEEP)/$$task.py --workdir=$(MINIATURE)/$$task; \
+	    $(SWEEP)/$$task.py --workdir=$(MINIATURE)/$${task}_random --config.runs.method=random, --config.runs.kv_heads=1, \
+	        --config.runs.alpha=0.0, --config.runs.seed=1,; \
+	done
 	-for turn in 1 2 3; do for size in t5 t5_small; do \
 	    $(RUN) -m experiments.timing --config=configs/timing/teacher_$$size.py --output=$(MINIATURE)/timing/$$size --add; \
 	done; done

@@ -170,7 +170,16 @@ def test_the_smaller_teacher_is_half_as_wide():
     assert small.num_heads == whole.num_heads
 
 
-SWEEPS = {"alpha": 69, "docstring": 15, "groups": 34, "methods": 44, "recall": 125, "scratch": 9, "sizes": 18}
+SWEEPS = {
+    "alpha": 69,
+    "docstring": 15,
+    "groups": 34,
+    "long_docstring": 9,
+    "methods": 44,
+    "recall": 125,
+    "scratch": 9,
+    "sizes": 18,
+}
 
 
 @pytest.mark.parametrize(("name", "runs"), SWEEPS.items())
