@@ -28,7 +28,7 @@ from experiments import conversion_report, paper, pictures, report, scores, stab
 from experiments.scores import TEACHER, Results, mean_and_spread, model_name
 from gqa import command_line, files
 from gqa.checkpoints.hf_config import read_json
-from gqa.errors import InputError
+from gqa.errors import InputError, nearest
 
 RESULTS = Path(__file__).parent / "results"
 PATTERNS = ("results.json", "timing.json", "throughput.json", "conversion_methods/*.json")
@@ -98,8 +98,8 @@ def draw(paths: Sequence[Path], folders: Sequence[Path], score: str | None, outp
     known = sorted({name for results in found for name in results.names})
     given, score = score, score or "loss"
     if known and score not in known:
-        nearest = command_line.nearest(score, known)
-        raise InputError(f"--score={score} is in no results; expected one of {', '.join(known)}; nearest: {nearest}")
+        closest = nearest(score, known)
+        raise InputError(f"--score={score} is in no results; expected one of {', '.join(known)}; nearest: {closest}")
     times = sample_times(timings)
     for results in (results for results in found if score in results.names):
         if results.alpha is not None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from experiments import scores
 from gqa import command_line
-from gqa.errors import InputError
+from gqa.errors import InputError, one_of
 from gqa.training import metrics
 
 
@@ -23,7 +23,7 @@ def main() -> None:
     from matplotlib.backend_bases import FigureCanvasBase
 
     kind = arguments.output.suffix.removeprefix(".").lower() or "png"
-    command_line.one_of(f"--output={arguments.output}", kind, FigureCanvasBase.filetypes)
+    one_of(f"--output={arguments.output}", kind, FigureCanvasBase.filetypes)
     lines = metrics.read(arguments.workdir)
     with scores.reading(arguments.workdir / metrics.JSONL, "gqa.train"):
         lines = [

@@ -18,7 +18,7 @@ import numpy as np
 
 from experiments.scores import size_name
 from gqa import command_line
-from gqa.errors import InputError
+from gqa.errors import InputError, one_of
 
 KEYS = ("size", "changes", "kv_heads", "dtype", "memory_gb", "context", "new_tokens", "repetitions")
 
@@ -49,7 +49,7 @@ def measure(config, command: str, output: Path | None) -> dict[str, Any]:
     from gqa import models
     from gqa.training.config import DTYPES
 
-    command_line.one_of("config.dtype", config.dtype, DTYPES)
+    one_of("config.dtype", config.dtype, DTYPES)
     if models.family_of(models.size(config.size)) != "llama":
         raise InputError(f"config.size={config.size} is no decoder; expected one, such as llama_2_7b")
     architecture = models.replace(

@@ -28,7 +28,7 @@ from tqdm import tqdm
 from experiments.bandwidth import cache_seconds, copy_bandwidth, seconds, step_bytes
 from experiments.scores import size_name
 from gqa import command_line
-from gqa.errors import InputError
+from gqa.errors import InputError, one_of
 
 KEYS = ("size", "changes", "kv_heads", "dtype", "weights", "cache", "max_batch_size", "inputs_length", "new_tokens")
 KEYS += ("repetitions", "num_prompts", "num_drafted", "draft_kv_heads", "split_k")
@@ -110,7 +110,7 @@ def measure(
         check_cache_dtype(cache)
         if weights is not None:
             check_weights(weights)
-    command_line.one_of("config.dtype", config.dtype, DTYPES)
+    one_of("config.dtype", config.dtype, DTYPES)
     architecture = models.replace(
         models.size(config.size), **config.changes, dtype=config.dtype, param_dtype=config.dtype, remat="none"
     )

@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import ast
 import dataclasses
-import difflib
 import errno
 import os
 import select
@@ -32,7 +31,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gqa.errors import InputError
+from gqa.errors import InputError, nearest, one_of
 
 try:
     import ml_collections
@@ -127,12 +126,6 @@ def _stdout_is_closed() -> bool:
         return False
     os.dup2(os.open(os.devnull, os.O_WRONLY), stdout)
     return True
-
-
-def nearest(word: str, choices: Iterable[str]) -> str | None:
-    """The choice most like `word`, or None when there is none to choose from."""
-    found = difflib.get_close_matches(word, sorted(choices), n=1, cutoff=0.0)
-    return found[0] if found else None
 
 
 def add_config_argument(parser: argparse.ArgumentParser, required: bool = True) -> None:
@@ -259,14 +252,6 @@ def coerce(hint: Any, value: Any, where: str) -> Any:
             return value
     names = " or ".join(getattr(option, "__name__", str(option)) for option in options)
     raise InputError(f"{where}={value!r} is a {type(value).__name__}; expected {names.replace('NoneType', 'None')}")
-
-
-def one_of(where: str, value: str, choices: Iterable[str]) -> None:
-    """Raises `InputError`, naming the nearest, for a value that is none of the choices."""
-    if value not in choices:
-        raise InputError(
-            f"{where}: unknown {value!r}; expected one of {', '.join(choices)}; nearest: {nearest(str(value), choices)}"
-        )
 
 
 def _parse_known(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:

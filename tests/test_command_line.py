@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from gqa.command_line import add_config_argument, load_config, nearest, parse, parse_arguments, run
+from gqa.command_line import add_config_argument, load_config, parse, parse_arguments, run
 from gqa.errors import InputError
 
 CONFIG = """
@@ -152,11 +152,6 @@ def test_whoever_reads_has_had_enough():
         process.stdout.close()
         assert process.stderr.read() == b""
     assert process.returncode == 141
-
-
-def test_nearest():
-    assert nearest("kv_head", ["kv_heads", "method", "output"]) == "kv_heads"
-    assert nearest("anything", []) is None
 
 
 def test_unknown_options_name_the_nearest(config_file):

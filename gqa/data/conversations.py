@@ -21,11 +21,10 @@ from pathlib import Path
 
 import numpy as np
 
-from gqa.command_line import nearest
 from gqa.data.corpus import HELDOUT_FRACTION, SPLITS
 from gqa.data.examples import TRAINED
 from gqa.data.templates import Example, Template, Unusable, check
-from gqa.errors import InputError
+from gqa.errors import InputError, nearest
 
 # Llama 2 §3.2.1, from the least distinct; a rating is its place here, 0 where a line has none.
 RATINGS = ("negligibly better / unsure", "slightly better", "better", "significantly better")

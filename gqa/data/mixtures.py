@@ -19,7 +19,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from gqa.command_line import nearest, parse_arguments, run
+from gqa.command_line import parse_arguments, run
 from gqa.data.corpus import SPLITS
 from gqa.data.prepare import (
     FORMAT,
@@ -32,7 +32,7 @@ from gqa.data.prepare import (
     write_manifest,
 )
 from gqa.data.tasks import NAMED_TASKS
-from gqa.errors import InputError
+from gqa.errors import InputError, nearest
 
 _ALIKE = ("inputs_length", "targets_length", "vocabulary_sha256", "noise_density", "mean_noise_span_length")
 

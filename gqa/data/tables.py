@@ -20,9 +20,8 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
-from gqa.command_line import nearest
 from gqa.data.corpus import HELDOUT_FRACTION
-from gqa.errors import InputError
+from gqa.errors import InputError, nearest
 
 SUFFIXES = (".jsonl", ".csv", ".tsv", ".parquet")
 BAD = "bad row"  # why a row is left out

@@ -33,13 +33,13 @@ from typing import Any
 from tqdm import tqdm
 
 from gqa import files
-from gqa.command_line import nearest, parse_arguments, run
+from gqa.command_line import parse_arguments, run
 from gqa.data import docstrings, public, tables
 from gqa.data.conversations import Conversations
 from gqa.data.corpus import Corpus
 from gqa.data.examples import CONVERSATIONS
 from gqa.data.examples import TASKS as OBJECTIVES
-from gqa.errors import InputError
+from gqa.errors import InputError, nearest
 
 Row = Mapping[str, Any]
 RowSource = docstrings.Docstrings | public.PublicDataset | tables.Table

@@ -16,11 +16,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from gqa.command_line import nearest, parse_arguments, run
+from gqa.command_line import parse_arguments, run
 from gqa.data.chat_template import ChatTemplate
 from gqa.data.tokenizer_json import TokenizerJson, open_vocabulary
 from gqa.data.vocabulary import Vocabulary
-from gqa.errors import InputError
+from gqa.errors import InputError, nearest
 
 Message = Mapping  # "role", "content"; a user's may have "input", an assistant's "train": False (no loss on it)
 Pieces = Iterator[tuple[str | int, bool]]  # text or id of a special token, and whether it is trained

@@ -25,12 +25,11 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from gqa import files
-from gqa.command_line import nearest
 from gqa.data.conversations import lines, of_line
 from gqa.data.templates import Template, Unusable
 from gqa.data.tokenizer_json import open_vocabulary
 from gqa.decode import batches, journal
-from gqa.errors import InputError
+from gqa.errors import InputError, nearest
 from gqa.evaluation.checkpoint_text import TextModel
 
 RULES = ("contains", "lacks", "max_words")

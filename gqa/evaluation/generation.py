@@ -13,9 +13,8 @@ from typing import Any, NamedTuple
 from tqdm import tqdm
 
 from gqa import files
-from gqa.command_line import nearest
 from gqa.decode import batches, buckets, journal
-from gqa.errors import InputError
+from gqa.errors import InputError, nearest
 from gqa.evaluation import text_metrics
 from gqa.evaluation.checkpoint_text import TextModel
 

@@ -16,11 +16,10 @@ from lm_eval.tasks import TaskManager
 from tqdm import tqdm
 
 from gqa.checkpoints.hf_config import read_json
-from gqa.command_line import nearest
 from gqa.decode import batches
 from gqa.decode.sampling import sampling
 from gqa.decode.score import score_and_rank
-from gqa.errors import InputError
+from gqa.errors import InputError, nearest
 from gqa.evaluation.checkpoint_text import TextModel
 
 MAX_GENERATED = 256  # tokens, where a task does not say: the harness's own

@@ -8,9 +8,8 @@ from typing import Any
 
 from gqa import files
 from gqa.checkpoints import training_run
-from gqa.command_line import nearest
 from gqa.decode.batches import Settings
-from gqa.errors import InputError
+from gqa.errors import InputError, nearest
 from gqa.evaluation import consistency, generation, preferences, table, text_metrics
 from gqa.evaluation.checkpoint_text import TextModel
 

@@ -14,8 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from gqa.command_line import nearest
-from gqa.errors import InputError
+from gqa.errors import InputError, nearest
 
 ROUGE = ("rouge1", "rouge2", "rougeLsum")
 _MAX_NGRAM = 4  # of BLEU

@@ -7,8 +7,7 @@ from typing import NamedTuple
 
 import jax
 
-from gqa.command_line import nearest
-from gqa.errors import InputError
+from gqa.errors import InputError, nearest
 from gqa.models import llama, t5
 
 ModelConfig = t5.T5Config | llama.LlamaConfig

@@ -6,8 +6,7 @@ from functools import partial
 import jax
 from flax import nnx
 
-from gqa.command_line import nearest
-from gqa.errors import InputError
+from gqa.errors import InputError, nearest
 from gqa.models import Model
 from gqa.models.layer_kernels import axes_of, layer_kernels, num_inputs, with_kernels
 from gqa.nn.nf4 import NF4Kernel

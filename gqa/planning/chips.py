@@ -6,8 +6,7 @@ import math
 import re
 from collections.abc import Sequence
 
-from gqa.command_line import nearest
-from gqa.errors import InputError
+from gqa.errors import InputError, nearest
 
 GIB = 2**30
 

@@ -10,8 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
 
 from gqa import models, sharding
-from gqa.command_line import one_of
-from gqa.errors import InputError
+from gqa.errors import InputError, one_of
 from gqa.models.heads import divisors
 from gqa.nn.cache import check_cache_dtype
 from gqa.planning import hlo, roofline

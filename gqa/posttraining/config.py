@@ -3,13 +3,12 @@
 import dataclasses
 import math
 
-from gqa.command_line import one_of
 from gqa.data.instructions.evol import Evol
 from gqa.data.instructions.lamini import Lamini
 from gqa.data.instructions.orca import Orca
 from gqa.data.instructions.parts import Program
 from gqa.decode.sampling import sampling
-from gqa.errors import InputError
+from gqa.errors import InputError, one_of
 from gqa.models.heads import nearest_divisors
 from gqa.sharding import MeshConfig
 from gqa.training.config import DTYPES

@@ -11,12 +11,12 @@ import ml_collections
 
 from gqa import checkpoints, models
 from gqa.adapters.lora import LoRAConfig
-from gqa.command_line import build, coerce, one_of
+from gqa.command_line import build, coerce
 from gqa.data import tokenizer_json
 from gqa.data.examples import DECODER_TASKS, TASKS
 from gqa.data.mixtures import MixtureConfig, prepare_mixture
 from gqa.data.prepare import Manifest, PrepareSpec, default_directory, prepare, read_manifest
-from gqa.errors import InputError
+from gqa.errors import InputError, one_of
 from gqa.models.heads import divisors
 from gqa.models.stacks import REMAT_POLICIES
 from gqa.sharding import MESH_AXES, RULES, MeshConfig

@@ -4,9 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from random import Random
 
-from gqa.command_line import nearest
 from gqa.data.instructions.parts import Candidate, NearCopies, Rejected, Request, Seed, plain, user
-from gqa.errors import InputError
+from gqa.errors import InputError, nearest
 
 REFERENCE = "reference answer"  # named in what the parent is asked, and so in a response that gives the help away
 
