@@ -171,11 +171,7 @@ class Sweep:
         self.workdir = workdir
         self._config, self._finetune = config, config.get("finetune") or {}
         for task, choice in self._finetune.items():
-            lacking = [name for name in FINETUNING if choice.get(name) is None]
-            if lacking or not Path(choice.config).exists():
-                name, found = (lacking or ["config"])[0], choice.get("config")
-                reason = "is not set" if lacking else f"is {found}, which is missing; run from the project's root"
-                raise InputError(f"finetune.{task}.{name} {reason}; a task has {', '.join(FINETUNING)}")
+            _check_finetuning(task, choice)
         self._teachers = {name: dict(teacher) for name, teacher in config.teachers.items()}
         for name, teacher in self._teachers.items():
             if not isinstance(teacher.get("kv_heads"), int):
@@ -470,6 +466,27 @@ def _check_heads(name: str, teacher: dict[str, Any]) -> None:
         raise InputError(
             f"teachers.{name}.kv_heads is {teacher['kv_heads']}, {teacher['checkpoint']} has "
             f"{', '.join(map(str, found))}; expected the same"
+        )
+
+
+def _check_finetuning(task: str, choice) -> None:
+    """Raises `InputError` for what would fail only when a run's model is uptrained."""
+    from gqa.evaluation import text_metrics
+
+    lacking = [name for name in FINETUNING if choice.get(name) is None]
+    if lacking or not Path(choice.config).exists():
+        name, found = (lacking or ["config"])[0], choice.get("config")
+        reason = "is not set" if lacking else f"is {found}, which is missing; run from the project's root"
+        raise InputError(f"finetune.{task}.{name} {reason}; a task has {', '.join(FINETUNING)}")
+    for name in ("rows", "inputs_length", "max_new_tokens"):
+        if type(choice[name]) is not int or choice[name] < 1:
+            raise InputError(f"finetune.{task}.{name} is {choice[name]!r}; expected a number from 1 on")
+    for metric in choice.metrics.split(","):
+        text_metrics.find(metric)
+    if (trained := command_line.load_config(choice.config, choice.overrides).data.task) != task:
+        raise InputError(
+            f"finetune.{task} trains on {trained}; expected --config.data.task={task} among its overrides, as its "
+            "answers are scored"
         )
 
 

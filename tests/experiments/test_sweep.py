@@ -45,7 +45,8 @@ def finetuning(tmp_path):
     """Of a task in a sweep's config."""
     path = tmp_path / "finetune.py"
     path.write_text(
-        "from ml_collections import ConfigDict\n\nget_config = lambda: ConfigDict(dict(data=dict(source='texts')))\n"
+        "from ml_collections import ConfigDict\n\n"
+        "get_config = lambda: ConfigDict(dict(data=dict(task='docstring', source='texts'), train=dict(steps=5)))\n"
     )
     return dict(
         config=str(path),
@@ -408,6 +409,14 @@ def test_scores_that_cannot_be_read_fail_their_run_alone(start, called, tmp_path
         (
             dict(finetune=dict(rows=None)),
             r"finetune\.docstring\.rows is not set; a task has config, overrides, rows, metrics",
+        ),
+        (dict(finetune=dict(rows=0)), r"finetune\.docstring\.rows is 0; expected a number from 1 on"),
+        (dict(finetune=dict(max_new_tokens="64")), r"finetune\.docstring\.max_new_tokens is '64'; expected a number"),
+        (dict(finetune=dict(metrics="rogue")), r"metric 'rogue' is unknown; expected one of .*; nearest: rouge"),
+        (dict(finetune=dict(overrides=("--config.train.stpes=7",))), r"config\.train\.stpes; nearest: .*\.steps"),
+        (
+            dict(finetune=dict(overrides=("--config.data.task=arxiv",))),
+            r"finetune\.docstring trains on arxiv; expected --config\.data\.task=docstring",
         ),
         (dict(finetune=dict(config="no.py")), r"finetune\.docstring\.config is no\.py, which is missing; run from"),
     ],
