@@ -34,7 +34,7 @@ quickstart: .venv/.core  ## convert the shipped model to GQA and MQA, uptrain it
 posttraining: .venv/.core  ## SFT to PPO and to DPO on the shipped Llama, with a report
 	$(RUN) -m experiments.posttraining
 
-miniature: .venv/.core  ## the paper's sweeps on the shipped teacher, and their figures: about 20 hours, resumable
+miniature: .venv/.core  ## the paper's sweeps on the shipped teacher, and their figures: about 21 hours, resumable
 	mkdir -p $(MINIATURE)
 	test -e runs/recall/records/manifest.json || $(RUN) -m experiments.recall
 	test -e runs/recall/teacher/finished.json || $(RUN) -m gqa.train --config=configs/recall/teacher.py --workdir=runs/recall/teacher
