@@ -45,7 +45,6 @@ SCORES = ("loss", "accuracy", "target_tokens")
 SCRATCH = "scratch"  # a method; its α is 1
 DRAWN = ("random", "+")  # methods, or marks of methods, whose conversion depends on the seed
 RESULT, FAILED, LOG, LOCK, METRICS = "result.json", "failed.json", "log.txt", ".lock", "metrics.jsonl"
-FINETUNING = ("config", "overrides", "rows", "metrics", "inputs_length", "max_new_tokens")  # of each task
 EXAMPLES = {"alpha": "0.05", "kv_heads": "2", "seed": "1"}
 COMMANDS = "commands.json"  # those that are over of a run at work, and their seconds
 SETTINGS = "sweep.json"  # of the sweep whose runs the folder holds
@@ -64,6 +63,35 @@ class Run(NamedTuple):
     def name(self) -> str:
         """Of its folder."""
         return f"{self.teacher}-{self.method}-k{self.kv_heads}-a{self.alpha:g}-s{self.seed}"
+
+
+@dataclasses.dataclass(frozen=True)
+class FineTuning:
+    """Of a task: the config of its training, and the held-out rows, lengths and metrics of its scores."""
+
+    config: str
+    overrides: tuple | list
+    rows: int
+    inputs_length: int
+    max_new_tokens: int
+    metrics: str
+
+    def check(self, task: str) -> None:
+        """Raises `InputError` for what would otherwise fail only once a run's model is uptrained."""
+        from gqa.evaluation import text_metrics
+
+        if not Path(self.config).exists():
+            raise InputError(f"finetune.{task}.config: {self.config} is missing; run from the project's root")
+        for name in ("rows", "inputs_length", "max_new_tokens"):
+            if getattr(self, name) < 1:
+                raise InputError(f"finetune.{task}.{name} is {getattr(self, name)}; expected 1 or more")
+        for metric in self.metrics.split(","):
+            text_metrics.find(metric)
+        trained = (command_line.load_config(self.config, self.overrides).get("data") or {}).get("task")
+        if trained != task:
+            raise InputError(
+                f"finetune.{task} trains on {trained}; expected --config.data.task={task} among its overrides"
+            )
 
 
 def main() -> int | None:
@@ -169,9 +197,13 @@ class Sweep:
             if not isinstance(config.runs[name], tuple | list):
                 raise InputError(f"runs.{name} is {config.runs[name]!r}; expected several values, such as (1, 2)")
         self.workdir = workdir
-        self._config, self._finetune = config, config.get("finetune") or {}
+        self._config = config
+        self._finetune = {
+            task: command_line.build(FineTuning, dict(choice), f"finetune.{task}")
+            for task, choice in sections["finetune"].items()
+        }
         for task, choice in self._finetune.items():
-            _check_finetuning(task, choice)
+            choice.check(task)
         self._teachers = {name: dict(teacher) for name, teacher in config.teachers.items()}
         for name, teacher in self._teachers.items():
             if not isinstance(teacher.get("kv_heads"), int):
@@ -469,38 +501,19 @@ def _check_heads(name: str, teacher: dict[str, Any]) -> None:
         )
 
 
-def _check_finetuning(task: str, choice) -> None:
-    """Raises `InputError` for what would fail only when a run's model is uptrained."""
-    from gqa.evaluation import text_metrics
-
-    lacking = [name for name in FINETUNING if choice.get(name) is None]
-    if lacking or not Path(choice.config).exists():
-        name, found = (lacking or ["config"])[0], choice.get("config")
-        reason = "is not set" if lacking else f"is {found}, which is missing; run from the project's root"
-        raise InputError(f"finetune.{task}.{name} {reason}; a task has {', '.join(FINETUNING)}")
-    for name in ("rows", "inputs_length", "max_new_tokens"):
-        if type(choice[name]) is not int or choice[name] < 1:
-            raise InputError(f"finetune.{task}.{name} is {choice[name]!r}; expected a number from 1 on")
-    for metric in choice.metrics.split(","):
-        text_metrics.find(metric)
-    if (trained := command_line.load_config(choice.config, choice.overrides).data.task) != task:
-        raise InputError(
-            f"finetune.{task} trains on {trained}; expected --config.data.task={task} among its overrides, as its "
-            "answers are scored"
-        )
-
-
-def _finetuning(task: str, choice, run: Run, checkpoint: Path, folder: Path) -> Iterator[tuple[str, list[str]]]:
+def _finetuning(
+    task: str, choice: FineTuning, run: Run, checkpoint: Path, folder: Path
+) -> Iterator[tuple[str, list[str]]]:
     """The commands still to do until a run's model is fine-tuned on a task and scored on its held-out examples."""
     tuned, rows = folder / task, folder / f"{task}.jsonl"
     if not (tuned / "finished.json").exists():
         arguments = [f"--config={choice.config}", f"--workdir={tuned}", f"--config.model.checkpoint={checkpoint}"]
         yield "gqa.train", [*arguments, f"--config.train.seed={run.seed}", *choice.overrides]
     if not rows.exists():
-        source = command_line.load_config(Path(choice.config)).data.source
+        source = command_line.load_config(choice.config, choice.overrides).data.source
         arguments = [f"--task={task}", *([f"--source={source}"] if source else [])]
         yield "gqa.data.tasks", [*arguments, f"--limit={choice.rows}", f"--output={rows}"]
-    settings = [f"--{name}={choice[name]}" for name in ("metrics", "inputs_length", "max_new_tokens")]
+    settings = [f"--{name}={getattr(choice, name)}" for name in ("metrics", "inputs_length", "max_new_tokens")]
     output = f"--output={folder / f'{task}-scores'}"
     yield "gqa.evaluate", [f"--checkpoint={tuned / 'model'}", f"--task_file={rows}", *settings, output]
 

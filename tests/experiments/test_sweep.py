@@ -46,11 +46,11 @@ def finetuning(tmp_path):
     path = tmp_path / "finetune.py"
     path.write_text(
         "from ml_collections import ConfigDict\n\n"
-        "get_config = lambda: ConfigDict(dict(data=dict(task='docstring', source='texts'), train=dict(steps=5)))\n"
+        "get_config = lambda: ConfigDict(dict(data=dict(task='docstring', source=''), train=dict(steps=5)))\n"
     )
     return dict(
         config=str(path),
-        overrides=("--config.train.steps=7",),
+        overrides=("--config.train.steps=7", "--config.data.source=texts"),
         rows=9,
         inputs_length=256,
         max_new_tokens=64,
@@ -406,19 +406,19 @@ def test_scores_that_cannot_be_read_fail_their_run_alone(start, called, tmp_path
         (dict(finetune=3), r"finetune is 3; expected a section"),
         (dict(heads=4), r"teachers\.tiny\.kv_heads is 4, .* has 8; expected the same"),
         (dict(runs=dict(kv_heads=(2.5,))), r"runs\.kv_heads holds 2\.5; expected numbers such as 2"),
+        (dict(finetune=dict(rows=None)), r"finetune\.docstring\.rows=None is a NoneType; expected int"),
         (
-            dict(finetune=dict(rows=None)),
-            r"finetune\.docstring\.rows is not set; a task has config, overrides, rows, metrics",
+            dict(finetune=dict(beam=4)),
+            r"finetune\.docstring: unknown 'beam'; expected one of config, overrides, rows, .*",
         ),
-        (dict(finetune=dict(rows=0)), r"finetune\.docstring\.rows is 0; expected a number from 1 on"),
-        (dict(finetune=dict(max_new_tokens="64")), r"finetune\.docstring\.max_new_tokens is '64'; expected a number"),
+        (dict(finetune=dict(rows=0)), r"finetune\.docstring\.rows is 0; expected 1 or more"),
         (dict(finetune=dict(metrics="rogue")), r"metric 'rogue' is unknown; expected one of .*; nearest: rouge"),
         (dict(finetune=dict(overrides=("--config.train.stpes=7",))), r"config\.train\.stpes; nearest: .*\.steps"),
         (
             dict(finetune=dict(overrides=("--config.data.task=arxiv",))),
             r"finetune\.docstring trains on arxiv; expected --config\.data\.task=docstring",
         ),
-        (dict(finetune=dict(config="no.py")), r"finetune\.docstring\.config is no\.py, which is missing; run from"),
+        (dict(finetune=dict(config="no.py")), r"finetune\.docstring\.config: no\.py is missing; run from"),
     ],
 )
 def test_what_no_run_could_do_is_said_before_the_first(change, reason, sweep_file, finetuning, tmp_path):
