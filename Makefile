@@ -13,6 +13,7 @@ WORKERS := --numprocesses=2 --dist=loadfile --no-loadscope-reorder
 QUICKSTART := runs/quickstart
 MINIATURE := runs/miniature
 SWEEP := $(RUN) -m experiments.sweep --config=configs/sweeps
+CONVERSIONS := $(RUN) -m experiments.conversion_methods --rows=1024 --results=$(MINIATURE)/conversion_methods
 BEST := --method=svd+group+refit --calibrate=embedded_large --calibration_length=128
 
 .DEFAULT_GOAL := help
@@ -40,11 +41,12 @@ miniature: .venv/.core  ## the paper's sweeps on the shipped teacher, and their 
 	test -e runs/recall/teacher/finished.json || $(RUN) -m gqa.train --config=configs/recall/teacher.py --workdir=runs/recall/teacher
 	-$(SWEEP)/recall.py --workdir=$(MINIATURE)/recall
 	-$(SWEEP)/scratch.py --workdir=$(MINIATURE)/scratch
-	-$(SWEEP)/methods.py --workdir=$(MINIATURE)/methods
-	-$(SWEEP)/alpha.py --workdir=$(MINIATURE)/alpha --known=$(MINIATURE)/methods/results.json
-	-$(SWEEP)/groups.py --workdir=$(MINIATURE)/groups --known=$(MINIATURE)/methods/results.json
+	-$(CONVERSIONS) --teacher=t5 --alphas=0 --methods=mean,first,random,svd+group+refit,svd+group+tune+refit
+	-$(CONVERSIONS) --teacher=t5_annealed --alphas=0,0.01,0.05,0.1 --methods=mean --uptrained=mean
+	-$(CONVERSIONS) --teacher=t5_annealed --alphas=0,0.05 --methods=first,random --uptrained=first,random
+	-$(RUN) -m experiments.uptrain_full --results=$(MINIATURE)/uptrain_full
 	test -e runs/teacher_small/finished.json || $(RUN) -m gqa.train --config=configs/teacher_t5_small.py --workdir=runs/teacher_small
-	-$(SWEEP)/sizes.py --workdir=$(MINIATURE)/sizes --known=$(MINIATURE)/methods/results.json
+	-$(SWEEP)/sizes.py --workdir=$(MINIATURE)/sizes
 	-for task in docstring long_docstring; do \
 	    $(SWEEP)/$$task.py --workdir=$(MINIATURE)/$$task; \
 	    $(SWEEP)/$$task.py --workdir=$(MINIATURE)/$${task}_random --config.runs.method=random, --config.runs.kv_heads=1, \

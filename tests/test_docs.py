@@ -2,11 +2,13 @@
 
 import dataclasses
 import importlib.util
+import json
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from gqa.posttraining.config import IterationsConfig, RejectionConfig
@@ -55,6 +57,48 @@ def test_every_command_is_there(pages):
     commands = pages.commands()
     for module in ("gqa.train", "gqa.data.tasks", "checkpoints_tools.convert", "experiments.figures"):
         assert f"## {module}\n" in commands
+
+
+def test_commands_of_the_reproduction_are_those_of_make_miniature():
+    dry = ["make", "--dry-run", "miniature"]
+    made = subprocess.run(dry, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    commands = re.findall(r"^(?:test .* \|\| )?\.venv/bin/(python -m (?:gqa|experiments)\b.*)$", made, re.MULTILINE)
+    assert len(commands) > 8
+    page = re.sub(r"\\\n\s+", "", (ROOT / "docs" / "reproduction.md").read_text())
+    assert set(commands) <= {line.split("  #")[0].strip() for line in page.splitlines()}
+
+
+# Row of the page -> folder of the sweep, its teacher, the score.
+KEPT = {
+    "accuracy of recall [R]": ("recall", "recall", "accuracy"),
+    "accuracy on Python source [D]": ("docstring", "t5", "accuracy"),
+    "the same, teacher of half the width [S]": ("sizes", "t5_small", "accuracy"),
+    "functions' docstrings, ROUGE-1 [D]": ("docstring", "t5", "docstring rouge1"),
+    "functions' docstrings, ROUGE-2 [D]": ("docstring", "t5", "docstring rouge2"),
+}
+
+
+@pytest.mark.parametrize("row", KEPT)
+def test_what_the_reproduction_says_is_kept_are_the_results(row):
+    folder, teacher, score = KEPT[row]
+    results = json.loads((ROOT / "experiments" / "results" / "miniature" / folder / "results.json").read_text())
+    scores = {
+        (run["method"], run["kv_heads"], run["seed"]): run[score]
+        for run in results["runs"]
+        if run["teacher"] == teacher and run["alpha"] == 0.05
+    }
+    expected = []
+    for kv_heads in (2, 1):
+        for method in ("mean", "svd+group+refit"):
+            shares = [
+                100 * scores[method, kv_heads, seed] / scores["none", 8, seed]
+                for seed in (1, 2, 3)
+                if (method, kv_heads, seed) in scores
+            ]
+            expected.append(f"{np.mean(shares):.1f} ± {np.std(shares, ddof=1):.1f}" if shares else "")
+    page = (ROOT / "docs" / "reproduction.md").read_text()
+    (line,) = (line for line in page.splitlines() if line.startswith(f"| {row} |"))
+    assert [cell.strip() for cell in line.strip("|").split("|")[1:]] == expected
 
 
 def test_every_page_is_in_the_navigation():
