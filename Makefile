@@ -52,7 +52,7 @@ miniature: .venv/.core  ## the paper's sweeps on the shipped teacher, and their 
 	    $(SWEEP)/$$task.py --workdir=$(MINIATURE)/$${task}_random --config.runs.method=random, --config.runs.kv_heads=1, \
 	        --config.runs.alpha=0.0, --config.runs.seed=1,; \
 	done
-	-for turn in 1 2 3; do for size in t5 t5_small; do \
+	-for turn in 1 2 3 4; do for size in t5 t5_small; do \
 	    $(RUN) -m experiments.timing --config=configs/timing/teacher_$$size.py --output=$(MINIATURE)/timing/$$size --add; \
 	done; done
 	$(RUN) -m experiments.figures --runs=$(MINIATURE) --output=$(MINIATURE)/figures

@@ -116,8 +116,8 @@ def draw(paths: Sequence[Path], folders: Sequence[Path], score: str | None, outp
         yield from _save("fig6", name, pictures.time_against_groups(results, name), output)
     alpha = next((results.alpha for results in found if results.alpha is not None), None)
     heads = {teacher: number for results in found for teacher, number in results.heads.items()}
-    if curves := stability.read(folders, alpha, heads):
-        yield from _save("stability", "runs", pictures.stability(curves), output)
+    for name, curves in stability.read(folders, alpha, heads).items():
+        yield from _save("stability", name, pictures.stability(curves), output)
 
 
 def _check_names(kind: str, names: Sequence[str]) -> None:

@@ -304,6 +304,7 @@ def stability(curves: Sequence[Curve]) -> Figure:
         # A spike is a difference of losses: an axis that shows some is linear.
         scale = "linear" if countable else _scale([curve.losses for curve in runs], "loss")
         axis.set_yscale(scale)
+    counts.set_xlim(right=max(1.0, counts.get_xlim()[1]))  # where there is none, fractions of one say nothing
     _titles(counts, "mean and standard deviation", "spikes a run", "")
     _titles(ends, "over seeds", "last held-out loss,\nnats a token", "")
     _method_axis(counts, models)

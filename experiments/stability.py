@@ -54,8 +54,11 @@ def spikes(losses: np.ndarray) -> np.ndarray:
     return np.sort(np.concatenate([np.flatnonzero(~known), later[losses[later] - usual > FACTOR * scale]]))
 
 
-def read(folders: Sequence[Path], alpha: float | None, heads: Mapping[str, int] = MappingProxyType({})) -> list[Curve]:
-    """The runs in `folders`, of gqa.train or of a sweep: folders NAME-s1, NAME-s2 … or NAME-seed1 … hold seeds of NAME.
+def read(
+    folders: Sequence[Path], alpha: float | None, heads: Mapping[str, int] = MappingProxyType({})
+) -> dict[str, list[Curve]]:
+    """The runs in `folders`, of gqa.train ("runs") or of sweeps (by teacher, as tasks' losses do not compare): folders
+    NAME-s1, NAME-s2 … or NAME-seed1 … hold seeds of NAME.
 
     Of a sweep those that uptrain for `alpha` (None: the largest) from mean pooling, the teacher's, and those trained
     from scratch, which are named as the paper does; `heads` are the teachers'. A run that is in several folders counts
@@ -72,10 +75,12 @@ def read(folders: Sequence[Path], alpha: float | None, heads: Mapping[str, int] 
             runs.setdefault((run.curve.model, run.curve.seed), run)
     models = [model for model, _ in runs]
     kept = [run for run in runs.values() if models.count(run.curve.model) > 1]
-    several = len({run.teacher for run in kept if run.teacher}) > 1
     order = [TRAINED, SCRATCH, UPTRAINED]
     kept.sort(key=lambda run: (order.index(run.curve.kind), run.teacher, -run.kv_heads))
-    return [run.curve._replace(model=run.name(heads, several)) for run in kept]
+    curves: dict[str, list[Curve]] = {}
+    for run in kept:
+        curves.setdefault(run.teacher or "runs", []).append(run.curve._replace(model=run.name(heads)))
+    return curves
 
 
 class _Run(NamedTuple):
@@ -87,12 +92,12 @@ class _Run(NamedTuple):
     kv_heads: int = 0
     alpha: float = 0.0
 
-    def name(self, heads: Mapping[str, int], several: bool) -> str:
-        """As the paper names it, of `several` teachers with the teacher; its folder's where no sweep made it."""
+    def name(self, heads: Mapping[str, int]) -> str:
+        """As the paper names it; its folder's where no sweep made it."""
         if not self.teacher:
             return self.curve.model
         model = model_name(self.kv_heads, self.kv_heads if self.method == TEACHER else heads.get(self.teacher))
-        return f"{self.teacher} {model}, {self.curve.kind}" if several else f"{model}, {self.curve.kind}"
+        return f"{model}, {self.curve.kind}"
 
 
 def _runs(folders: Iterator[Path]) -> Iterator[_Run]:

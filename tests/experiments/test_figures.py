@@ -339,20 +339,23 @@ def test_stability_of_runs_and_of_a_sweep(tmp_path):
         write_run(tmp_path / "sweep" / f"t5-none-k8-a0.05-s{seed}", wave()[: stability.WINDOW], 2.0, result)
     write_run(tmp_path / "again" / "alone-s1", wave(), 2.0)  # the same run
     curves = stability.read([tmp_path], 0.05, {"t5": 8})
-    assert [(curve.model, curve.seed) for curve in curves] == [
-        (model, seed)
-        for model in ("mqa_scratch", "MHA, from scratch", "MHA, uptrained", "GQA-2, uptrained")
-        for seed in (1, 2)
-    ]
-    assert {curve.model for curve in stability.read([tmp_path], 0.05)} > {"GQA-8, from scratch", "MHA, uptrained"}
-    trained, scratch, uptrained, spikes, heldout = pictures.stability(curves).axes
-    found = drawn(spikes, "x")
-    np.testing.assert_allclose(found["mqa_scratch"], [(1.0, 0, np.sqrt(2))])
-    # Eleven lines have none before them that say what is usual: no mark, not one at 0; a model's other runs count.
-    assert "MHA, uptrained" not in found and found["GQA-2, uptrained"] == [(1.0, 3.0, 0.0)]
-    assert [(text.get_text(), text.get_position()[1]) for text in spikes.texts] == [("too few lines", 2)]
+    assert {name: [(curve.model, curve.seed) for curve in each] for name, each in curves.items()} == {
+        "runs": [("mqa_scratch", 1), ("mqa_scratch", 2)],
+        "t5": [
+            (model, seed) for model in ("MHA, from scratch", "MHA, uptrained", "GQA-2, uptrained") for seed in (1, 2)
+        ],
+    }
+    unknown = stability.read([tmp_path], 0.05)["t5"]
+    assert {curve.model for curve in unknown} > {"GQA-8, from scratch", "MHA, uptrained"}
+    trained, spikes, heldout = pictures.stability(curves["runs"]).axes
+    np.testing.assert_allclose(drawn(spikes, "x")["mqa_scratch"], [(1.0, 0, np.sqrt(2))])
     np.testing.assert_allclose(drawn(heldout, "x")["mqa_scratch"], [(2.7, 0, 0.4 / np.sqrt(2))])
-    np.testing.assert_allclose(drawn(heldout, "x")["GQA-2, uptrained"], [(2.15, 3, 0.1 / np.sqrt(2))])
+    scratch, uptrained, spikes, heldout = pictures.stability(curves["t5"]).axes
+    found = drawn(spikes, "x")
+    # Eleven lines have none before them that say what is usual: no mark, not one at 0; a model's other runs count.
+    assert "MHA, uptrained" not in found and found["GQA-2, uptrained"] == [(1.0, 2.0, 0.0)]
+    assert [(text.get_text(), text.get_position()[1]) for text in spikes.texts] == [("too few lines", 1)]
+    np.testing.assert_allclose(drawn(heldout, "x")["GQA-2, uptrained"], [(2.15, 2, 0.1 / np.sqrt(2))])
     marked = [
         [line.get_xdata().tolist() for line in axis.lines if line.get_marker() == "x"]
         for axis in (trained, scratch, uptrained)
@@ -360,7 +363,7 @@ def test_stability_of_runs_and_of_a_sweep(tmp_path):
     assert marked == [[[200, 410], []], [[300], [300]], [[], [], [300], []]]
     # Uptraining's few steps have an axis of their own.
     write_run(tmp_path / "sweep" / "t5-mean-k2-a0.05-s1", wave()[:5], 2.1, result | {"method": "mean", "kv_heads": 2})
-    short = pictures.stability(stability.read([tmp_path], 0.05, {"t5": 8})).axes[2]
+    short = pictures.stability(stability.read([tmp_path], 0.05, {"t5": 8})["t5"]).axes[1]
     assert short.get_xlim()[1] < 120 and "spike" not in short.get_title() and "spike" in trained.get_title()
 
 
