@@ -95,7 +95,8 @@ def size_name(config: Mapping[str, Any], folder: str | None = None) -> str:
 
 def label(name: str) -> str:
     """A score's axis label."""
-    return LABELS.get(name, name.replace(" rouge", " ROUGE-"))
+    task, _, metric = name.rpartition(" ")
+    return LABELS.get(name) or (f"{task}, {LABELS['loss']}" if metric == "loss" else name.replace(" rouge", " ROUGE-"))
 
 
 def is_of_task(name: str) -> bool:

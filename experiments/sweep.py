@@ -378,11 +378,15 @@ class Sweep:
 
     def _scores(self, folder: Path) -> dict[str, float]:
         """What the commands of a run have found."""
+        from gqa.training import metrics
+
         scores = json.loads((folder / "evaluation.json").read_text())
         found = {name: scores[name] for name in SCORES}
         for task in self._finetune:
             (checkpoint,) = json.loads((folder / f"{task}-scores" / "scores.json").read_text())["checkpoints"].values()
             found |= {f"{task} {name}": score["value"] for name, score in checkpoint["scores"][task].items()}
+            heldout = [line["loss"] for line in metrics.read(folder / task) if line["split"] == "heldout"]
+            found |= {f"{task} loss": loss for loss in heldout[-1:]}
         return found
 
     def _commands(self, run: Run, folder: Path) -> Iterator[tuple[str, list[str]]]:

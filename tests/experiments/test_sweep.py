@@ -70,6 +70,8 @@ def called(monkeypatch):
         if module == "gqa.train":
             output.mkdir(parents=True)
             (output / "finished.json").touch()
+            lines = [dict(step=step, split="heldout", loss=4.0 - step) for step in range(3)]
+            (output / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         elif module == "checkpoints_tools.convert":
             output.mkdir()
         elif "task_file" in options:
@@ -197,6 +199,7 @@ def test_fine_tunes_and_scores(sweep_file, tmp_path, called, finetuning):
     with (workdir / "results.csv").open() as file:
         (row,) = csv.DictReader(file)
     assert (row["docstring rouge1"], row["loss"], row["target_tokens"]) == ("21.5", "2.0", "7")
+    assert row["docstring loss"] == "2.0"  # the last of the fine-tuning
     assert not (folder / "docstring").exists() and (folder / "docstring-scores").exists()
 
 
