@@ -35,14 +35,14 @@ quickstart: .venv/.core  ## convert the shipped model to GQA and MQA, uptrain it
 posttraining: .venv/.core  ## SFT to PPO and to DPO on the shipped Llama, with a report
 	$(RUN) -m experiments.posttraining
 
-miniature: .venv/.core  ## the paper's sweeps on the shipped teacher, and their figures: about 21 hours, resumable
+miniature: .venv/.core  ## the paper's sweeps on the shipped teacher, and their figures: 20 to 30 hours, resumable
 	mkdir -p $(MINIATURE)
 	test -e runs/recall/records/manifest.json || $(RUN) -m experiments.recall
 	test -e runs/recall/teacher/finished.json || $(RUN) -m gqa.train --config=configs/recall/teacher.py --workdir=runs/recall/teacher
 	-$(SWEEP)/recall.py --workdir=$(MINIATURE)/recall
 	-$(SWEEP)/scratch.py --workdir=$(MINIATURE)/scratch
 	-$(CONVERSIONS) --teacher=t5 --alphas=0 --methods=mean,first,random,svd+group+refit,svd+group+tune+refit
-	-$(CONVERSIONS) --teacher=t5_annealed --alphas=0,0.01,0.05,0.1 --methods=mean --uptrained=mean
+	-$(CONVERSIONS) --teacher=t5_annealed --alphas=0,0.01,0.05,0.1 --methods=mean,svd+group+tune+refit --uptrained=mean
 	-$(CONVERSIONS) --teacher=t5_annealed --alphas=0,0.05 --methods=first,random --uptrained=first,random
 	-$(RUN) -m experiments.uptrain_full --results=$(MINIATURE)/uptrain_full
 	test -e runs/teacher_small/finished.json || $(RUN) -m gqa.train --config=configs/teacher_t5_small.py --workdir=runs/teacher_small

@@ -114,7 +114,9 @@ def main() -> None:
 
     path = arguments.results / f"{arguments.teacher}.json"
     earlier = _earlier(path, arguments.rows)
-    bench = Bench(teacher, config, sites, arguments.rows, arguments.workdir / arguments.teacher)
+    # Runs on other rows are other runs.
+    workdir = arguments.workdir / f"{arguments.teacher}-{arguments.rows}"
+    bench = Bench(teacher, config, sites, arguments.rows, workdir)
     results = {
         "command": " ".join(["python -m experiments.conversion_methods", *sys.argv[1:]]),
         "machine": machine(),

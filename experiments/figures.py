@@ -9,7 +9,7 @@ where they compare:
     fig6       time per sample against key/value heads, and what the bytes alone would take
     heads      quality against key/value heads
     table1     models by time and quality, Markdown
-    stability  loss spikes and spread over seeds (GQA, appendix A)
+    stability  loss spikes and spread over seeds (GQA, appendix A), for each teacher; "runs" are those of gqa.train
 
 --runs are folders that hold results, at any depth: of experiments.sweep, experiments.conversion_methods,
 experiments.uptrain_full and experiments.timing; for the last figure, runs of gqa.train in folders NAME-s1, NAME-s2 ….
@@ -114,10 +114,9 @@ def draw(paths: Sequence[Path], folders: Sequence[Path], score: str | None, outp
                 yield from _save(figure, name, drawing(own, score), output)
     for name, results in timings.items():
         yield from _save("fig6", name, pictures.time_against_groups(results, name), output)
-    alpha = next((results.alpha for results in found if results.alpha is not None), None)
     heads = {teacher: number for results in found for teacher, number in results.heads.items()}
-    for name, curves in stability.read(folders, alpha, heads).items():
-        yield from _save("stability", name, pictures.stability(curves), output)
+    for name, curves in stability.read(folders, heads).items():
+        yield from _save("stability", name, pictures.stability(curves, name), output)
 
 
 def _check_names(kind: str, names: Sequence[str]) -> None:

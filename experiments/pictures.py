@@ -267,7 +267,7 @@ def first_format(results: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [row for row in results["rows"] if (row["weights"], row["cache"]) == wanted]
 
 
-def stability(curves: Sequence[Curve]) -> Figure:
+def stability(curves: Sequence[Curve], name: str) -> Figure:
     """GQA appendix A: training losses with their spikes, spikes a run, and the last held-out loss, over seeds.
 
     Losses have a panel for each way to train: uptraining takes far fewer steps than training from scratch.
@@ -276,6 +276,7 @@ def stability(curves: Sequence[Curve]) -> Figure:
     kinds = list(dict.fromkeys(curve.kind for curve in curves))
     size = (6.2 + 4.6 * len(kinds), 1.8 + 0.3 * max(9, len(models)))
     figure, axes = _panels(len(kinds) + 2, size, widths=[1.5] * len(kinds) + [1, 1])
+    figure.suptitle(name, fontsize="medium")
     counts, ends = axes[-2:]
     for row, model in enumerate(models):
         runs = [curve for curve in curves if curve.model == model]

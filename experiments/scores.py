@@ -2,7 +2,7 @@
 
 import collections
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -67,14 +67,19 @@ class Results(NamedTuple):
 
     @property
     def alpha(self) -> float | None:
-        """The share of uptraining that models are compared at: the paper's 0.05, else the largest; None without any."""
-        shares = {score.alpha for score in self.scores if score.alpha > 0}
-        return 0.05 if 0.05 in shares else max(shares, default=None)
+        """The share of uptraining that models are compared at; None without any."""
+        return compared_share(score.alpha for score in self.scores)
 
     def compared(self) -> list[tuple[str, int, float]]:
         """Of one teacher's cells, those of GQA's Table 1: the teacher as it is and uptrained, conversions uptrained."""
         keys = dict.fromkeys((score.method, score.kv_heads, score.alpha) for score in self.scores)
         return [key for key in keys if key[2] == self.alpha or (key[0] == TEACHER and key[2] == 0)]
+
+
+def compared_share(shares: Iterable[float]) -> float | None:
+    """The share of uptraining that models are compared at: 5 % as in the paper, else the most; None if all are 0."""
+    shares = {share for share in shares if share > 0}
+    return 0.05 if 0.05 in shares else max(shares, default=None)
 
 
 def model_name(kv_heads: int, heads: int | None = None) -> str:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from experiments.scores import TEACHER, model_name, reading
+from experiments.scores import TEACHER, compared_share, model_name, reading
 from gqa.checkpoints.hf_config import read_json
 from gqa.training import metrics
 
@@ -54,24 +54,25 @@ def spikes(losses: np.ndarray) -> np.ndarray:
     return np.sort(np.concatenate([np.flatnonzero(~known), later[losses[later] - usual > FACTOR * scale]]))
 
 
-def read(
-    folders: Sequence[Path], alpha: float | None, heads: Mapping[str, int] = MappingProxyType({})
-) -> dict[str, list[Curve]]:
+def read(folders: Sequence[Path], heads: Mapping[str, int] = MappingProxyType({})) -> dict[str, list[Curve]]:
     """The runs in `folders`, of gqa.train ("runs") or of sweeps (by teacher, as tasks' losses do not compare): folders
     NAME-s1, NAME-s2 … or NAME-seed1 … hold seeds of NAME.
 
-    Of a sweep those that uptrain for `alpha` (None: the largest) from mean pooling, the teacher's, and those trained
+    Of a sweep those that uptrain for 5 % (else the largest share) from mean pooling, the teacher's, and those trained
     from scratch, which are named as the paper does; `heads` are the teachers'. A run that is in several folders counts
     once; runs of fewer than two seeds are left out.
     """
     found = {(path, path.relative_to(folder).parts) for folder in folders for path in folder.rglob(metrics.JSONL)}
     paths = sorted({path for path, parts in found if not {"checkpoints", "uptrained"} & set(parts)})
     found = list(_runs(path.parent for path in paths))
-    shares = {run.alpha for run in found if run.curve.kind == UPTRAINED}
-    wanted = max(shares, default=None) if alpha is None else alpha
+    shares: dict[str, set[float]] = {}
+    for run in found:
+        if run.curve.kind == UPTRAINED:
+            shares.setdefault(run.teacher, set()).add(run.alpha)
+    wanted = {teacher: compared_share(each) for teacher, each in shares.items()}
     runs: dict[tuple[str, int], _Run] = {}
     for run in found:
-        if run.curve.kind != UPTRAINED or run.alpha == wanted:
+        if run.curve.kind != UPTRAINED or run.alpha == wanted[run.teacher]:
             runs.setdefault((run.curve.model, run.curve.seed), run)
     models = [model for model, _ in runs]
     kept = [run for run in runs.values() if models.count(run.curve.model) > 1]

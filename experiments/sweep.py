@@ -1,9 +1,10 @@
 """python -m experiments.sweep --config=configs/sweeps/groups.py --workdir=DIR [--known=FILE] [--worker=I/N] [--list] …
 
 Runs every combination of a sweep: teacher x method x key/value heads x α x seed. A run converts the teacher, uptrains
-the conversion for α of the pre-training and scores it; where the sweep says so it is also fine-tuned on a task and its
-answers are scored. The method `scratch` converts nothing: it trains the teacher's own configuration from new weights,
-with so many key/value heads and as many parameters (a wider FFN makes up for the heads, as in Llama 2, appendix A.2.1).
+the conversion for α of the pre-training and scores it; where the sweep says so it is also fine-tuned on a task, its
+answers are scored, and "TASK loss" is the last held-out loss of the fine-tuning. The method `scratch` converts nothing:
+it trains the teacher's own configuration from new weights, with so many key/value heads and as many parameters (a wider
+FFN makes up for the heads, as in Llama 2, appendix A.2.1).
 All by the project's own commands; what they print goes to the run's log.txt.
 
 Finished runs are skipped, interrupted ones go on, one that fails is listed with its reason and does not stop the

@@ -323,6 +323,11 @@ def write_run(folder, losses, heldout, result=None):
         (folder / "result.json").write_text(json.dumps(result))
 
 
+def test_labels_of_a_task_s_scores():
+    assert scores.label("docstring rouge1") == "docstring ROUGE-1"
+    assert scores.label("docstring loss") == "docstring, held-out loss, nats a token (lower is better)"
+
+
 def test_stability_of_runs_and_of_a_sweep(tmp_path):
     tmp_path = tmp_path / "checkpoints"  # what is in a folder of that name inside is no run; the folder itself may be
     write_run(tmp_path / "mqa_scratch-s1" / "checkpoints" / "x-s1", wave(), 2.0)
@@ -337,20 +342,23 @@ def test_stability_of_runs_and_of_a_sweep(tmp_path):
             write_run(folder, wave([30]) if seed == 1 or method != "mean" else wave()[:5], 2.0 + seed / 10, result)
         result = {"teacher": "t5", "method": "none", "kv_heads": 8, "alpha": 0.05}
         write_run(tmp_path / "sweep" / f"t5-none-k8-a0.05-s{seed}", wave()[: stability.WINDOW], 2.0, result)
+        small = result | {"teacher": "small", "alpha": 0.1}  # another teacher has a share and a picture of its own
+        write_run(tmp_path / "sweep" / f"small-none-k8-a0.1-s{seed}", wave(), 2.0, small)
     write_run(tmp_path / "again" / "alone-s1", wave(), 2.0)  # the same run
-    curves = stability.read([tmp_path], 0.05, {"t5": 8})
+    curves = stability.read([tmp_path], {"t5": 8})
     assert {name: [(curve.model, curve.seed) for curve in each] for name, each in curves.items()} == {
         "runs": [("mqa_scratch", 1), ("mqa_scratch", 2)],
+        "small": [("MHA, uptrained", 1), ("MHA, uptrained", 2)],
         "t5": [
             (model, seed) for model in ("MHA, from scratch", "MHA, uptrained", "GQA-2, uptrained") for seed in (1, 2)
         ],
     }
-    unknown = stability.read([tmp_path], 0.05)["t5"]
+    unknown = stability.read([tmp_path])["t5"]
     assert {curve.model for curve in unknown} > {"GQA-8, from scratch", "MHA, uptrained"}
-    trained, spikes, heldout = pictures.stability(curves["runs"]).axes
+    trained, spikes, heldout = pictures.stability(curves["runs"], "runs").axes
     np.testing.assert_allclose(drawn(spikes, "x")["mqa_scratch"], [(1.0, 0, np.sqrt(2))])
     np.testing.assert_allclose(drawn(heldout, "x")["mqa_scratch"], [(2.7, 0, 0.4 / np.sqrt(2))])
-    scratch, uptrained, spikes, heldout = pictures.stability(curves["t5"]).axes
+    scratch, uptrained, spikes, heldout = pictures.stability(curves["t5"], "t5").axes
     found = drawn(spikes, "x")
     # Eleven lines have none before them that say what is usual: no mark, not one at 0; a model's other runs count.
     assert "MHA, uptrained" not in found and found["GQA-2, uptrained"] == [(1.0, 2.0, 0.0)]
@@ -363,7 +371,7 @@ def test_stability_of_runs_and_of_a_sweep(tmp_path):
     assert marked == [[[200, 410], []], [[300], [300]], [[], [], [300], []]]
     # Uptraining's few steps have an axis of their own.
     write_run(tmp_path / "sweep" / "t5-mean-k2-a0.05-s1", wave()[:5], 2.1, result | {"method": "mean", "kv_heads": 2})
-    short = pictures.stability(stability.read([tmp_path], 0.05, {"t5": 8})["t5"]).axes[1]
+    short = pictures.stability(stability.read([tmp_path], {"t5": 8})["t5"], "t5").axes[1]
     assert short.get_xlim()[1] < 120 and "spike" not in short.get_title() and "spike" in trained.get_title()
 
 
@@ -501,4 +509,4 @@ def test_metrics_of_another_program_are_named(tmp_path, line):
     (tmp_path / "a-s1").mkdir()
     (tmp_path / "a-s1" / "metrics.jsonl").write_text(json.dumps(line) + "\n")
     with pytest.raises(InputError, match=r"metrics\.jsonl is no result of gqa\.train; expected one"):
-        stability.read([tmp_path], None)
+        stability.read([tmp_path])

@@ -70,7 +70,8 @@ def called(monkeypatch):
         if module == "gqa.train":
             output.mkdir(parents=True)
             (output / "finished.json").touch()
-            lines = [dict(step=step, split="heldout", loss=4.0 - step) for step in range(3)]
+            lines = [dict(step=step, split="heldout", loss=loss) for step, loss in enumerate((4.0, 3.0, 3.5))]
+            lines.append(dict(step=3, split="train", loss=9.0))
             (output / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         elif module == "checkpoints_tools.convert":
             output.mkdir()
@@ -199,7 +200,7 @@ def test_fine_tunes_and_scores(sweep_file, tmp_path, called, finetuning):
     with (workdir / "results.csv").open() as file:
         (row,) = csv.DictReader(file)
     assert (row["docstring rouge1"], row["loss"], row["target_tokens"]) == ("21.5", "2.0", "7")
-    assert row["docstring loss"] == "2.0"  # the last of the fine-tuning
+    assert row["docstring loss"] == "3.5"  # the last of the fine-tuning
     assert not (folder / "docstring").exists() and (folder / "docstring-scores").exists()
 
 
