@@ -69,8 +69,9 @@ def test_commands_of_the_reproduction_are_those_of_make_miniature(tmp_path):
         lines = subprocess.run(said, cwd=tmp_path, capture_output=True, text=True, check=True).stdout.splitlines()
         return {line for line in lines if line.startswith(("python -m experiments", "python -m gqa"))}
 
-    environment = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MFLAGS")}
-    dry = ["make", "--dry-run", "miniature"]
+    # As typed, not as part of the make that runs the tests.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
+    dry = ["make", "--dry-run", "--no-print-directory", "miniature"]
     made = subprocess.run(dry, cwd=ROOT, capture_output=True, text=True, check=True, env=environment).stdout
     made = made[made.index("mkdir -p runs/miniature") :].replace(".venv/bin/python", "python")
     page = (ROOT / "docs" / "reproduction.md").read_text()
