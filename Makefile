@@ -35,7 +35,7 @@ quickstart: .venv/.core  ## convert the shipped model to GQA and MQA, uptrain it
 posttraining: .venv/.core  ## SFT to PPO and to DPO on the shipped Llama, with a report
 	$(RUN) -m experiments.posttraining
 
-miniature: .venv/.core  ## the paper's sweeps on the shipped teacher, and their figures: 20 to 30 hours, resumable
+miniature: .venv/.eval  ## the paper's sweeps on the shipped teacher, and their figures: 20 to 30 hours, resumable
 	mkdir -p $(MINIATURE)
 	test -e runs/recall/records/manifest.json || $(RUN) -m experiments.recall
 	test -e runs/recall/teacher/finished.json || $(RUN) -m gqa.train --config=configs/recall/teacher.py --workdir=runs/recall/teacher
@@ -97,6 +97,11 @@ clean:  ## remove .venv, build files and caches; keep runs/
 	@echo 'Installing gqa into .venv (once, about 1 GB)'
 	@$(PYTHON) -m venv .venv
 	@$(INSTALL) .
+	@touch $@
+
+.venv/.eval: .venv/.core
+	@echo 'Installing what scores generated text into .venv'
+	@$(INSTALL) '.[eval]'
 	@touch $@
 
 .venv/.dev: .venv/.core

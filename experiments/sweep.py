@@ -10,8 +10,8 @@ All by the project's own commands; what they print goes to the run's log.txt.
 Finished runs are skipped, interrupted ones go on, one that fails is listed with its reason and does not stop the
 others. sweep.json holds the settings of a folder's runs; a sweep of other settings than these is refused there. All
 cells get their first seed before any gets its second: a sweep that is cut short leaves whole tables. The results are
-one tidy table, results.csv and results.json in the folder of the sweep; --known takes over the runs of a results.json
-from another machine or another day.
+one tidy table, results.csv and results.json in the folder of the sweep, written after every run; --known takes over the
+runs of a results.json from another machine or another day.
 
 Several processes may work on one folder: --worker=2/8 takes every eighth run from the third on, and --array=8 writes
 array.sh, for `sbatch` or for a plain shell.
@@ -87,7 +87,7 @@ class FineTuning:
             if getattr(self, name) < 1:
                 raise InputError(f"finetune.{task}.{name} is {getattr(self, name)}; expected 1 or more")
         for metric in self.metrics.split(","):
-            text_metrics.find(metric)
+            text_metrics.check(metric)
         trained = (command_line.load_config(self.config, self.overrides).get("data") or {}).get("task")
         if trained != task:
             raise InputError(
@@ -135,7 +135,9 @@ def main() -> int | None:
         return None
     sweep.know(known)
     sweep.do(sweep.runs[number::of])
-    return 1 if sweep.collect() else None
+    failed = sweep.collect()
+    sweep.report({})
+    return 1 if failed else None
 
 
 def _worker(text: str) -> tuple[int, int]:
@@ -164,6 +166,8 @@ def _write_array(arguments: argparse.Namespace, words: Sequence[str]) -> Path:
         f'    exec {command} --worker="$SLURM_ARRAY_TASK_ID/{arguments.array}"\n'
         "fi\n"
         "processes=() code=0\n"
+        # Bash starts what it leaves in the background deaf to Ctrl-C.
+        "trap 'kill \"${processes[@]}\" 2>/dev/null; wait; exit 130' INT TERM\n"
         f"for worker in $(seq 0 {arguments.array - 1}); do\n"
         f'    {command} --worker="$worker/{arguments.array}" &\n'
         '    processes+=("$!")\n'
@@ -188,12 +192,16 @@ class Sweep:
         missing += [f"runs.{name}" for name in AXES[1:] if not missing and name not in config.runs]
         if missing:
             raise InputError(f"the config has no {missing[0]}; expected a sweep's, such as configs/sweeps/groups.py")
-        sections = {"teachers": config.teachers, "runs": config.runs, "finetune": config.get("finetune") or {}}
+        sections = {"teachers": config.teachers, "runs": config.runs}
+        sections |= {name: config.get(name) or {} for name in ("finetune", "calibration")}
         for kind in ("teachers", "finetune"):
             sections |= {f"{kind}.{name}": each for name, each in _items(sections[kind])}
         for name, section in sections.items():
             if not hasattr(section, "items"):
                 raise InputError(f"{name} is {section!r}; expected a section, as in configs/sweeps/docstring.py")
+        options = config.overrides
+        if not isinstance(options, tuple | list) or not all(isinstance(option, str) for option in options):
+            raise InputError(f"overrides is {options!r}; expected several options, such as ('--config.train.seed=1',)")
         for name in AXES[1:]:
             if not isinstance(config.runs[name], tuple | list):
                 raise InputError(f"runs.{name} is {config.runs[name]!r}; expected several values, such as (1, 2)")
@@ -206,20 +214,10 @@ class Sweep:
         for task, choice in self._finetune.items():
             choice.check(task)
         self._teachers = {name: dict(teacher) for name, teacher in config.teachers.items()}
-        for name, teacher in self._teachers.items():
-            if not isinstance(teacher.get("kv_heads"), int):
-                found = teacher.get("kv_heads")
-                raise InputError(
-                    f"teachers.{name}.kv_heads is {found}; expected the teacher's number of key/value heads"
-                )
-            methods = set(config.runs.method)
-            needed = ["pretrain"] * (SCRATCH in methods) + ["checkpoint", "uptrain"] * (methods != {SCRATCH})
-            for key in needed:
-                if not teacher.get(key) or not Path(teacher[key]).exists():
-                    found = teacher.get(key)
-                    raise InputError(f"teachers.{name}.{key}: {found} is missing; run from the project's root")
-            if "checkpoint" in needed:
-                _check_heads(name, teacher)
+        methods = set(config.runs.method)
+        self._query_heads = {
+            name: _check_teacher(name, teacher, methods, options) for name, teacher in self._teachers.items()
+        }
         empty = [name for name in AXES[1:] if not config.runs[name]] or (["teachers"] if not self._teachers else [])
         if empty:
             raise InputError(f"runs.{empty[0]} is empty; give one value or more")
@@ -257,8 +255,10 @@ class Sweep:
         """
         earlier = self.check_settings(self.workdir)
         self.workdir.mkdir(parents=True, exist_ok=True)
-        if earlier | self._settings() != earlier:
-            files.write_json(self.workdir / SETTINGS, earlier | self._settings(), shared=True)
+        # Beside them the teachers' query heads, for the figures: as many key/value heads are MHA.
+        ours = self._settings() | {f"query_heads.{name}": heads for name, heads in self._query_heads.items()}
+        if earlier | ours != earlier:
+            files.write_json(self.workdir / SETTINGS, earlier | ours, shared=True)
 
     def check_settings(self, folder: Path) -> dict[str, Any]:
         """The settings of the runs in a folder, if any; raises `InputError` where they are not this sweep's."""
@@ -278,7 +278,7 @@ class Sweep:
         config = {"calibration": {}, "finetune": {}} | self._config.to_dict()
         settings = {name: config[name] for name in ("calibration", "overrides", "finetune")}
         settings |= {f"teachers.{name}": teacher for name, teacher in self._teachers.items()}
-        return json.loads(json.dumps(settings))  # as they are read
+        return json.loads(json.dumps(settings, default=str))  # as they are read
 
     def finished(self, path: Path) -> dict[str, dict[str, Any]]:
         """The runs of a results.json that have this sweep's scores, by name; of two of one name the first.
@@ -333,6 +333,7 @@ class Sweep:
             if self._result(run) is None:
                 bar.set_postfix_str(run.name)
                 self._work(run, folder, lock)
+                self.collect()
             bar.update()
             return True
 
@@ -413,6 +414,7 @@ class Sweep:
         overrides = list(self._config.overrides)
         if run.alpha:
             if not (folder / "uptrained" / "finished.json").exists():
+                _follow(folder / "uptrained", checkpoint)
                 arguments = [uptrain, f"--workdir={folder / 'uptrained'}", start, *overrides]
                 yield (
                     "gqa.train",
@@ -436,28 +438,32 @@ class Sweep:
         yield "gqa.evaluate", [f"--config={pretrain}", f"--checkpoint={trained / 'model'}", output, *overrides]
         return trained / "model"
 
-    def report(self, known: Mapping[str, dict[str, Any]]) -> tuple[list[dict[str, Any]], list[dict[str, Any]], int]:
-        """Prints the results so far, the known ones among them; gives them, the failed runs and the others' number."""
+    def state(self, known: Mapping[str, dict[str, Any]]) -> tuple[list[dict[str, Any]], list[dict[str, Any]], int]:
+        """The results so far, the known ones among them, the failed runs and the number of the others."""
         done, failed, waiting = [], [], 0
         for run in self.runs:
             folder = self.workdir / run.name
             if (row := self._result(run) or known.get(run.name)) is not None:
                 done.append(row)
             elif "reason" in (row := _read(folder / FAILED) or {}):
-                failed.append(run._asdict() | row)
+                failed.append(row | run._asdict())
             else:
                 waiting += 1
+        return done, failed, waiting
+
+    def report(self, known: Mapping[str, dict[str, Any]]) -> None:
+        """Prints what `state` gives."""
+        done, failed, waiting = self.state(known)
         for row in done:
             print("  ".join(f"{name}={row[name]:g}" if name == "alpha" else f"{row[name]}" for name in AXES), end="  ")
             print(f"loss {row['loss']:.4f}")
         for row in failed:
             print(f"failed: {Run(*(row[name] for name in AXES)).name}: {row['reason']}")
         print(f"{len(done)} done, {len(failed)} failed, {waiting} waiting; {self.workdir / 'results.csv'}")
-        return done, failed, waiting
 
     def collect(self) -> list[dict[str, Any]]:
-        """Writes and prints the results so far; the failed runs."""
-        done, failed, waiting = self.report({})
+        """Writes the results so far; the failed runs."""
+        done, failed, waiting = self.state({})
         columns = list(dict.fromkeys([*AXES, *SCORES, *(name for row in done for name in row if name != "commands")]))
         files.write_json(
             self.workdir / "results.json", {"runs": done, "failed": failed, "waiting": waiting}, shared=True
@@ -472,11 +478,18 @@ class Sweep:
         return failed
 
 
+def _architecture(config):
+    """Of the new model that a config trains."""
+    from gqa import models
+
+    return dataclasses.replace(models.size(config.model.size), **config.model.changes)
+
+
 def _equal_parameters(config, kv_heads: int) -> dict[str, int]:
     """Changes of a config's model: so many key/value heads where conversions have them, and an FFN that makes up."""
     from gqa import models
 
-    model = dataclasses.replace(models.size(config.model.size), **config.model.changes)
+    model = _architecture(config)
     sites = models.FAMILIES[models.family_of(model)].converted_sites
     heads = {f"{site}_kv_heads": kv_heads for site in sites}
 
@@ -491,19 +504,32 @@ def _items(section) -> list[tuple[str, Any]]:
     return list(section.items()) if hasattr(section, "items") else []
 
 
-def _check_heads(name: str, teacher: dict[str, Any]) -> None:
-    """Raises `InputError` unless a teacher's checkpoint has as many key/value heads as its section says."""
+def _check_teacher(name: str, teacher: dict[str, Any], methods: set[str], overrides: Sequence[str]) -> int:
+    """The teacher's query heads; raises `InputError` for what would otherwise fail in every run."""
     from gqa import checkpoints, models
 
+    if Path(name).name != name:
+        folder = name.replace("/", "_")
+        raise InputError(f"teachers.{name}: no folder can have this name; expected one; nearest: {folder}")
+    if not isinstance(kv_heads := teacher.get("kv_heads"), int):
+        raise InputError(f"teachers.{name}.kv_heads is {kv_heads}; expected the teacher's number of key/value heads")
+    needed = ["pretrain"] * (SCRATCH in methods) + ["uptrain", "checkpoint"] * (methods != {SCRATCH})
+    for key in needed:
+        if not isinstance(path := teacher.get(key), str | Path) or not Path(path).exists():
+            raise InputError(f"teachers.{name}.{key}: {path} is missing; run from the project's root")
+        if key != "checkpoint":
+            config = command_line.load_config(path, overrides)
+    if "checkpoint" not in needed:
+        return _architecture(config).num_heads
     choices = dict(dtype="float32", param_dtype="float32", scan_layers=False, remat="none", dropout_rate=0.0)
-    config = checkpoints.read(teacher["checkpoint"], **choices).config
+    config = checkpoints.read(path, **choices).config
     sites = models.FAMILIES[models.family_of(config)].converted_sites
     found = sorted({K for site in sites for K in config.kv_heads(site)})
-    if found != [teacher["kv_heads"]]:
+    if found != [kv_heads]:
         raise InputError(
-            f"teachers.{name}.kv_heads is {teacher['kv_heads']}, {teacher['checkpoint']} has "
-            f"{', '.join(map(str, found))}; expected the same"
+            f"teachers.{name}.kv_heads is {kv_heads}, {path} has {', '.join(map(str, found))}; expected the same"
         )
+    return config.num_heads
 
 
 def _finetuning(
@@ -512,6 +538,7 @@ def _finetuning(
     """The commands still to do until a run's model is fine-tuned on a task and scored on its held-out examples."""
     tuned, rows = folder / task, folder / f"{task}.jsonl"
     if not (tuned / "finished.json").exists():
+        _follow(tuned, checkpoint)
         arguments = [f"--config={choice.config}", f"--workdir={tuned}", f"--config.model.checkpoint={checkpoint}"]
         yield "gqa.train", [*arguments, f"--config.train.seed={run.seed}", *choice.overrides]
     if not rows.exists():
@@ -521,6 +548,13 @@ def _finetuning(
     settings = [f"--{name}={getattr(choice, name)}" for name in ("metrics", "inputs_length", "max_new_tokens")]
     output = f"--output={folder / f'{task}-scores'}"
     yield "gqa.evaluate", [f"--checkpoint={tuned / 'model'}", f"--task_file={rows}", *settings, output]
+
+
+def _follow(workdir: Path, checkpoint: Path) -> None:
+    """Lets a training that was cut short find the checkpoint it started from where the sweep's folder has moved."""
+    content = _read(path := workdir / "config.json")
+    if content and isinstance(model := content.get("model"), dict) and model.get("checkpoint") != str(checkpoint):
+        files.write_json(path, content | {"model": model | {"checkpoint": str(checkpoint)}})
 
 
 @contextlib.contextmanager

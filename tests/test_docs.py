@@ -137,3 +137,9 @@ def test_the_site_builds_without_a_warning(tmp_path):
     assert fetched == []
     api = (tmp_path / "site" / "api" / "convert.html").read_text()
     assert "gqa.convert.pooling" in api
+
+
+def test_the_tree_of_the_readme_names_every_module():
+    tree = (ROOT / "README.md").read_text().partition("## Where things are")[2]
+    modules = [path for folder in ("gqa", "checkpoints_tools", "experiments") for path in (ROOT / folder).rglob("*.py")]
+    assert [path for path in modules if not path.name.startswith("__") and path.name not in tree] == []

@@ -99,7 +99,7 @@ def read_tasks(files: Sequence[Path], metrics: str | None) -> list[generation.Ta
     """The rows of each file and their metrics: those of `--metrics`, or the usual one of a task of Table 1."""
     named = metrics.split(",") if metrics else []
     for metric in named:
-        text_metrics.find(metric)
+        text_metrics.check(metric)
     tasks = []
     for file in files:
         if not named and file.stem not in table.TABLE_1:
@@ -110,6 +110,7 @@ def read_tasks(files: Sequence[Path], metrics: str | None) -> list[generation.Ta
         if file.stem in [task.name for task in tasks]:
             raise InputError(f"two task files are named {file.stem}; expected different names")
         own = named or [table.TABLE_1[file.stem][1]]
+        text_metrics.check(own[0])
         tasks.append(generation.Task(file.stem, generation.read_rows(file), own))
     return tasks
 

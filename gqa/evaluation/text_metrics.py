@@ -89,6 +89,11 @@ def find(name: str) -> Metric:
     return METRICS[name]
 
 
+def check(name: str) -> None:
+    """Raises `InputError` for an unknown metric and for one whose package is not installed."""
+    find(name).statistics([""], "")  # imports it
+
+
 def normalized_answer(text: str) -> str:
     """Lower case, without punctuation and articles, one space between words: TriviaQA's `normalize_answer`."""
     text = "".join(" " if character in _PUNCTUATION else character for character in text.lower())

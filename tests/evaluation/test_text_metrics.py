@@ -2,6 +2,7 @@ import collections
 import random
 import re
 import string
+import sys
 
 import numpy as np
 import pytest
@@ -10,7 +11,8 @@ import rouge_score.scoring
 import sacrebleu
 
 from gqa.errors import InputError
-from gqa.evaluation.text_metrics import bleu, evaluate, normalized_answer, rouge, trivia_qa
+from gqa.evaluation import text_metrics
+from gqa.evaluation.text_metrics import METRICS, bleu, check, evaluate, normalized_answer, rouge, trivia_qa
 
 WORDS = "the a An cat Cats sat runs, on mat. it's 3.5 über_x 'twas (old) river ' ’tis".split(" ")
 
@@ -145,6 +147,20 @@ def test_intervals(random_pairs):
     # sacrebleu's own bootstrap, of the same corpus.
     own = sacrebleu.metrics.BLEU(tokenize="intl").corpus_score(random_pairs[1], [random_pairs[0]], n_bootstrap=200)
     assert (found.high - found.low) / 2 == pytest.approx(own._ci, rel=0.3)
+
+
+@pytest.mark.parametrize("name", METRICS)
+def test_a_metric_whose_package_is_missing(name, monkeypatch):
+    check(name)
+    text_metrics._rouge_scorer.cache_clear()
+    text_metrics._sacrebleu.cache_clear()
+    for package in ("rouge_score.rouge_scorer", "sacrebleu.metrics"):
+        monkeypatch.setitem(sys.modules, package, None)
+    if name == "trivia_qa":  # ours
+        check(name)
+    else:
+        with pytest.raises(InputError, match=rf"^{name.upper()} needs the package .*: pip install -e '\.\[eval\]'$"):
+            check(name)
 
 
 def test_bad_input():

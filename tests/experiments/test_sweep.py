@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -107,14 +108,16 @@ def test_killed_and_started_again(sweep_file, run_python, tmp_path):
     arguments = ("-m", "experiments.sweep", f"--config={sweep_file}")
     workdir = tmp_path / "killed"
     process = subprocess.Popen([sys.executable, *arguments, f"--workdir={workdir}"], cwd=ROOT, env=os.environ)
-    while not (workdir / "tiny-none-k8-a1-s1" / "uptrained" / "metrics.jsonl").exists():
+    while not (workdir / "tiny-mean-k2-a1-s1" / "uptrained" / "metrics.jsonl").exists():
         assert process.poll() is None
         time.sleep(0.05)
     process.send_signal(signal.SIGKILL)
     process.wait()
+    assert json.loads((workdir / "results.json").read_text())["waiting"] == 4
+    moved = workdir.rename(tmp_path / "moved")  # it goes on wherever it is
 
     tables = []
-    for folder in (workdir, tmp_path / "undisturbed"):
+    for folder in (moved, tmp_path / "undisturbed"):
         finished = run_python(*arguments, f"--workdir={folder}")
         assert finished.returncode == 1, finished.stderr
         assert "does not divide" in finished.stdout and "6 done, 3 failed, 0 waiting" in finished.stdout
@@ -407,6 +410,12 @@ def test_scores_that_cannot_be_read_fail_their_run_alone(start, called, tmp_path
         (dict(runs=dict(method=(3,))), r"runs\.method holds 3; expected names such as mean"),
         (dict(teachers=3), r"teachers is 3; expected a section, as in configs/sweeps"),
         (dict(teachers=dict(tiny=3)), r"teachers\.tiny is 3; expected a section"),
+        (dict(teachers={"org/t5": dict(kv_heads=8)}), r"teachers\.org/t5: no folder can .*; nearest: org_t5"),
+        (dict(teachers=dict(tiny=dict(kv_heads=8, uptrain=3))), r"teachers\.tiny\.uptrain: 3 is missing; run from"),
+        (dict(overrides="--config.train.seed=1"), r"overrides is '.*'; expected several options, such as \("),
+        (dict(overrides=(3,)), r"overrides is \(3,\); expected several options, such as \("),
+        (dict(overrides=("--config.train.stpes=7",)), r"config\.train\.stpes; nearest: .*\.steps"),
+        (dict(calibration="embedded"), r"calibration is 'embedded'; expected a section, as in configs/sweeps"),
         (dict(finetune=3), r"finetune is 3; expected a section"),
         (dict(heads=4), r"teachers\.tiny\.kv_heads is 4, .* has 8; expected the same"),
         (dict(runs=dict(kv_heads=(2.5,))), r"runs\.kv_heads holds 2\.5; expected numbers such as 2"),
@@ -433,11 +442,81 @@ def test_what_no_run_could_do_is_said_before_the_first(change, reason, sweep_fil
         config.finetune = ConfigDict({"docstring": finetuning | changed}) if isinstance(changed, dict) else changed
     if "heads" in change:
         config.teachers.tiny.kv_heads = change["heads"]
-    if "teachers" in change:
+    for name in {"teachers", "overrides", "calibration"} & set(change):
         with config.ignore_type():
-            config.teachers = change["teachers"]
+            setattr(config, name, change[name])
     with pytest.raises(InputError, match=reason):
         sweep.Sweep(config, tmp_path)
+
+
+def test_teachers_may_be_named_by_paths(sweep_file, start, called):
+    text = sweep_file.read_text().replace("from ml", "from pathlib import Path\nfrom ml")
+    sweep_file.write_text(re.sub(r"'checkpoint': ('[^']*')", r"'checkpoint': Path(\1)", text))
+    for _ in range(2):  # as what sweep.json says of it
+        assert "1 done, 0 failed, 0 waiting" in start(*ONE_RUN)[1]
+
+
+def test_the_table_is_there_after_every_run(start, called, tmp_path, monkeypatch):
+    whole = sweep._call
+
+    def call(module, arguments, log, lock):
+        if "-s2" in str(log):
+            raise KeyboardInterrupt
+        return whole(module, arguments, log, lock)
+
+    monkeypatch.setattr(sweep, "_call", call)
+    with pytest.raises(KeyboardInterrupt):
+        start(*ONE_RUN[:2])
+    content = json.loads((tmp_path / "runs" / "results.json").read_text())
+    assert [row["seed"] for row in content["runs"]] == [1] and content["waiting"] == 1
+    assert len((tmp_path / "runs" / "results.csv").read_text().splitlines()) == 2
+    assert json.loads((tmp_path / "runs" / "sweep.json").read_text())["query_heads.tiny"] == 8
+
+
+@pytest.mark.parametrize("of_task", [False, True])
+def test_a_moved_folder_goes_on(of_task, start, sweep_file, tmp_path, called, finetuning, monkeypatch):
+    """The trainings that were cut short there find the checkpoint that has moved with them."""
+    if of_task:
+        text = sweep_file.read_text()
+        sweep_file.write_text(text.replace("'finetune': {}", f"'finetune': {{'docstring': {finetuning!r}}}"))
+    whole, stopped = sweep._call, "docstring" if of_task else "uptrained"
+
+    def call(module, arguments, log, lock):
+        workdir = Path(dict(argument[2:].split("=", 1) for argument in arguments).get("workdir", ""))
+        if module == "gqa.train" and workdir.name == stopped:
+            workdir.mkdir()
+            (checkpoint,) = (word.partition("=")[2] for word in arguments if word.startswith("--config.model.checkp"))
+            (workdir / "config.json").write_text(json.dumps({"model": {"size": None, "checkpoint": checkpoint}}))
+            raise KeyboardInterrupt
+        return whole(module, arguments, log, lock)
+
+    monkeypatch.setattr(sweep, "_call", call)
+    with pytest.raises(KeyboardInterrupt):
+        start(*ONE_RUN)
+    (tmp_path / "runs").rename(tmp_path / "moved")
+    checkpoint = tmp_path / "moved" / "tiny-mean-k2-a1-s1" / ("uptrained/model" if of_task else "converted")
+    monkeypatch.setattr(sweep, "_call", lambda module, *others: int(module == "gqa.train"))
+    start(*ONE_RUN, f"--workdir={tmp_path / 'moved'}")
+    content = json.loads((checkpoint.parents[1 if of_task else 0] / stopped / "config.json").read_text())
+    assert content == {"model": {"size": None, "checkpoint": str(checkpoint)}}
+
+
+def test_ctrl_c_ends_the_array(start, tmp_path, monkeypatch):
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\necho $$ >> "$0.pids"\nexec sleep 100\n')
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
+    start("--array=2")
+    array = subprocess.Popen([tmp_path / "runs" / "array.sh"], start_new_session=True)
+    pids = tmp_path / "python.pids"
+    while not pids.exists() or len(pids.read_text().splitlines()) < 2:
+        assert array.poll() is None
+        time.sleep(0.05)
+    os.killpg(array.pid, signal.SIGINT)
+    assert array.wait() == 130
+    for pid in pids.read_text().split():
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(pid), 0)
 
 
 def test_the_array_does_not_write_itself_and_fails_with_its_workers(start, tmp_path, monkeypatch):

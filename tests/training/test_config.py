@@ -1,6 +1,7 @@
 """Configurations: every shipped one parses, and each impossible one is refused with the nearest that is possible."""
 
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,16 @@ def test_shipped_configs_parse(path):
         architecture = config.model.architecture()
         assert architecture.dtype == config.model.dtype
         assert models.num_parameters(models.abstract(architecture)) > 0
+
+
+@pytest.mark.parametrize("name", ["uptrain_t5_xxl_gqa8", "uptrain_llama_2_7b_gqa8"])
+def test_the_configs_to_copy_need_no_neighbours(name, tmp_path):
+    path = tmp_path / "mine.py"
+    text = (ROOT / "configs" / f"{name}.py").read_text()
+    path.write_text(re.sub(r"\bsize=.*,", "size=None,", re.sub(r"changes=.*,", "changes=dict(),", text)))
+    config = run_config.parse(load_config(path, ["--config.model.checkpoint=somewhere"]))
+    assert config.model.size is None
+    assert config.steps == round(0.05 * config.uptrain.original_steps)
 
 
 def test_configs_are_found():
