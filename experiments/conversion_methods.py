@@ -7,9 +7,9 @@ at 4:1 and α = 5 %: from the schedule's own up or down until the next is worse.
 same way. A run that ends at a larger share passes the smaller ones: schedules of uptraining do not know where they end.
 
 Each finished run is one JSON file in the working folder: started again, the command goes on. Tables, a picture and all
-runs go to --results (experiments/results/conversion_methods/), after every run; what that folder holds of the same
-teacher on the same held-out rows is not run again, and stays there whatever this command runs. Each run says the
-processor and the commit that made it.
+runs go to --results (experiments/results/conversion_methods/), after every uptrained run and in the end. What that
+folder holds of the same teacher on the same held-out rows is not run again, and stays there whatever this command runs.
+Each run says the processor and the commit that made it.
 """
 
 import argparse
@@ -160,20 +160,22 @@ def _run_of(row: Mapping[str, Any]) -> Run:
 
 def _earlier(path: Path, rows: int) -> dict[str, Any] | None:
     """The results that `path` holds; raises `InputError` where they are of other held-out rows."""
+    from experiments.scores import reading
     from gqa.checkpoints import hf_config
 
     if not path.exists():
         return None
     earlier = hf_config.read_json(path)
-    if earlier["teacher"]["rows"] != rows:
-        raise InputError(
-            f"--rows={rows}: {path} holds runs on {earlier['teacher']['rows']} rows; expected as many, or --results=DIR"
-        )
+    with reading(path, "experiments.conversion_methods"):
+        found = earlier["teacher"]["rows"]
+        _ = earlier["tuning"].items(), earlier["teacher"]["heldout"].items(), [_run_of(run) for run in earlier["runs"]]
+    if found != rows:
+        raise InputError(f"--rows={rows}: {path} holds runs on {found} rows; expected as many, or --results=DIR")
     return earlier
 
 
 def _methods(arguments: argparse.Namespace, option: str) -> tuple[str, ...]:
-    names = tuple(getattr(arguments, option).split(","))
+    names = tuple(dict.fromkeys(getattr(arguments, option).split(",")))
     if unknown := [name for name in names if name not in METHODS]:
         raise InputError(f"--{option}: {unknown[0]!r} is unknown; expected of {', '.join(METHODS)}")
     return names

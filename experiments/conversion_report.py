@@ -50,14 +50,14 @@ def _table(cells: dict, teacher: float, sites: str, alpha: float) -> list[str]:
     for method in methods:
         row = []
         for K in kv_heads:
-            losses, mean = cells.get((sites, alpha, K, method)), np.mean(cells[sites, alpha, K, "mean"])
+            losses, pooled = (cells.get((sites, alpha, K, name)) for name in (method, "mean"))
             if not losses:
                 row += ["", ""]
                 continue
             loss = np.mean(losses)
             spread = f" ± {np.std(losses, ddof=1):.4f}" if len(losses) > 1 else ""
-            gap = mean - reference
-            closed = "" if method == "mean" or gap < 0.01 else f"{(mean - loss) / gap:.0%}"
+            gap = np.mean(pooled) - reference if pooled else 0.0
+            closed = "" if method == "mean" or gap < 0.01 else f"{(gap + reference - loss) / gap:.0%}"
             row += [f"{loss:.4f}{spread}", closed]
         lines.append(f"| {method} | " + " | ".join(row) + " |")
     return lines

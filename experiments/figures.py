@@ -25,7 +25,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from experiments import conversion_report, paper, pictures, report, scores, stability
-from experiments.scores import TEACHER, Results, mean_and_spread, model_name
+from experiments.scores import SCRATCH, TEACHER, Results, mean_and_spread
 from gqa import command_line, files
 from gqa.checkpoints.hf_config import read_json
 from gqa.errors import InputError, nearest
@@ -67,11 +67,12 @@ def main() -> None:
     )
     arguments = command_line.parse_arguments(parser)
     folders = arguments.runs or [RESULTS]
+    # Results are named by their folders: "." has no name.
+    folders = [folder.resolve() if folder.name in ("", "..") else folder for folder in folders]
     for folder in folders:
         if not folder.is_dir():
             raise InputError(f"--runs={folder} is no folder; expected one with results of the experiments")
     paths = sorted({path for folder in folders for pattern in PATTERNS for path in folder.rglob(pattern)})
-    paths = [path for path in paths if arguments.output.absolute() not in path.absolute().parents]
     drawn = set()
     for figure, path in draw(paths, folders, arguments.score, arguments.output):
         drawn.add(figure)
@@ -81,7 +82,7 @@ def main() -> None:
             print(path)
     for figure, command in MADE_BY.items():
         if figure not in drawn:
-            print(f"{figure}: left out, its results are not there: {command}")
+            print(f"{figure}: left out, too few results for it: {command}")
 
 
 def draw(paths: Sequence[Path], folders: Sequence[Path], score: str | None, output: Path) -> Iterator[tuple[str, Path]]:
@@ -101,22 +102,28 @@ def draw(paths: Sequence[Path], folders: Sequence[Path], score: str | None, outp
         closest = nearest(score, known)
         raise InputError(f"--score={score} is in no results; expected one of {', '.join(known)}; nearest: {closest}")
     times = sample_times(timings)
+    steady = stability.read(folders, _multi_head(found))
     for results in (results for results in found if score in results.names):
         if results.alpha is not None:
             yield "table1", _write(output / f"table1_{results.name}.md", table_1(results, times))
-        if results.alpha is not None and any(teacher in timings for teacher in results.teachers):
+        if results.alpha is not None and pictures.timed(results, times):
             quality = given or next((name for name in results.names if scores.is_of_task(name)), score)
             yield from _save("fig3", results.name, pictures.quality_against_time(results, times, quality), output)
         for teacher in results.teachers:
             own = results.of(teacher)
             name = results.name if len(results.teachers) == 1 else f"{results.name}_{teacher}"
-            for figure, drawing in _of_a_teacher(own):
-                yield from _save(figure, name, drawing(own, score), output)
+            for figure, drawing, drawn in _of_a_teacher(own):
+                yield from _save(figure, name, drawing(drawn, score), output)
     for name, results in timings.items():
         yield from _save("fig6", name, pictures.time_against_groups(results, name), output)
-    heads = {teacher: number for results in found for teacher, number in results.heads.items()}
-    for name, curves in stability.read(folders, heads).items():
+    for name, curves in steady.items():
         yield from _save("stability", name, pictures.stability(curves, name), output)
+
+
+def _multi_head(found: Sequence[Results]) -> dict[str, int]:
+    """The number of heads at which a model of a teacher is MHA, by teacher, as far as it is known."""
+    heads = {teacher: number for results in found for teacher, number in results.heads.items()}
+    return heads | {teacher: number for results in found for teacher, number in results.query_heads.items()}
 
 
 def _check_names(kind: str, names: Sequence[str]) -> None:
@@ -125,30 +132,28 @@ def _check_names(kind: str, names: Sequence[str]) -> None:
             raise InputError(f"two {kind} are named {name}; expected different names of their folders")
 
 
-def _of_a_teacher(own: Results) -> Iterator[tuple[str, Callable]]:
-    """The figures that one teacher's results are enough for."""
-    converted = [score for score in own.scores if score.method != TEACHER]
+def _of_a_teacher(own: Results) -> Iterator[tuple[str, Callable, Results]]:
+    """The figures that one teacher's results are enough for, and those that each is drawn of."""
+    made = [score for score in own.scores if score.method != TEACHER]
+    converted = [score for score in made if score.method != SCRATCH]
     if len({score.method for score in converted}) > 2:
-        yield "fig4", pictures.methods
+        yield "fig4", pictures.methods, own.without_scratch()
     if len({score.alpha for score in converted}) > 2:
-        yield "fig5", pictures.quality_against_alpha
-    if len({score.kv_heads for score in converted}) > 2 and own.alpha is not None:
-        yield "heads", pictures.quality_against_groups
+        yield "fig5", pictures.quality_against_alpha, own.without_scratch()
+    if len({score.kv_heads for score in made}) > 2 and own.alpha is not None:
+        yield "heads", pictures.quality_against_groups, own
 
 
-def sample_times(timings: Mapping[str, Mapping[str, Any]]) -> dict[tuple[str, str], tuple[float, float, float]]:
-    """Seconds a sample, median, least and most, by teacher and model; the most heads that are timed are MHA's."""
+def sample_times(timings: Mapping[str, Mapping[str, Any]]) -> dict[tuple[str, int], tuple[float, float, float]]:
+    """Seconds a sample, median, least and most, by teacher and key/value heads."""
     return {
-        (teacher, model_name(row["kv_heads"], max(timing["config"]["kv_heads"]))): (
-            row["seconds_per_sample"],
-            *row["seconds_per_sample_range"],
-        )
+        (teacher, row["kv_heads"]): (row["seconds_per_sample"], *row["seconds_per_sample_range"])
         for teacher, timing in timings.items()
         for row in pictures.first_format(timing)
     }
 
 
-def table_1(results: Results, times: Mapping[tuple[str, str], Sequence[float]]) -> str:
+def table_1(results: Results, times: Mapping[tuple[str, int], Sequence[float]]) -> str:
     """Markdown laid out as GQA's Table 1: ours, then the paper's."""
     names = results.names
     lines = [
@@ -163,7 +168,7 @@ def table_1(results: Results, times: Mapping[tuple[str, str], Sequence[float]]) 
             method, kv_heads, alpha = key
             numbers.append(number := len(cells[names[0]][key]))
             model = own.model(method, kv_heads)
-            time = f"{times[teacher, model][0]:.4f}" if (teacher, model) in times else ""
+            time = f"{times[teacher, kv_heads][0]:.4f}" if (teacher, kv_heads) in times else ""
             row = [
                 model
                 + ("" if method == TEACHER else f", {method}")

@@ -49,24 +49,35 @@ def save(figure: Figure, path: Path) -> None:
             figure.savefig(unfinished, dpi=150, metadata=metadata)
 
 
-def quality_against_time(results: Results, times: Mapping[tuple[str, str], Sequence[float]], score: str) -> Figure:
+def timed(results: Results, times: Mapping[tuple[str, int], Any]) -> list[tuple[str, str, int, float]]:
+    """Teacher, method, key/value heads and α of the models of fig. 3 that have a time.
+
+    Beside models that were uptrained stands the teacher that was, where there is one.
+    """
+    found = []
+    for teacher in results.teachers:
+        own = results.of(teacher)
+        compared = own.compared()
+        for method, kv_heads, alpha in compared:
+            stands_uptrained = alpha == 0 and (method, kv_heads, own.alpha) in compared
+            if (teacher, kv_heads) in times and not stands_uptrained:
+                found.append((teacher, method, kv_heads, alpha))
+    return found
+
+
+def quality_against_time(results: Results, times: Mapping[tuple[str, int], Sequence[float]], score: str) -> Figure:
     """GQA fig. 3: a mark a model, and the paper's T5 beside them.
 
-    `times` are seconds a sample by teacher and model: median, least and most.
+    `times` are seconds a sample by teacher and key/value heads: median, least and most; of one model at least.
     """
     figure, axes = _panels(2, (10.5, 5.2))
     points = {}
-    for teacher in results.teachers:
+    for teacher, method, kv_heads, alpha in timed(results, times):
         own = results.of(teacher)
-        cells, compared = own.cells(score), own.compared()
-        for method, kv_heads, alpha in compared:
-            model = own.model(method, kv_heads)
-            # Beside models that were uptrained stands the teacher that was, where there is one.
-            if (teacher, model) not in times or (alpha == 0 and (method, kv_heads, own.alpha) in compared):
-                continue
-            name = f"{teacher} {model}" if len(results.teachers) > 1 else model
-            name += "" if method in (TEACHER, "mean") else f", {method}"
-            points[name] = cells[method, kv_heads, alpha], times[teacher, model]
+        model = own.model(method, kv_heads)
+        name = f"{teacher} {model}" if len(results.teachers) > 1 else model
+        name += "" if method in (TEACHER, "mean") else f", {method}"
+        points[name] = own.cells(score)[method, kv_heads, alpha], times[teacher, kv_heads]
     mixed = _mixed(values for values, _ in points.values())
     for number, (name, (values, (time, least, most))) in enumerate(points.items()):
         quality, spread = mean_and_spread(values)
@@ -119,10 +130,10 @@ def methods(results: Results, score: str) -> Figure:
             points = {row[method]: here[method, K, alpha] for method in present if (method, K, alpha) in here}
             _points(axis, points, scale, mixed, results.model(names[0], K), _style(number) | {"linestyle": "none"}, "x")
         if distances:
-            title = f"α = {alpha:.0%}, MHA's loss {_number(cells, alpha)}"
-            _titles(axis, title, _distance_label(scale), "")
+            title = f"α = {alpha:.0%}, {results.teacher_name}'s loss {_number(cells, alpha)}"
+            _titles(axis, title, _distance_label(results, scale), "")
         else:
-            _teacher_line(axis.axvline, cells, alpha)
+            _teacher_line(axis.axvline, results, cells, alpha)
             _titles(axis, f"α = {alpha:.0%}", label(score).replace(" (", "\n("), "")
         _set_scale(axis, "x", scale)
         _method_axis(axis, present)
@@ -153,7 +164,7 @@ def quality_against_alpha(results: Results, score: str) -> Figure:
     panels, names = [(cells, _scale(cells.values(), score))], [("", label(score))]
     if distances:
         panels.append((distances, scale := _distance_scale(distances)))
-        names.append(("distance to MHA of the same α", _distance_label(scale)))
+        names.append((f"distance to {results.teacher_name} of the same α", _distance_label(results, scale)))
     figure, axes = _panels(len(panels), (2.2 + 4.6 * len(panels), 4.8))
     kinds = list(dict.fromkeys((method, K) for method, K, _ in cells))
     mixed = _mixed(cells.values())
@@ -180,7 +191,7 @@ def quality_against_groups(results: Results, score: str) -> Figure:
     shares, mixed = sorted({alpha for _, _, alpha in drawn}), _mixed(drawn.values())
     figure, axes = _panels(len(shares), (1.5 + 4.5 * len(shares), 5.1), sharey=True)
     for axis, alpha in zip(axes, shares, strict=True):
-        _teacher_line(axis.axhline, cells, alpha)
+        _teacher_line(axis.axhline, results, cells, alpha)
         for number, method in enumerate(names):
             points = {K: values for (name, K, share), values in drawn.items() if (name, share) == (method, alpha)}
             _points(axis, points, scale, mixed, method, _style(number))
@@ -386,12 +397,12 @@ def _method_axis(axis: Axes, names: Sequence[str]) -> None:
     axis.set_ylim(len(names) - 0.5, -0.5)
 
 
-def _teacher_line(draw, cells: Mapping[tuple[str, int, float], np.ndarray], alpha: float) -> None:
-    """MHA uptrained as long, or the teacher as it is where there is none."""
+def _teacher_line(draw, results: Results, cells: Mapping[tuple[str, int, float], np.ndarray], alpha: float) -> None:
+    """The teacher uptrained as long, or the teacher as it is where there is none."""
     found = {share: values for (method, _, share), values in cells.items() if method == TEACHER}
     values = found.get(alpha, found.get(0.0))
     if values is not None:
-        name = f"MHA, α = {alpha if alpha in found else 0:.0%}"
+        name = f"{results.teacher_name}, α = {alpha if alpha in found else 0:.0%}"
         draw(mean_and_spread(values)[0], color="0.5", linestyle="-.", label=name)
 
 
@@ -419,9 +430,9 @@ def _distance_scale(distances: Mapping[tuple[str, int, float], np.ndarray]) -> s
     return "log" if all(values.min() > 0 for values in distances.values()) else "symlog"
 
 
-def _distance_label(scale: str) -> str:
+def _distance_label(results: Results, scale: str) -> str:
     note = f"\nlinear below {NEAR:g}" if scale == "symlog" else ""
-    return f"held-out loss above MHA's,\nnats a token (lower is better){note}"
+    return f"held-out loss above {results.teacher_name}'s,\nnats a token (lower is better){note}"
 
 
 def _set_scale(axis: Axes, direction: str, scale: str) -> None:

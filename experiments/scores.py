@@ -12,7 +12,7 @@ import numpy as np
 from gqa.checkpoints.hf_config import read_json
 from gqa.errors import InputError
 
-TEACHER = "none"  # the method of the teacher itself, as in a sweep's table
+TEACHER, SCRATCH = "none", "scratch"  # methods in a sweep's table: the teacher itself; no conversion
 SHIPPED_HEADS = 8  # of assets/teacher, which experiments.uptrain_full uptrains
 AXES = ("teacher", "method", "kv_heads", "alpha", "seed")
 NOT_SCORES = ("seconds", "target_tokens")
@@ -38,15 +38,26 @@ class Results(NamedTuple):
 
     name: str  # for the files of its figures
     scores: Sequence[Score]
-    heads: Mapping[str, int] = MappingProxyType({})  # of the teachers that are known to have so many
+    heads: Mapping[str, int] = MappingProxyType({})  # key/value heads of the teachers that are known to have so many
+    query_heads: Mapping[str, int] = MappingProxyType({})  # the same
 
     def of(self, teacher: str) -> "Results":
         """Those of one teacher."""
         return self._replace(scores=[score for score in self.scores if score.teacher == teacher])
 
     def model(self, method: str, kv_heads: int) -> str:
-        """Of one teacher's results, as the paper names it: MHA, GQA-8, MQA."""
-        return model_name(kv_heads, kv_heads if method == TEACHER else self.heads.get(self.teachers[0]))
+        """Of one teacher's results, as the paper names it: MHA, GQA-8, MQA.
+
+        A teacher is MHA unless it is known to have more query heads.
+        """
+        own = kv_heads if method == TEACHER else None
+        return model_name(kv_heads, (self.heads | self.query_heads).get(self.teachers[0], own))
+
+    @property
+    def teacher_name(self) -> str:
+        """What the teacher of one teacher's results is."""
+        own = next((score.kv_heads for score in self.scores if score.method == TEACHER), 0)
+        return self.model(TEACHER, own) if own else "MHA"
 
     @property
     def teachers(self) -> list[str]:
@@ -67,13 +78,20 @@ class Results(NamedTuple):
 
     @property
     def alpha(self) -> float | None:
-        """The share of uptraining that models are compared at; None without any."""
-        return compared_share(score.alpha for score in self.scores)
+        """The share of uptraining that models are compared at; None without any. Training from scratch is no share."""
+        uptrained = [score.alpha for score in self.scores if score.method != SCRATCH]
+        return compared_share(uptrained) or compared_share(score.alpha for score in self.scores)
 
     def compared(self) -> list[tuple[str, int, float]]:
-        """Of one teacher's cells, those of GQA's Table 1: the teacher as it is and uptrained, conversions uptrained."""
+        """Of one teacher's cells, those of GQA's Table 1: the teacher as it is and uptrained, conversions uptrained,
+        models that were trained from scratch.
+        """
         keys = dict.fromkeys((score.method, score.kv_heads, score.alpha) for score in self.scores)
-        return [key for key in keys if key[2] == self.alpha or (key[0] == TEACHER and key[2] == 0)]
+        return [key for key in keys if key[2] == self.alpha or key[0] == SCRATCH or (key[0] == TEACHER and key[2] == 0)]
+
+    def without_scratch(self) -> "Results":
+        """The teacher and its conversions."""
+        return self._replace(scores=[score for score in self.scores if score.method != SCRATCH])
 
 
 def compared_share(shares: Iterable[float]) -> float | None:
@@ -89,7 +107,8 @@ def model_name(kv_heads: int, heads: int | None = None) -> str:
 
 def mean_and_spread(values: np.ndarray) -> tuple[float, float]:
     """The mean over seeds and the standard deviation of a sample, 0 of a single one."""
-    return float(values.mean()), float(values.std(ddof=1)) if len(values) > 1 else 0.0
+    with np.errstate(invalid="ignore"):  # of a loss that is infinite the spread is no number
+        return float(values.mean()), float(values.std(ddof=1)) if len(values) > 1 else 0.0
 
 
 def size_name(config: Mapping[str, Any], folder: str | None = None) -> str:
@@ -122,7 +141,7 @@ def read(path: Path) -> Results | None:
     if "teacher" in _first(content.get("runs")):
         with reading(path, "experiments.sweep"):
             _check_text(path, content["runs"])
-            return _known(folder, [of_sweep(run) for run in content["runs"]], _settings(path.with_name("sweep.json")))
+            return _known(folder, [of_sweep(run) for run in content["runs"]], path.with_name("sweep.json"))
     if "loss_mean" in _first(content.get("rows")):
         with reading(path, "experiments.uptrain_full"):
             return _known(folder, of_uptrain_full(content))
@@ -131,12 +150,15 @@ def read(path: Path) -> Results | None:
 
 def share_heads(found: Sequence[Results]) -> list[Results]:
     """`found`, with the heads of teachers that others of them know: a teacher of one name is one model."""
-    heads = {teacher: number for results in found for teacher, number in results.heads.items()}
-    return [results._replace(heads=heads | results.heads) for results in found]
+    heads, query_heads = {}, {}
+    for results in found:
+        heads |= results.heads
+        query_heads |= results.query_heads
+    return [results._replace(heads=heads | results.heads, query_heads=query_heads) for results in found]
 
 
-def _known(name: str, scores: Sequence[Score], heads: Mapping[str, int] = MappingProxyType({})) -> Results:
-    """With the heads of the teachers that are among the scores, unconverted.
+def _known(name: str, scores: Sequence[Score], settings: Path | None = None) -> Results:
+    """With the heads of the teachers that are among the scores, unconverted, or in the `settings` of a sweep.
 
     The most key/value heads of others say nothing: T5-XXL's GQA-8 and MQA are no MHA.
     """
@@ -145,7 +167,8 @@ def _known(name: str, scores: Sequence[Score], heads: Mapping[str, int] = Mappin
             axes = ", ".join(f"{axis}={value}" for axis, value in zip(AXES, score, strict=True))
             raise InputError(f"{name}: {count} results of one run ({axes}); expected one: seeds are other runs")
     own = {score.teacher: score.kv_heads for score in scores if score.method == TEACHER}
-    return Results(name, scores, {**heads, **own})
+    heads, query_heads = _settings(settings) if settings and settings.exists() else ({}, {})
+    return Results(name, scores, heads | own, query_heads)
 
 
 def _check_text(path: Path, runs: Sequence[Mapping[str, Any]]) -> None:
@@ -159,13 +182,12 @@ def _check_text(path: Path, runs: Sequence[Mapping[str, Any]]) -> None:
             raise InputError(f"{path}: runs of {teacher} are scored on {tokens} tokens; expected one held-out text")
 
 
-def _settings(path: Path) -> dict[str, int]:
-    """The heads of a sweep's teachers, of the sweep.json that it puts beside its results."""
-    if not path.exists():
-        return {}
+def _settings(path: Path) -> tuple[dict[str, int], dict[str, int]]:
+    """The key/value and the query heads of a sweep's teachers, of the sweep.json that it puts beside its results."""
     with reading(path, "experiments.sweep"):
-        teachers = {name: value for name, value in read_json(path).items() if name.startswith("teachers.")}
-        return {name.removeprefix("teachers."): int(teacher["kv_heads"]) for name, teacher in teachers.items()}
+        split = [(*name.partition(".")[::2], value) for name, value in read_json(path).items()]
+        heads = {name: int(teacher["kv_heads"]) for kind, name, teacher in split if kind == "teachers"}
+        return heads, {name: int(number) for kind, name, number in split if kind == "query_heads"}
 
 
 @contextlib.contextmanager

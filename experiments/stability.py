@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from experiments import scores
 from experiments.scores import TEACHER, compared_share, model_name, reading
 from gqa.checkpoints.hf_config import read_json
 from gqa.training import metrics
@@ -97,22 +98,22 @@ class _Run(NamedTuple):
         """As the paper names it; its folder's where no sweep made it."""
         if not self.teacher:
             return self.curve.model
-        model = model_name(self.kv_heads, self.kv_heads if self.method == TEACHER else heads.get(self.teacher))
+        model = model_name(self.kv_heads, heads.get(self.teacher, self.kv_heads if self.method == TEACHER else None))
         return f"{model}, {self.curve.kind}"
 
 
 def _runs(folders: Iterator[Path]) -> Iterator[_Run]:
     for folder in folders:
-        name, lines, of_sweep = re.fullmatch(r"(.+?)-(?:s|seed)(\d+)", folder.name), metrics.read(folder), ()
+        name = re.fullmatch(r"(.+?)-(?:s|seed)(\d+)", folder.name)
         if name is None:
             continue
-        kind = TRAINED
+        lines, kind, of_sweep = metrics.read(folder), TRAINED, ()
         if (path := folder / "result.json").exists():
             result = read_json(path)
             with reading(path, "experiments.sweep"):
-                if result["method"] not in (TEACHER, "mean", "scratch"):
+                if result["method"] not in (TEACHER, "mean", scores.SCRATCH):
                     continue
-                kind = SCRATCH if result["method"] == "scratch" else UPTRAINED
+                kind = SCRATCH if result["method"] == scores.SCRATCH else UPTRAINED
                 of_sweep = (result["teacher"], result["method"], int(result["kv_heads"]), float(result["alpha"]))
         with reading(folder / metrics.JSONL, "gqa.train"):
             training = [(line["step"], float(line["loss"])) for line in lines if line["split"] == "train"]

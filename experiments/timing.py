@@ -67,7 +67,11 @@ def read_earlier(path: Path, config) -> dict[str, Any]:
     try:
         results = json.loads(path.read_text())
         theirs = {"config": results["config"], "machine": results["machine"]}
-        _ = results["copy_gb_per_second"], [row["repetitions"]["decoding"] for row in results["rows"]]
+        _ = (
+            [dict(part) for part in theirs.values()],
+            results["copy_gb_per_second"],
+            [row["repetitions"]["decoding"] for row in results["rows"]],
+        )
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise InputError(f"{path} is no measurement to add to ({type(error).__name__}: {error})") from None
     ours = json.loads(json.dumps({"config": config.to_dict(), "machine": machine()}))

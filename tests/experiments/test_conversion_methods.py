@@ -4,11 +4,13 @@ import dataclasses
 import json
 import subprocess
 import types
+import warnings
 from pathlib import Path
 
 import pytest
 
 from experiments import conversion_methods
+from experiments.conversion_report import report
 from gqa import models
 from gqa.checkpoints import hf
 from gqa.errors import InputError
@@ -163,6 +165,31 @@ def test_a_run_that_was_stopped_is_no_result(tmp_path, command, monkeypatch):
     ):
         command("--alphas=0.5", "--seeds=1", f"--workdir={tmp_path / 'runs'}")
     assert not list((tmp_path / "runs").rglob("*a0.5*.json"))
+
+
+@pytest.mark.parametrize("content", [{}, {"teacher": 3}, {"teacher": {"rows": 8}, "runs": [{}], "tuning": {}}])
+def test_results_of_another_program(content, command, tmp_path):
+    (tmp_path / "t5.json").write_text(json.dumps(content))
+    with pytest.raises(InputError, match=r"t5\.json is no result of experiments\.conversion_methods; expected one"):
+        command("--alphas=0", "--rows=8", f"--results={tmp_path}")
+
+
+def test_a_report_without_mean_pooling(tmp_path):
+    run = dict(sites="cross", kv_heads=8, alpha=0.0, seed=0, rate=0.0, method="teacher", loss=2.0)
+    svd = [run | dict(method="svd", kv_heads=2, seed=seed, loss=2.5) for seed in range(2)]
+    description = dict(heldout=dict(target_tokens=7), cost_without={}, directions_of_99_percent={})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        text = report(dict(command="x", teacher=description, runs=[run, *svd]), tmp_path, "t5")
+    assert "| svd | 2.5000 ± 0.0000 |  |" in text
+
+
+def test_a_method_that_is_named_twice_is_one(command, monkeypatch):
+    named = []
+    monkeypatch.setattr(conversion_methods.Bench, "all", lambda self, *methods: named.append(methods) or [])
+    monkeypatch.setattr("experiments.conversion_report.report", lambda *arguments: "")
+    command("--alphas=0", "--methods=mean,svd+group+refit,mean")
+    assert named[0][0] == METHODS
 
 
 def test_bad_input(command):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import warnings
 
 import numpy as np
 import pytest
@@ -225,6 +226,61 @@ def test_what_is_trained_with_all_heads_is_multi_head(tmp_path):
     assert own.model("scratch", 64) == "MHA"
 
 
+def test_a_teacher_that_is_grouped_is_no_multi_head_model(tmp_path):
+    (tmp_path / "results.json").write_text(json.dumps({"runs": RUNS}))
+    settings = {"teachers.t5": {"kv_heads": 8}, "query_heads.t5": 16}
+    (tmp_path / "sweep.json").write_text(json.dumps(settings))
+    grouped = scores.read(tmp_path / "results.json")
+    assert [grouped.model(method, K) for method, K in (("none", 8), ("mean", 16))] == ["GQA-8", "MHA"]
+    assert "| GQA-8 | 5% | 2 |" in figures.table_1(grouped, {}) and "MHA" not in figures.table_1(grouped, {})[:400]
+    other = Results("other", [score for score in grouped.scores])
+    assert scores.share_heads([grouped, other])[1].model("none", 8) == "GQA-8"
+    for figure in (pictures.methods(grouped, "loss"), pictures.quality_against_alpha(grouped, "loss")):
+        texts = [
+            text.get_text() for axis in figure.axes[:2] for text in (axis.title, axis.xaxis.label, axis.yaxis.label)
+        ]
+        assert any("GQA-8" in text for text in texts) and not any("MHA" in text for text in texts)
+
+
+def test_models_from_scratch_beside_conversions(sweep):
+    scratch = [Score("t5", "scratch", K, 1.0, 1, {"loss": 2.0, "accuracy": 0.2}) for K in (8, 4, 2)]
+    both = Results("x", [*sweep.scores, *scratch])
+    assert both.alpha == 0.05
+    table = figures.table_1(both, {})
+    assert "| GQA-4, scratch | 100% | one seed |" in table and "| GQA-2, mean | 5% | 2 |" in table
+    drawn = {name: results for name, _, results in figures._of_a_teacher(both)}
+    assert set(drawn) == {"fig4", "fig5", "heads"}
+    assert drawn["fig4"].scores == drawn["fig5"].scores == sweep.scores and drawn["heads"] is both
+    ten = [score._replace(alpha=0.1 if score.alpha else 0.0) for score in sweep.scores if score.alpha in (0, 0.05)]
+    assert "| GQA-2, mean | 10% | 2 |" in figures.table_1(Results("x", [*ten, *scratch]), {})
+
+
+def test_times_are_of_the_same_number_of_heads(sweep, folder, tmp_path, monkeypatch):
+    """Of a timing without the teacher's own, and of one that has no model of the sweep yet."""
+    for heads, row in (((1, 2, 4), "| MHA | 5% | 2 |  |"), ((16,), "| MHA | 5% | 2 |  |")):
+        rows = [row | {"kv_heads": K} for K, row in zip(heads, TIMING["rows"], strict=False)]
+        timing = TIMING | {"config": TIMING["config"] | {"kv_heads": list(heads)}, "rows": rows}
+        assert row in figures.table_1(sweep, figures.sample_times({"t5": timing}))
+        (folder / "timing" / "t5" / "timing.json").write_text(json.dumps(timing))
+        output = tmp_path / f"of_{len(heads)}"
+        run_figures(monkeypatch, f"--runs={folder}", f"--output={output}")
+        assert (output / "fig3_groups.png").exists() == (16 not in heads)
+
+
+def test_results_of_the_folder_one_is_in(folder, monkeypatch):
+    """They are named by it, and pictures may be put beside them."""
+    monkeypatch.chdir(folder / "groups")
+    run_figures(monkeypatch, "--runs=.", "--output=.")
+    assert {"fig4_groups.png", "table1_groups.md"} < {path.name for path in (folder / "groups").iterdir()}
+
+
+def test_a_run_that_diverged(sweep):
+    worse = [score._replace(values={"loss": np.inf, "accuracy": 0.0}) for score in sweep.scores if score.kv_heads == 1]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert "inf ± nan" in figures.table_1(Results("x", [*sweep.scores, *worse]), {})
+
+
 def test_quality_against_groups(sweep):
     axis = pictures.quality_against_groups(sweep, "loss").axes[-1]
     assert axis.get_title() == "α = 5%"
@@ -415,7 +471,9 @@ def test_command(folder, tmp_path, monkeypatch, capsys):
     assert (folder / "timing" / "t5" / "timing.png").read_bytes() == (output / "fig6_t5.png").read_bytes()
     assert "α = 5%, groups" in (output / "fig3_groups.svg").read_text()
     (left_out,) = [line for line in capsys.readouterr().out.splitlines() if "left out" in line]
-    assert left_out.startswith("stability: ") and "configs/sweeps/alpha.py" in left_out
+    assert (
+        left_out.startswith("stability: left out, too few results for it: ") and "configs/sweeps/alpha.py" in left_out
+    )
 
 
 def test_quality_against_time_is_a_tasks_where_there_is_one(folder, tmp_path, monkeypatch):

@@ -101,9 +101,10 @@ def test_repetitions_are_added_to_those_of_the_same_measurement_alone(run, tmp_p
     with pytest.raises(InputError, match="--add without --output; expected the folder to add to"):
         run("--add")
     assert json.loads((output / "timing.json").read_text()) == second
-    (output / "timing.json").write_text(json.dumps(first | {"rows": [{}]}))
-    with pytest.raises(InputError, match=r"timing\.json is no measurement to add to \(KeyError: 'repetitions'\)"):
-        run(f"--output={output}", "--add", "--config.kv_heads=1")
+    for change, found in (({"rows": [{}]}, "KeyError: 'repetitions'"), ({"config": [1], "rows": []}, "TypeError: .*")):
+        (output / "timing.json").write_text(json.dumps(first | change))
+        with pytest.raises(InputError, match=rf"timing\.json is no measurement to add to \({found}\)"):
+            run(f"--output={output}", "--add", "--config.kv_heads=1")
 
 
 def test_continuous_batching_and_speculation(run, tmp_path, capsys):
