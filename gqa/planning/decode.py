@@ -32,7 +32,7 @@ from gqa.training.config import DTYPES
 
 @dataclasses.dataclass(frozen=True)
 class DecodeConfig:
-    """What is decoded: the sections of a config such as `configs/decode_t5_xxl.py`."""
+    """What is decoded: the sections of a config such as `configs/plan/decode_t5_xxl.py`."""
 
     size: str  # ready-made architecture
     changes: Mapping[str, Any]  # fields of it to change
@@ -166,11 +166,13 @@ def _row(config, architecture, topology, price, mesh: Mesh | AbstractMesh, wante
     row["memory"] = with_total(parts, topology, compiled.fits if compiled else None)
     if compiled is not None:
         flops = dot_flops(program.traced.jaxpr.jaxpr) / topology.num_devices
-        traffic, collectives = hlo.memory_traffic(compiled.program), hlo.collectives(compiled.program)
+        one_step = hlo.turn(compiled.program)
+        traffic, collectives = hlo.memory_traffic(one_step), hlo.collectives(one_step)
+        once = hlo.memory_traffic(compiled.program) - traffic
     else:
         flops, traffic, collectives = *_step_of_shapes(config, architecture, model, rows), []
-        flops, traffic = flops / topology.num_devices, traffic + cache
-    return row | _times(config, architecture, topology, price, rows, flops, traffic, collectives)
+        flops, traffic, once = flops / topology.num_devices, traffic + cache, 0
+    return row | _times(config, architecture, topology, price, rows, flops, traffic, once, collectives)
 
 
 def _step_of_shapes(config: DecodeConfig, architecture, model: models.Model, rows: int) -> tuple[int, int]:
@@ -213,18 +215,24 @@ def _compile(config: DecodeConfig, architecture, mesh: Mesh, rows: int) -> tuple
 
 
 def _times(
-    config, architecture, topology: Topology, price, rows: int, flops: float, traffic: float, collectives: list
+    config, architecture, topology: Topology, price, rows, flops: float, traffic: float, once: float, collectives: list
 ) -> Plan:
+    """Of a step, and of a batch: reading the inputs, `once` bytes around the loop (the cache laid out anew), steps."""
     step = roofline.times(topology, flops=flops, traffic=traffic, collectives=collectives)
+    around = roofline.times(topology, flops=0, traffic=once, collectives=[])["step"]
     reading = _reading_flops(config, architecture, rows) / topology.num_devices
     read = roofline.times(topology, flops=reading, traffic=0, collectives=[])["step"]
-    seconds = None if step["step"] is None else read + config.new_tokens * step["step"]
+    seconds = None if step["step"] is None else read + around + config.new_tokens * step["step"]
     # As GQA §3.1 counts: seconds of one chip for one sample.
     sample = None if seconds is None else seconds * topology.num_devices / rows
     return {
-        "work": {"flops_per_device_and_step": flops, "bytes_per_device_and_step": traffic},
+        "work": {
+            "flops_per_device_and_step": flops,
+            "bytes_per_device_and_step": traffic,
+            "bytes_per_device_around_the_steps": once,
+        },
         "collectives": [each._asdict() for each in collectives],
-        "seconds": step | {"reading": read, "batch": seconds, "sample_chip": sample},
+        "seconds": step | {"reading": read, "around_the_steps": around, "batch": seconds, "sample_chip": sample},
         "usd_per_1000_samples": None if None in (sample, price) else 1000 * sample / 3600 * price,
     }
 

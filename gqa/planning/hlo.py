@@ -20,6 +20,7 @@ _FREE = {
     *("while", "call", "conditional", "opt-barrier", "async-start", "async-update", "iota", "add-dependency"),
 }
 _ARRAY = re.compile(r"([a-z]+[0-9a-z]*)\[([0-9,]*)\](\{[^}]*\})?")
+_TILES = re.compile(r"\{([0-9,]+):T\(([0-9,]+)\)")  # dimensions from the innermost out, and the tile of the innermost
 _HEADER = re.compile(r"^(ENTRY )?%?([^\s(]+) \(.*\{$")
 _NAME = re.compile(r"%?([\w.\-]+)$")
 
@@ -28,6 +29,7 @@ class Array(NamedTuple):
     """An array of an instruction's shape."""
 
     bytes: int
+    stored: int  # bytes with the padding of its layout's tiles, which moves with it: 128 numbers where 64 are innermost
     in_memory: bool  # in the device's main memory, not in memory on the chip
 
 
@@ -147,9 +149,14 @@ def arrays(shape: str) -> list[Array]:
         if bits is None:
             digits = re.search(r"\d+", kind)
             bits = int(digits[0]) if digits else 8
-        size = math.prod(int(d) for d in dimensions.split(",") if d) * bits // 8
+        sizes = [int(d) for d in dimensions.split(",") if d]
+        size = math.prod(sizes) * bits // 8
+        if tiles := _TILES.match(layout):
+            order, tile = ([int(number) for number in numbers.split(",")] for numbers in tiles.groups())
+            for dimension, of_tile in zip(order, reversed(tile), strict=False):
+                sizes[dimension] = -(-sizes[dimension] // of_tile) * of_tile
         space = re.search(r"S\((\d+)\)", layout)
-        found.append(Array(size, space is None or space[1] == "0"))
+        found.append(Array(size, math.prod(sizes) * bits // 8, space is None or space[1] == "0"))
     return found
 
 
@@ -249,12 +256,15 @@ def _step(program: Program, body: str, index: int) -> int:
     return 1
 
 
-def loops_of_unknown_length(program: Program) -> int:
-    """Loops whose body is counted once because their length is decided while they run."""
-    return sum(
-        instruction.opcode == "while" and trip_count(program, name, instruction) is None
-        for name, instruction, _ in program.instructions()
-    )
+def turn(program: Program) -> Program:
+    """One turn of the outermost loop whose length is decided while it runs: its body is the entry.
+
+    Raises ValueError where there is none.
+    """
+    for name, instruction, _ in program.instructions():
+        if instruction.opcode == "while" and trip_count(program, name, instruction) is None:
+            return dataclasses.replace(program, entry=_called(instruction, "body"))
+    raise ValueError("the program has no loop of unknown length")
 
 
 def collectives(program: Program) -> list[Collective]:
@@ -323,15 +333,15 @@ def _touched(program: Program, computation: str, instruction: Instruction) -> in
         return 0
     results = instruction.arrays
     if opcode in ("copy-start", "slice-start"):
-        moved = min(array.bytes for array in results[:2]) if opcode == "slice-start" else results[0].bytes
+        moved = min(array.stored for array in results[:2]) if opcode == "slice-start" else results[0].stored
         return moved * sum(array.in_memory for array in results[:2])
-    written = sum(array.bytes for array in results if array.in_memory)
+    written = sum(array.stored for array in results if array.in_memory)
     operands = [program.instruction(computation, name) for name in instruction.operands]
     if opcode == "dynamic-slice":
-        return written + (results[0].bytes if operands[0].arrays[0].in_memory else 0)
+        return written + (results[0].stored if operands[0].arrays[0].in_memory else 0)
     if opcode == "dynamic-update-slice":
-        return 2 * operands[1].arrays[0].bytes if results[0].in_memory else 0
-    read = [sum(array.bytes for array in each.arrays if array.in_memory) if each else 0 for each in operands]
+        return 2 * operands[1].arrays[0].stored if results[0].in_memory else 0
+    read = [sum(array.stored for array in each.arrays if array.in_memory) if each else 0 for each in operands]
     if opcode == "fusion":
         inner = program.computations[_called(instruction, "calls")]
         touched = [_read_of_parameter(program, inner, i) for i in range(len(read))]
@@ -352,7 +362,7 @@ def _read_of_parameter(program: Program, inner, number: int) -> int | None:
         if user.opcode == "bitcast":
             names.add(user.name)
         elif user.opcode == "dynamic-slice" and places == [0]:
-            total += user.arrays[0].bytes
+            total += user.arrays[0].stored
         elif user.opcode == "fusion":
             called = program.computations[_called(user, "calls")]
             parts = [_read_of_parameter(program, called, place) for place in places]
@@ -375,7 +385,7 @@ def _written_in_place(inner) -> int | None:
         roots[i] = root
     if any(root.opcode != "dynamic-update-slice" for root in roots):
         return None
-    return sum(inner[root.operands[1]].arrays[0].bytes for root in roots)
+    return sum(inner[root.operands[1]].arrays[0].stored for root in roots)
 
 
 def stacked_results(program: Program, backward: bool) -> int:

@@ -126,7 +126,8 @@ def decoding(plan: Plan, topology: Topology) -> str:
             )
         lines += [f"Note: {note}." for note in row["notes"]]
     lines.append(
-        "A sample's time is its share of reading the inputs, at peak FLOP/s, and of the steps, each at its roofline. "
+        "A sample's time is its share of reading the inputs, at peak FLOP/s, of the steps, each at its roofline, and "
+        "of what the loop does once around them, such as a new layout of the cache. "
         "The loop is what must fit; inputs may be read in smaller batches."
     )
     return "\n".join([*lines, chip_line(topology)])

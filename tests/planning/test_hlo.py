@@ -91,7 +91,31 @@ LAYER = 64 * 1024 * 2
 def test_trip_counts(text, trips):
     program = hlo.parse(text)
     assert hlo.trip_count(program, "main", program.instruction("main", "loop")) == trips
-    assert hlo.loops_of_unknown_length(program) == (trips is None)
+
+
+def test_a_turn_of_a_loop_of_unknown_length():
+    counted, program = hlo.parse(CONSTANT_LIMIT), hlo.parse(NO_LIMIT)
+    turn = hlo.memory_traffic(hlo.turn(program))
+    around = hlo.memory_traffic(counted) - 24 * turn
+    assert hlo.memory_traffic(program) == turn + around + 3 * 4  # and the sum that makes its limit
+    (gathered, permuted) = hlo.collectives(hlo.turn(program))
+    assert (gathered.kind, permuted.kind) == ("all-gather", "collective-permute")
+    with pytest.raises(ValueError, match="no loop of unknown length"):
+        hlo.turn(counted)
+
+
+def test_padding_by_tiles():
+    sizes = {
+        "bf16[8,512,64]{2,1,0:T(8,128)(2,1)}": (8 * 512 * 128, True),  # 64 fill half of a tile's 128
+        "bf16[8,512,64]{1,2,0:T(8,128)(2,1)S(1)}": (8 * 512 * 64, False),
+        "f32[3,5]{1,0:T(8,128)}": (2 * 8 * 128, True),
+        "f32[3,5]{1,0}": (2 * 15, True),
+        "f32[300]{0:T(256)}": (2 * 512, True),
+    }
+    for shape, (pairs, in_memory) in sizes.items():
+        (array,) = hlo.arrays(shape)
+        assert (array.stored, array.in_memory) == (2 * pairs, in_memory)
+    assert hlo.arrays("s32[]{:T(128)}") == [(4, 4, True)]
 
 
 @pytest.mark.parametrize("text", [CONSTANT_LIMIT, CARRIED_LIMIT])
@@ -110,7 +134,7 @@ def test_memory_traffic_of_slices_and_of_what_stays_on_the_chip():
     loop = 24 * (LAYER + 4 + LAYER + 4)
     counter = 24 * (4 + 4)  # %next: reads its operands; and %lt is not run in the body
     gradient = 8 * 1024 * 4
-    outside = (24 * LAYER + 4) + (gradient + gradient // 8) + 2 * (2 * gradient)
+    outside = (24 * LAYER + 4) + 2 * gradient + 2 * (2 * gradient)  # one row of eight fills a tile too
     assert hlo.memory_traffic(program) == loop + counter + outside
 
 
