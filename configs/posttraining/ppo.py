@@ -4,7 +4,7 @@
 An iteration draws responses from the policy, scores them, and takes a few epochs of clipped steps on them. Rewards are
 in standard deviations of the initial policy's, so `heldout_reward` 1.0 is one of them gained. Llama 2 at 7B: learning
 rate 1e-6, 512 rollouts, mini-batches of 64, one epoch, beta 0.01, 200 to 400 iterations, all with
-`--config.ppo.…` and `--config.optimizer.…`; here rates and epochs are those of a model of 5 million parameters.
+`--config.ppo.…` and `--config.optimizer.…`; here rates and epochs are those of a model of 4 million parameters.
 `--config.ppo.method=grpo --config.ppo.samples_per_prompt=8` is GRPO: a prompt's samples are each other's baseline.
 
     python -m gqa.ppo --config=configs/posttraining/ppo.py --workdir=runs/ppo --config.prompts=prompts.jsonl

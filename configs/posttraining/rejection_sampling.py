@@ -9,7 +9,7 @@ temperature lies moves while the model is trained, so look each round.
     python -m gqa.rejection_sampling --config=configs/posttraining/rejection_sampling.py --output=runs/round1.jsonl \\
         --config.prompts=prompts.jsonl
     python -m gqa.train --config=configs/posttraining/sft.py --workdir=runs/rejection1 \\
-        --config.data.source=runs/round1.jsonl
+        --config.data.source=runs/round1.jsonl --config.model.checkpoint=runs/sft/model
 """
 
 from ml_collections import ConfigDict, config_dict

@@ -2,7 +2,7 @@
 
 `--config.data.source=FILE.jsonl` are the conversations, one a line (`python -m gqa.data.templates --help` says how),
 or preferences, of which it learns the chosen responses. A cosine with the proportions of Llama 2, its rate that of a
-model of 5 million parameters: for Llama-2-7B, `--config.optimizer.learning_rate=2e-5` and inputs_length=4096.
+model of 4 million parameters: for Llama-2-7B, `--config.optimizer.learning_rate=2e-5` and inputs_length=4096.
 
     python -m gqa.train --config=configs/posttraining/sft.py --workdir=runs/sft --config.data.source=chats.jsonl
 """

@@ -132,7 +132,7 @@ def optimizer(config: OptimizerConfig, schedule_offset: int, axes: Axes) -> opta
 
     `schedule_offset` moves the learning rate alone: uptraining goes on with the original schedule at the original
     step, while moments and their counters start afresh. (Adafactor's decay at step 10^6 on moments of zero would make
-    the first update's RMS 251 instead of 1.)
+    the first update's RMS 251 instead of 1, before it is clipped.)
 
     Raises ValueError at `init` and `update` where a leaf has no axes or their number does not fit its shape.
     """
