@@ -32,6 +32,9 @@ STYLES = (
     ("<", "-", "0.6"),
     (">", "-.", "0.1"),
     ("h", "--", "0.5"),
+    ("p", ":", "0.0"),
+    ("d", "-", "0.45"),
+    ("H", "-.", "0.25"),
 )
 PAPER = ("*", "1", "2", "+")  # the paper's marks, none of ours
 WIDE = 30  # largest by smallest loss from which on an axis of losses is logarithmic
