@@ -75,7 +75,7 @@ def test_commands_of_the_reproduction_are_those_of_make_miniature(tmp_path):
     made = subprocess.run(dry, cwd=ROOT, capture_output=True, text=True, check=True, env=environment).stdout
     made = made[made.index("mkdir -p runs/miniature") :].replace(".venv/bin/python", "python")
     page = (ROOT / "docs" / "reproduction.md").read_text()
-    page = page[page.index("or one by one:") + len("or one by one:") : page.index("For a checkpoint of your own")]
+    page = page[page.index(" python -m", page.index("or one by one")) : page.index("For a checkpoint of your own")]
     assert len(started(made)) > 12 and started(page) == started(made)
 
 
