@@ -371,7 +371,8 @@ def _read_of_parameter(program: Program, inner, number: int) -> int | None:
             total += sum(parts)
         elif user.opcode != "dynamic-update-slice" or places != [0]:
             return None
-    return total if names else None
+    # What the computation hands out as it is, under another shape, is read by whoever uses it.
+    return total if names and list(inner)[-1] not in names else None
 
 
 def _written_in_place(inner) -> int | None:

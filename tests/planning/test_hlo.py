@@ -138,6 +138,31 @@ def test_memory_traffic_of_slices_and_of_what_stays_on_the_chip():
     assert hlo.memory_traffic(program) == loop + counter + outside
 
 
+def test_a_fusion_reads_what_one_inside_it_only_reshapes():
+    text = """HloModule program
+
+%reshaped (p: bf16[24,64,1024]) -> bf16[1536,1024] {
+  %p = bf16[24,64,1024]{2,1,0} parameter(0)
+  ROOT %bitcast = bf16[1536,1024]{1,0} bitcast(%p)
+}
+
+%product (a: bf16[24,64,1024], b: bf16[24,64,1024]) -> bf16[1536,1536] {
+  %a = bf16[24,64,1024]{2,1,0} parameter(0)
+  %inner = bf16[1536,1024]{1,0} fusion(%a), kind=kLoop, calls=%reshaped
+  %b = bf16[24,64,1024]{2,1,0} parameter(1)
+  %sliced = bf16[1,64,1024]{2,1,0} dynamic-slice(%b), dynamic_slice_sizes={1,64,1024}
+  ROOT %dot = bf16[1536,1536]{1,0} convolution(%inner, %sliced), dim_labels=bf_oi->bf
+}
+
+ENTRY %main (x: bf16[24,64,1024], y: bf16[24,64,1024]) -> bf16[1536,1536] {
+  %x = bf16[24,64,1024]{2,1,0} parameter(0)
+  %y = bf16[24,64,1024]{2,1,0} parameter(1)
+  ROOT %out = bf16[1536,1536]{1,0} fusion(%x, %y), kind=kOutput, calls=%product
+}
+"""
+    assert hlo.memory_traffic(hlo.parse(text)) == 24 * LAYER + LAYER + 2 * 1536**2
+
+
 def test_what_a_loop_keeps_by_layer():
     program = hlo.parse(CONSTANT_LIMIT)
     assert hlo.stacked_results(program, backward=False) == 24 * LAYER
