@@ -6,7 +6,7 @@
         --config.model.checkpoint=runs/paper/large-gqa8/converted
 
 For 64 chips, v4:4x4x4. Its plan (experiments/results/plan/uptrain_large_gqa8_v4_4x4x4.md): 0.73 billion parameters,
-12.5 of 30.75 GiB a chip, 0.24 to 0.45 s a step, 50,000 steps in 3.3 to 6.2 hours, 209 chip-hours and 673 USD at least.
+12.5 of 30.75 GiB a chip, 0.29 to 0.50 s a step, 50,000 steps in 4.0 to 6.9 hours, 254 chip-hours and 819 USD at least.
 To expect once fine-tuned: between MHA-Large's 46.0 (Table 1) and what MQA-Large keeps of it; the paper has no figure.
 """
 

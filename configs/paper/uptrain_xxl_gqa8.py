@@ -6,7 +6,7 @@
         --config.model.checkpoint=runs/paper/xxl-gqa8/converted
 
 For 64 chips, v4:4x4x4. Its plan (experiments/results/plan/uptrain_t5_xxl_gqa8_v4_4x4x4.md): 9.73 billion parameters,
-21.0 of 30.75 GiB a chip, 2.69 to 4.13 s a step, 50,000 steps in 37 to 57 hours, 2,387 chip-hours and 7,686 USD at
+21.0 of 30.75 GiB a chip, 2.69 to 4.39 s a step, 50,000 steps in 37 to 61 hours, 2,387 chip-hours and 7,686 USD at
 least. To expect once fine-tuned (finetune_xxl_gqa8.py): 47.1 on average at 0.28 s a sample; MHA-XXL has 47.2 at 1.51 s.
 """
 

@@ -6,7 +6,7 @@
         --config.model.checkpoint=runs/paper/xxl-mqa/converted
 
 For 64 chips, v4:4x4x4. It has 9.55 billion parameters, 2 % fewer than uptrain_xxl_gqa8.py, whose plan is an upper bound
-of its own: 21.0 of 30.75 GiB a chip, 37 to 57 hours, 7,686 USD at least. To expect once fine-tuned
+of its own: 21.0 of 30.75 GiB a chip, 37 to 61 hours, 7,686 USD at least. To expect once fine-tuned
 (finetune_xxl_mqa.py): 46.6 on average at 0.24 s a sample, where MHA-XXL has 47.2 at 1.51 s.
 """
 
