@@ -507,9 +507,10 @@ def test_ctrl_c_ends_the_array(start, tmp_path, monkeypatch):
     python.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(python))
     start("--array=2")
-    # As from a terminal: what is started in the background has Ctrl-C ignored, and so have its children.
-    hear = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731
-    array = subprocess.Popen([tmp_path / "runs" / "array.sh"], start_new_session=True, preexec_fn=hear)
+    # As from a terminal: where the tests themselves run in the background, Ctrl-C is ignored and so is it in children.
+    earlier = signal.signal(signal.SIGINT, signal.default_int_handler)
+    array = subprocess.Popen([tmp_path / "runs" / "array.sh"], start_new_session=True)
+    signal.signal(signal.SIGINT, earlier)
     pids = tmp_path / "python.pids"
     while not pids.exists() or len(pids.read_text().splitlines()) < 2:
         assert array.poll() is None
