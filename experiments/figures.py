@@ -25,7 +25,8 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from experiments import conversion_report, paper, pictures, report, scores, stability
-from experiments.scores import SCRATCH, TEACHER, Results, mean_and_spread
+from experiments.scores import TEACHER, Results, mean_and_spread
+from experiments.sweep import SCRATCH
 from gqa import command_line, files
 from gqa.checkpoints.hf_config import read_json
 from gqa.errors import InputError, nearest

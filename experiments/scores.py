@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from experiments.sweep import AXES, SCRATCH
 from gqa.checkpoints.hf_config import read_json
 from gqa.errors import InputError
 
-TEACHER, SCRATCH = "none", "scratch"  # methods in a sweep's table: the teacher itself; no conversion
+TEACHER = "none"  # the method of the teacher itself, as in a sweep's table
 SHIPPED_HEADS = 8  # of assets/teacher, which experiments.uptrain_full uptrains
-AXES = ("teacher", "method", "kv_heads", "alpha", "seed")
 NOT_SCORES = ("seconds", "target_tokens")
 LABELS = {
     "loss": "held-out loss, nats a token (lower is better)",

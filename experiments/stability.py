@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from experiments import scores
+from experiments import sweep
 from experiments.scores import TEACHER, compared_share, model_name, reading
 from gqa.checkpoints.hf_config import read_json
 from gqa.training import metrics
@@ -111,9 +111,9 @@ def _runs(folders: Iterator[Path]) -> Iterator[_Run]:
         if (path := folder / "result.json").exists():
             result = read_json(path)
             with reading(path, "experiments.sweep"):
-                if result["method"] not in (TEACHER, "mean", scores.SCRATCH):
+                if result["method"] not in (TEACHER, "mean", sweep.SCRATCH):
                     continue
-                kind = SCRATCH if result["method"] == scores.SCRATCH else UPTRAINED
+                kind = SCRATCH if result["method"] == sweep.SCRATCH else UPTRAINED
                 of_sweep = (result["teacher"], result["method"], int(result["kv_heads"]), float(result["alpha"]))
         with reading(folder / metrics.JSONL, "gqa.train"):
             training = [(line["step"], float(line["loss"])) for line in lines if line["split"] == "train"]
